@@ -1,0 +1,1 @@
+"""KTDA: fine-grained remote sensing segmentation in JAX."""

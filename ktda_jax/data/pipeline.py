@@ -1,0 +1,201 @@
+"""From a source of tiles to batches: Grain does the threads, the prefetching and the checkpointable position.
+
+Row r of global training batch k is tile number k * batch_size + r of an endless, reshuffled sequence, and all
+of its random draws come from (seed, that number). So batches do not depend on threads, on how many processes
+share them, or on whether the run was interrupted.
+"""
+
+import functools
+import sys
+import threading
+from collections.abc import Iterator
+
+import cv2
+import grain
+import numpy as np
+from absl import logging
+
+from ktda_jax.data import augment
+from ktda_jax.data.datasets import IGNORE
+from ktda_jax.data.sources import DataError, cpu_threads, label_sizes, read_tile, tile_name
+
+ON_CORRUPT = ('stop', 'skip')
+
+
+def train_iterator(source, *, crop: int | tuple[int, int], batch_size: int, seed: int, flip: float = 0.5,
+                   photometric: bool = True, process_index: int = 0, process_count: int = 1,
+                   on_corrupt: str = 'stop', num_threads: int | None = None) -> grain.DatasetIterator:
+    """Endless training batches of this process; the iterator's `get_state` / `set_state` are its position.
+
+    `batch_size` is global: process p gets rows p * b to (p + 1) * b, b = batch_size // process_count. A batch
+    is `image` uint8 (b, H, W, 3) RGB, `label` uint8 (b, H, W), `mask` bool (b,) all true, and `skipped`, the
+    number of its rows (int) that stand in for unreadable tiles. `on_corrupt='stop'` raises DataError with the
+    tile's name; 'skip' takes the next readable tile instead and warns once per tile.
+    """
+    rows = _rows_per_process(batch_size, process_index, process_count)
+    if on_corrupt not in ON_CORRUPT:
+        raise DataError(f'on_corrupt is {on_corrupt!r}: choose one of {ON_CORRUPT}')
+    if seed < 0:
+        raise DataError(f'seed is {seed}: give a number from 0')
+    if not len(source):
+        raise DataError(f'{source!r} has no tiles')
+    cv2.setNumThreads(0)  # the parallelism is Grain's: one thread per batch in flight
+    rows_source = _TrainRows(source, seed=seed, crop=crop, flip=flip, photometric=photometric,
+                             on_corrupt=on_corrupt)
+    batches = (grain.MapDataset.source(rows_source)
+               .batch(rows, batch_fn=_stack)
+               # Batches of b rows, every process_count-th one: local batch k of process p is then number
+               # k * process_count + p, which holds exactly rows p * b to (p + 1) * b of global batch k.
+               [process_index::process_count])
+    return iter(batches.to_iter_dataset(_read_options(num_threads)))
+
+
+class EvalBatches:
+    """One pass over a split in batches of constant shape; iterate as often as you like. See `eval_batches`.
+
+    `plan` int64 (batches, batch_size) holds the source index of every global row, -1 for padding; `sizes` are
+    the label sizes that occur, one compiled evaluation step each.
+    """
+
+    def __init__(self, source, *, crop, batch_size, process_index, process_count, num_threads):
+        if not len(source):
+            raise DataError(f'{source!r} has no tiles')
+        self._rows = _rows_per_process(batch_size, process_index, process_count)
+        self._first = process_index * self._rows
+        self._source, self._num_threads = source, num_threads
+        self._crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
+        by_size = {}
+        for index, size in enumerate(label_sizes(source, num_threads=num_threads)):
+            by_size.setdefault(tuple(size), []).append(index)
+        self.sizes = tuple(sorted(by_size))
+        self._batch_sizes, plan = [], []
+        for size in self.sizes:  # a batch holds labels of one size; each size pads its own last batch
+            indices = by_size[size]
+            for start in range(0, len(indices), batch_size):
+                chunk = indices[start:start + batch_size]
+                plan.append(chunk + [-1] * (batch_size - len(chunk)))
+                self._batch_sizes.append(size)
+        self.plan = np.array(plan, np.int64).reshape(-1, batch_size)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[dict]:
+        cv2.setNumThreads(0)
+        batches = grain.MapDataset.range(len(self)).map(self._batch)
+        return iter(batches.to_iter_dataset(_read_options(self._num_threads)))
+
+    def _batch(self, number: int) -> dict:
+        """This process's rows of global batch `number`."""
+        indices = self.plan[number, self._first:self._first + self._rows]
+        size = self._batch_sizes[number]
+        image = np.zeros((self._rows, *self._crop, 3), np.uint8)
+        label = np.full((self._rows, *size), IGNORE, np.uint8)
+        names = [''] * self._rows
+        for row, index in enumerate(indices):
+            if index >= 0:
+                tile = read_tile(self._source, int(index))
+                image[row] = _resized(tile['image'], self._crop)
+                label[row], names[row] = tile['label'], tile['name']
+        return {'image': image, 'label': label, 'mask': indices >= 0, 'name': names, 'index': indices,
+                'original': np.tile(np.array(size, np.int32), (self._rows, 1))}
+
+
+def eval_batches(source, *, crop: int | tuple[int, int], batch_size: int, process_index: int = 0,
+                 process_count: int = 1, num_threads: int | None = None) -> EvalBatches:
+    """Every tile once, ordered by label size and then by index; rows are dealt to processes as in training.
+
+    A batch is `image` uint8 (b, *crop, 3), resized bilinearly, `label` uint8 (b, H, W) at its own size,
+    `mask` bool (b,), `name` list of str, `index` int64 (b,) into the source, `original` int32 (b, 2), the
+    label's (H, W). Padding rows have image 0, label 255, mask false, name '' and index -1. Unreadable tiles
+    raise DataError: a score over fewer tiles would not be the score asked for.
+    """
+    return EvalBatches(source, crop=crop, batch_size=batch_size, process_index=process_index,
+                       process_count=process_count, num_threads=num_threads)
+
+
+def _rows_per_process(batch_size: int, process_index: int, process_count: int) -> int:
+    if batch_size < 1 or batch_size % process_count:
+        raise DataError(f'batch_size {batch_size} does not divide among {process_count} process(es): '
+                        f'use a positive multiple of {process_count}')
+    if not 0 <= process_index < process_count:
+        raise DataError(f'process_index {process_index} is outside 0..{process_count - 1}')
+    return batch_size // process_count
+
+
+def _read_options(num_threads: int | None) -> grain.ReadOptions:
+    """One batch in work per thread and two more ready; num_threads=0 reads in the caller's thread."""
+    threads = cpu_threads() if num_threads is None else num_threads
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2 if threads else 0)
+
+
+class _TrainRows:
+    """The endless sequence of augmented training rows, by position; a Grain random access source.
+
+    It shuffles by itself because Grain's `shuffle` costs about 4 ms per draw on a set of three tiles, several
+    times what reading and augmenting one takes.
+    """
+
+    def __init__(self, source, *, seed: int, crop, flip: float, photometric: bool, on_corrupt: str):
+        self._source, self._seed, self._skip = source, seed, on_corrupt == 'skip'
+        self._crop, self._flip, self._photometric = crop, flip, photometric
+        self._order = functools.lru_cache(maxsize=4)(self._shuffled)  # neighbouring epochs overlap in a batch
+        self._reported, self._lock = set(), threading.Lock()
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __repr__(self) -> str:
+        return f'_TrainRows({self._source!r}, seed={self._seed})'
+
+    def __getitem__(self, position: int) -> dict:
+        """Row number `position`, counted from the start of the run over the rows of all processes."""
+        epoch, place = divmod(position, len(self._source))
+        tile, skipped = self._read(int(self._order(epoch)[place]))
+        rng = np.random.Generator(np.random.Philox(key=np.array([self._seed, position], np.uint64)))
+        try:
+            image, label = augment.random_crop(tile['image'], tile['label'], self._crop, rng)
+        except ValueError as error:
+            raise DataError(f'tile {tile["name"]}: {error}') from error
+        image, label = augment.random_flip(image, label, rng, self._flip)
+        if self._photometric:
+            image = augment.photometric_distortion(image, rng)
+        return {'image': image, 'label': label, 'skipped': skipped}
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        """The order of one epoch; a whole permutation takes less than decoding one tile."""
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._source))
+
+    def _read(self, index: int) -> tuple[dict, bool]:
+        """Tile `index`, or in skip mode the next one that can be read; and whether it is such a stand-in."""
+        for step in range(len(self._source)):
+            candidate = (index + step) % len(self._source)
+            try:
+                return read_tile(self._source, candidate), step > 0
+            except DataError as error:
+                if not self._skip:
+                    raise DataError(f'{error}; repair or remove the tile, or train with '
+                                    "on_corrupt='skip'") from error
+                self._warn_once(candidate, error)
+        raise DataError(f'no readable tile in {self._source!r}')
+
+    def _warn_once(self, index: int, error: DataError) -> None:
+        with self._lock:
+            new = index not in self._reported
+            self._reported.add(index)
+        if new:
+            logging.warning('skipping tile %s: %s', tile_name(self._source, index), error)
+
+
+def _stack(rows: list[dict]) -> dict:
+    return {'image': np.stack([row['image'] for row in rows]),
+            'label': np.stack([row['label'] for row in rows]),
+            'mask': np.ones(len(rows), bool),
+            'skipped': sum(int(row['skipped']) for row in rows)}
+
+
+def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """mmseg's Resize with keep_ratio=False: bilinear to exactly `size` (H, W), untouched if it has it."""
+    if image.shape[:2] == size:
+        return image
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)

@@ -1,0 +1,269 @@
+"""Tiles from TFDS array_record files, read without TensorFlow; our own sets are built when missing.
+
+TFDS takes a while to import, hence only inside functions.
+"""
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import tempfile
+import threading
+import time
+
+import cv2
+import numpy as np
+from absl import logging
+from etils import epath
+
+from ktda_jax.data.datasets import DATASETS, dataset_info
+from ktda_jax.data.sources import DataError
+
+_quiet_lock = threading.RLock()  # what _quiet changes belongs to the whole process
+
+class TfdsSource:
+    """Random access to a split of a TFDS data set in array_record form.
+
+    `name_or_dir` is `grass`, `meadow/1.0.0` (below `data_dir`, by default TFDS's own) or a folder that holds
+    `dataset_info.json`; `split` may be a slice such as `train[:80%]`. `source[i]` is `image` uint8 (H, W, 3)
+    RGB, `label` uint8 (H, W) with 255 = ignore, `name`. Threads may share it and it pickles: copies reopen
+    the files. DataError if the set is not built, has no such split, other features or number of classes.
+    """
+
+    def __init__(self, name_or_dir: str | os.PathLike, split: str, *,
+                 data_dir: str | os.PathLike | None = None, num_classes: int):
+        self.directory = find_built(name_or_dir, data_dir)
+        self.split = split
+        self.num_classes = num_classes
+        self._lock, self._records = threading.Lock(), None
+        records = self._open()
+        self.name, self._length = records.dataset_info.full_name, len(records)  # 'meadow/1.0.0'
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict:
+        example = self._record(index)
+        try:
+            image = _decode(example['image'], cv2.IMREAD_COLOR)
+            label = _decode(example['label'], cv2.IMREAD_UNCHANGED)
+        except ValueError as error:
+            raise DataError(f'cannot read {self.describe(index)}: {error}; build the set again') from error
+        name = example['name'].decode() if 'name' in example else f'{self.split}_{index}'
+        return {'image': cv2.cvtColor(image, cv2.COLOR_BGR2RGB), 'label': label, 'name': name}
+
+    def __repr__(self) -> str:
+        # Without the folder: Grain compares it on resume, and data may have moved in the meantime.
+        return f'TfdsSource({self.name!r}, {self.split!r}, tiles={len(self)})'
+
+    def describe(self, index: int) -> str:
+        """Which record this is, for messages."""
+        return f'record {index} of {self.split} in {self.directory}'
+
+    def label_size(self, index: int) -> tuple[int, int]:
+        """(H, W) of one label from the header of its PNG, without decoding it."""
+        png = self._record(index)['label']
+        if png[:8] != b'\x89PNG\r\n\x1a\n' or len(png) < 24:
+            return self[index]['label'].shape
+        return int.from_bytes(png[20:24], 'big'), int.from_bytes(png[16:20], 'big')
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key not in ('_lock', '_records')}
+
+    def __setstate__(self, state: dict):
+        self.__dict__.update(state, _lock=threading.Lock(), _records=None)
+
+    def _record(self, index):
+        if not 0 <= index < self._length:
+            raise IndexError(f'{self!r} has no tile {index}')
+        try:
+            return self._open()[index]
+        except Exception as error:
+            raise DataError(f'cannot read {self.describe(index)}: {_line(error)}; '
+                            'build the data set again') from error
+
+    def _open(self):
+        with self._lock:
+            if self._records is None:
+                self._records = _open_split(self.directory, self.split, self.num_classes)
+            return self._records
+
+
+def _open_split(directory: str, split: str, num_classes: int):
+    """TFDS's data source whose records hold the images still encoded."""
+    with _quiet():
+        import tensorflow_datasets as tfds
+
+        try:
+            builder = tfds.builder_from_directory(directory)
+        except Exception as error:
+            raise DataError(f'cannot read the data set in {directory}: {_line(error)}; '
+                            'build it again') from error
+        info = builder.info
+        known = [name for name, part in info.splits.items() if part.num_examples]
+        if re.split(r'[\[+]', split)[0] not in known:
+            raise DataError(f'{directory} has no split {split!r}: it has {", ".join(sorted(known))}')
+        _check_features(info, directory, num_classes)
+        if info.file_format.value != 'array_record':
+            raise DataError(f'{directory} is stored as {info.file_format.value}, which needs TensorFlow: '
+                            'build it with --file_format=array_record')
+        keep = {'image': tfds.decode.SkipDecoding(), 'label': tfds.decode.SkipDecoding()}
+        try:
+            return builder.as_data_source(split, decoders=keep)
+        except Exception as error:
+            raise DataError(f'cannot open split {split!r} of {directory}: {_line(error)}') from error
+
+
+def _check_features(info, directory, num_classes):
+    features = info.features
+    for name, channels in (('image', 3), ('label', 1)):
+        if name not in features:
+            raise DataError(f'{directory} has no feature {name!r} but {", ".join(sorted(features))}: build '
+                            'it with image, label and name, as data_builders/tiles.py does')
+        feature = features[name]
+        if feature.shape[-1:] != (channels,) or feature.np_dtype != np.uint8:
+            raise DataError(f'{directory}: feature {name!r} is {np.dtype(feature.np_dtype)} of shape '
+                            f'{feature.shape}, not uint8 with {channels} channels: build it again')
+    classes = getattr(features['label'], 'names', None)
+    if classes and len(classes) != num_classes:
+        raise DataError(f'{directory} has {len(classes)} classes ({", ".join(classes)}), the configuration '
+                        f'{num_classes}: correct num_classes or the data set')
+
+
+def _decode(data: bytes, flags: int) -> np.ndarray:
+    flags |= cv2.IMREAD_IGNORE_ORIENTATION
+    array = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    if array is None:
+        raise ValueError('its image data are damaged')
+    return array
+
+
+def default_data_dir() -> str:
+    """Where TFDS keeps data sets: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    return os.path.expanduser(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
+
+
+def find_built(name_or_dir: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> str:
+    """The folder with `dataset_info.json`: the given one, or the highest version below the given name."""
+    root = epath.Path(os.path.expanduser(data_dir or default_data_dir()))
+    name = os.fspath(name_or_dir)
+    for path in (epath.Path(os.path.expanduser(name)), root / name):  # an absolute name replaces the root
+        if (path / 'dataset_info.json').exists():
+            return os.fspath(path)
+        # A folder of the working directory that merely has the name, such as data_builders/meadow, has none.
+        if versions := _versions(path):
+            return os.fspath(path / versions[-1])
+    folder = root / name
+    message = f'data set {name!r} is not built: no */dataset_info.json in {folder}'
+    if name in DATASETS:
+        manual = '' if name == 'meadow' else ' --manual_dir=FOLDER_WITH_img_dir_AND_ann_dir'
+        raise DataError(f'{message}; build it with: python -m ktda_jax.data.tfds_source {name} '
+                        f'--data_dir={root}{manual}')
+    raise DataError(f'{message}; correct the name or data_dir ({_known_in(root)})')
+
+
+def _versions(path) -> list[str]:
+    if not path.is_dir():
+        return []
+    found = [child.name for child in path.iterdir() if re.fullmatch(r'\d+\.\d+\.\d+', child.name)
+             and (child / 'dataset_info.json').exists()]
+    return sorted(found, key=lambda version: [int(part) for part in version.split('.')])
+
+
+def _known_in(root) -> str:
+    if not root.is_dir():
+        return f'{root} does not exist'
+    names = sorted(child.name for child in root.iterdir() if child.is_dir() and child.name != 'downloads')
+    return f'{root} holds {", ".join(names) or "nothing"}'
+
+
+def prepare(name: str, data_dir: str | os.PathLike | None = None,
+            manual_dir: str | os.PathLike | None = None) -> str:
+    """Builds `grass`, `l8_biome` or `meadow` into array_record unless it is there; returns its folder.
+
+    `manual_dir` holds the published img_dir/ and ann_dir/ (meadow needs none); it is not looked at when the
+    set is already built. Several processes may call it at once: each builds into a folder of its own, the
+    first to finish gives it the final name. DataError names the file when the data are unusable.
+    """
+    try:
+        dataset_info(name)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    data_dir = os.path.expanduser(data_dir or default_data_dir())
+    started = time.monotonic()
+    with _quiet(), tempfile.TemporaryDirectory() as scratch:
+        import tensorflow_datasets as tfds
+
+        builder_cls = importlib.import_module(f'data_builders.{name}.{name}_dataset_builder').Builder
+        builder = builder_cls(data_dir=data_dir, file_format='array_record')
+        if builder.is_prepared():
+            return os.fspath(builder.data_path)
+        if builder_cls.MANUAL_DOWNLOAD_INSTRUCTIONS:
+            _check_manual_dir(name, manual_dir)
+            manual_dir = os.path.expanduser(manual_dir)
+        config = tfds.download.DownloadConfig(manual_dir=manual_dir)
+        try:
+            builder.download_and_prepare(download_dir=scratch, download_config=config)
+        except DataError:
+            _remove_if_empty(builder.data_path.parent)
+            raise
+        except Exception as error:
+            if not builder.is_prepared():  # else another process was first, and its files are as good
+                raise DataError(f'cannot build {name} in {data_dir}: {_line(error)}') from error
+    logging.info('built %s in %.1f s: %s', name, time.monotonic() - started, builder.data_path)
+    return os.fspath(builder.data_path)
+
+
+def _check_manual_dir(name, manual_dir):
+    if not manual_dir:
+        raise DataError(f'{name} is not built and is not generated: give manual_dir, the folder with the '
+                        f'published img_dir and ann_dir ({dataset_info(name).homepage})')
+    if not os.path.isdir(os.path.expanduser(manual_dir)):
+        raise DataError(f'manual_dir {os.fspath(manual_dir)} for {name} is not a directory: give the folder '
+                        'that holds img_dir and ann_dir')
+
+
+def _remove_if_empty(path):
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keeps TFDS's banners, progress bars and log lines off the terminal; errors are raised anyway."""
+    with _quiet_lock:
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(min(verbosity, logging.ERROR))
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                import tensorflow_datasets as tfds
+
+                tfds.disable_progress_bar()
+                yield
+        finally:
+            logging.set_verbosity(verbosity)
+
+
+def _line(error: Exception) -> str:
+    return ' '.join(str(error).split()) or type(error).__name__
+
+
+def main(argv=None):
+    """`python -m ktda_jax.data.tfds_source NAME [--data_dir=DIR] [--manual_dir=DIR]` builds a data set."""
+    import argparse
+    import sys
+
+    parser = argparse.ArgumentParser(prog='python -m ktda_jax.data.tfds_source', description=prepare.__doc__)
+    parser.add_argument('name', choices=sorted(DATASETS))
+    parser.add_argument('--data_dir', help=f'default {default_data_dir()}')
+    parser.add_argument('--manual_dir', help='folder with img_dir and ann_dir')
+    args = parser.parse_args(argv)
+    try:
+        print(prepare(args.name, args.data_dir, args.manual_dir))
+    except DataError as error:
+        sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+    main()

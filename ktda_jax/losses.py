@@ -1,0 +1,85 @@
+"""The training loss: cross entropy of both heads plus distillation (paper section III-D; reference page)."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from ktda_jax.models.ktda import Outputs
+from ktda_jax.models.layers import at_least_float32, resize
+
+IGNORE = 255
+KL_AXES = {"width": (2,), "channel": (3,), "position": (1, 2)}  # axes of (B, H, W, C) the softmax runs over
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, class_weights: Sequence[float] | None = None,
+    avg_non_ignore: bool = False,
+) -> jax.Array:  # fmt: skip
+    """logits: (B, H, W, C), labels: (B, H, W) with 255 = ignore -> scalar.
+
+    The mean is over all pixels, ignored ones counted in the denominator as mmsegmentation does by default;
+    with `avg_non_ignore` over the (class-weighted) pixels that count, as torch's own weighted mean.
+    """
+    log_probabilities = jax.nn.log_softmax(at_least_float32(logits))
+    valid = labels != IGNORE
+    index = jnp.where(valid, labels, 0).astype(jnp.int32)
+    nll = -jnp.take_along_axis(log_probabilities, index[..., None], axis=-1)[..., 0]
+    weights = valid.astype(nll.dtype)
+    if class_weights is not None:
+        weights = weights * jnp.asarray(class_weights, nll.dtype)[index]
+    total = jnp.maximum(weights.sum(), jnp.finfo(nll.dtype).tiny) if avg_non_ignore else labels.size
+    return (nll * weights).sum() / total
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Percent of the labelled pixels that argmax gets right (mmsegmentation's acc_seg)."""
+    valid = labels != IGNORE
+    hits = (jnp.argmax(logits, axis=-1) == labels) & valid
+    return 100.0 * hits.sum() / jnp.maximum(valid.sum(), 1)
+
+
+def kl_divergence(student: jax.Array, teacher: jax.Array, *, temperature: float, axis: str) -> jax.Array:
+    """KL(softmax(t / T) || softmax(s / T)) of (B, H, W, C) maps, summed, divided by the batch size."""
+    log_s = jax.nn.log_softmax(student / temperature, axis=KL_AXES[axis])
+    log_t = jax.nn.log_softmax(teacher / temperature, axis=KL_AXES[axis])
+    return (jnp.exp(log_t) * (log_t - log_s)).sum() / student.shape[0]
+
+
+def distillation(
+    student: Sequence[jax.Array], teacher: Sequence[jax.Array], *, alpha: float = 0.5, temperature: float = 1.0,
+    axis: str = "width",
+) -> jax.Array:  # fmt: skip
+    """FAM outputs against the teacher's taps, (B, h, w, C) per level -> scalar, averaged over levels."""
+    if axis not in KL_AXES:
+        raise ValueError(f"config.loss.kl_axis is {axis!r}; choose one of {', '.join(KL_AXES)}")
+    total = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        if s.shape != t.shape:
+            raise ValueError(
+                f"the FAM's output is {s.shape[1]}x{s.shape[2]}x{s.shape[3]} but the teacher's features are "
+                f"{t.shape[1]}x{t.shape[2]}x{t.shape[3]}; leave config.model.grid unset, or set it to the "
+                "teacher's grid"
+            )
+        s, t = at_least_float32(s), at_least_float32(t)
+        kl = kl_divergence(s, t, temperature=temperature, axis=axis)
+        total += alpha * kl * temperature**2 + (1 - alpha) * jnp.square(s - t).mean()
+    total = total / len(student)
+    return total / 2 if alpha == 0 else total  # upstream halves the pure-MSE form
+
+
+def total_loss(outputs: Outputs, labels: jax.Array, config) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`decode + aux_weight * aux + distill` and its terms; labels: (B, H, W), `config`: config.loss."""
+    options = dict(class_weights=config.class_weights, avg_non_ignore=config.avg_non_ignore)
+    logits = resize(at_least_float32(outputs.logits), labels.shape[1:3])
+    terms = {"decode": cross_entropy(logits, labels, **options)}
+    if outputs.aux_logits is not None:
+        aux = resize(at_least_float32(outputs.aux_logits), labels.shape[1:3])
+        terms["aux"] = config.aux_weight * cross_entropy(aux, labels, **options)
+    if outputs.teacher is not None:
+        terms["distill"] = distillation(
+            outputs.student, outputs.teacher, alpha=config.alpha, temperature=config.temperature,
+            axis=config.kl_axis,
+        )  # fmt: skip
+    loss = sum(terms.values())
+    return loss, {"loss": loss, **terms, "acc": accuracy(logits, labels)}

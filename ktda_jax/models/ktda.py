@@ -1,0 +1,125 @@
+"""KTDA (Zhang et al., ICME 2025): student, FAM, neck, FMM and decoders put together.
+
+    student -> FAM -> neck -> FMM -> UPerHead (and FCNHead on level 2)
+                 \\-> distillation against the frozen teacher's taps (losses.py)
+
+Without the FAM the student's own pyramid goes to the FMM and the decoders; the neck, which turns maps of one
+size into a pyramid, goes with it.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ktda_jax.models import convnext, vit
+from ktda_jax.models.convnext import ConvNeXt, ConvNeXtConfig
+from ktda_jax.models.fam import FAM
+from ktda_jax.models.fmm import FMM, FMMConfig
+from ktda_jax.models.heads import FCNHead, UPerHead
+from ktda_jax.models.neck import MultiLevelNeck
+from ktda_jax.models.vit import ViT, ViTConfig
+
+MEAN = np.array([123.675, 116.28, 103.53])  # RGB, of uint8 values
+STD = np.array([58.395, 57.12, 57.375])
+AUX_LEVEL = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class KTDAConfig:
+    num_classes: int
+    student: ConvNeXtConfig
+    teacher: ViTConfig  # sets the FAM's width and grid, also where no teacher is run
+    fam: bool = True
+    fmm: FMMConfig | None = FMMConfig()
+    grid: tuple[int, int] | None = None  # of the FAM's output; None: the teacher's for the input at hand
+    head_channels: int = 512
+    aux_channels: int = 256  # 0: no auxiliary head
+    dropout: float = 0.1
+
+    @classmethod
+    def from_dict(cls, config) -> "KTDAConfig":
+        """From the nested mapping of a config file, where `preset` names a size and `None` means unset."""
+        config = {k: v for k, v in dict(config).items() if v is not None}
+        fmm = dict(config.pop("fmm", {}))
+        if not fmm.pop("enabled", True):
+            config["fmm"] = None
+        else:
+            config["fmm"] = _build(FMMConfig, "fmm", fmm, {})
+        config["student"] = _build(ConvNeXtConfig, "student", config["student"], convnext.PRESETS)
+        config["teacher"] = _build(ViTConfig, "teacher", config["teacher"], vit.PRESETS)
+        return _build(cls, "", config, {})
+
+
+def _build(cls, name: str, values, presets: dict):
+    """Builds dataclass `cls`, preset first; an unknown preset or field is named together with the known ones."""
+    values = {k: v for k, v in dict(values).items() if v is not None}
+    preset = values.pop("preset", None)
+    if preset is not None and preset not in presets:
+        raise ValueError(f"config.model.{name}.preset is {preset!r}; known: {', '.join(presets)}")
+    values = {**presets.get(preset, {}), **values}
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    where = ".".join(filter(None, ("config.model", name)))
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where}.{key} is not a setting; known: {', '.join(known)}")
+    missing = [k for k, f in known.items() if f.default is dataclasses.MISSING and k not in values]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; give a preset ({', '.join(presets)}) or the values")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class Outputs(NamedTuple):
+    logits: jax.Array  # (B, h, w, classes) at head resolution
+    aux_logits: jax.Array | None  # (B, h / 4, w / 4, classes)
+    student: list[jax.Array] | None  # FAM outputs, four of (B, gh, gw, C)
+    teacher: list[jax.Array] | None  # the same shapes, when a teacher was given
+
+
+def normalize(images: jax.Array, dtype) -> jax.Array:
+    """images: uint8 or float 0..255 (B, H, W, bands) -> zero mean, unit variance of ImageNet, in `dtype`."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return ((images.astype(wide) - jnp.asarray(MEAN, wide)) / jnp.asarray(STD, wide)).astype(dtype)
+
+
+class KTDA(nnx.Module):
+    """The trainable network. The teacher is a `ViT` of its own, passed to the call, never part of this state."""
+
+    def __init__(self, config: KTDAConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        common = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        channels, width = config.student.channels, config.teacher.width
+        self.student = ConvNeXt(config.student, **common)
+        self.fam = FAM(channels, width, **common) if config.fam else None
+        if config.fam:
+            channels = (width,) * len(channels)
+        self.neck = MultiLevelNeck(channels, width, **common) if config.fam else None
+        self.fmm = FMM(channels, config.fmm, **common) if config.fmm else None
+        heads = dict(dropout=config.dropout, **common)
+        self.decode_head = UPerHead(channels, config.head_channels, config.num_classes, **heads)
+        aux = (channels[AUX_LEVEL], config.aux_channels, config.num_classes)
+        self.auxiliary_head = FCNHead(*aux, **heads) if config.aux_channels else None
+        self.config, self.dtype = config, dtype
+
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None, teacher: ViT | None = None
+    ) -> Outputs:
+        """images: (B, H, W, bands) 0..255. `key` draws drop path and dropout; None leaves both out."""
+        x = normalize(images, self.dtype)
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        features, aligned = self.student(x, key=keys[0]), None
+        if self.fam is not None:
+            grid = self.config.grid or self.config.teacher.grid_of(*x.shape[1:3])
+            aligned = self.fam(features, grid)
+            features = self.neck(aligned)
+        if self.fmm is not None:
+            features = self.fmm(features)
+        logits = self.decode_head(features, train=train, key=keys[1])
+        aux_logits = None
+        # The auxiliary head only shapes the loss; evaluation does not pay for it.
+        if self.auxiliary_head is not None and train:
+            aux_logits = self.auxiliary_head(features[AUX_LEVEL], train=train, key=keys[2])
+        taps = None if teacher is None else jax.lax.stop_gradient(teacher(x))
+        return Outputs(logits, aux_logits, aligned, taps)

@@ -1,0 +1,150 @@
+"""DINOv2 vision transformer (Oquab et al., 2023), the frozen teacher: feature maps of chosen layers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ktda_jax.models.attention import attention
+from ktda_jax.models.layers import gelu, layer_norm, resize, trunc_normal
+
+PRESETS = {
+    "small": dict(width=384, depth=12, heads=6),
+    "base": dict(width=768, depth=12, heads=12),
+    "large": dict(width=1024, depth=24, heads=16),
+    "giant": dict(width=1536, depth=40, heads=24, swiglu=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    width: int
+    depth: int
+    heads: int
+    image_size: tuple[int, int] = (256, 256)  # the position embedding is stored for this size's grid
+    patch: int = 14
+    registers: int = 0  # 4 in the published "with registers" models
+    swiglu: bool = False
+    mlp_ratio: float = 4.0
+    remat: bool = False
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Indices of the four layers whose outputs are taken: the last of each quarter (2, 5, 8, 11 of 12)."""
+        return tuple((k + 1) * self.depth // 4 - 1 for k in range(4))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.grid_of(*self.image_size)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Patches of an image that is zero-padded up to a multiple of the patch size."""
+        return -(-height // self.patch), -(-width // self.patch)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with one fused qkv projection; also used by the FMM."""
+
+    def __init__(self, width: int, heads: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        common = dict(kernel_init=trunc_normal, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.qkv = nnx.Linear(width, 3 * width, **common)
+        self.proj = nnx.Linear(width, width, **common)
+        self.heads = heads
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: (B, N, C)."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        query, key, value = (qkv[:, :, k] for k in range(3))
+        return self.proj(attention(query, key, value).reshape(batch, tokens, width))
+
+
+class MLP(nnx.Module):
+    """Linear, exact GELU, Linear; also used by the FMM."""
+
+    def __init__(self, width: int, hidden: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        common = dict(kernel_init=trunc_normal, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.fc1 = nnx.Linear(width, hidden, **common)
+        self.fc2 = nnx.Linear(hidden, width, **common)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(gelu(self.fc1(x)))
+
+
+class SwiGLU(nnx.Module):
+    """Gated feed-forward of DINOv2-giant: fc1 gives gate and value in one product."""
+
+    def __init__(self, width: int, hidden: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        common = dict(kernel_init=trunc_normal, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.fc1 = nnx.Linear(width, 2 * hidden, **common)
+        self.fc2 = nnx.Linear(hidden, width, **common)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, value = jnp.split(self.fc1(x), 2, axis=-1)
+        return self.fc2(jax.nn.silu(gate) * value)
+
+
+class Layer(nnx.Module):
+    """Pre-norm transformer layer with LayerScale."""
+
+    def __init__(self, config: ViTConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        common = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        self.norm1 = layer_norm(width, 1e-6, **common)
+        self.attn = Attention(width, config.heads, **common)
+        self.scale1 = nnx.Param(jnp.ones(width, param_dtype))
+        self.norm2 = layer_norm(width, 1e-6, **common)
+        self.mlp = SwiGLU(width, hidden, **common) if config.swiglu else MLP(width, hidden, **common)
+        self.scale2 = nnx.Param(jnp.ones(width, param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: (B, N, C)."""
+        x = x + self.attn(self.norm1(x)) * self.scale1[...].astype(x.dtype)
+        return x + self.mlp(self.norm2(x)) * self.scale2[...].astype(x.dtype)
+
+
+class ViT(nnx.Module):
+    """Gives the outputs of four layers as maps, the final LayerNorm applied to the last one only."""
+
+    def __init__(self, config: ViTConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        common = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        width, patch = config.width, config.patch
+        self.patch_embed = nnx.Conv(
+            3, width, (patch, patch), strides=patch, padding="VALID", kernel_init=trunc_normal, **common
+        )
+        key = rngs.params
+        self.cls_token = nnx.Param(trunc_normal(key(), (1, 1, width), param_dtype))
+        self.pos_embed_cls = nnx.Param(trunc_normal(key(), (1, 1, width), param_dtype))
+        # Kept as a map, so that resizing it is resizing a map and its grid need not be square.
+        self.pos_embed = nnx.Param(trunc_normal(key(), (1, *config.grid, width), param_dtype))
+        tokens = (1, config.registers, width)
+        self.register_tokens = nnx.Param(trunc_normal(key(), tokens, param_dtype)) if config.registers else None
+        self.layers = nnx.List(Layer(config, **common) for _ in range(config.depth))
+        self.norm = layer_norm(width, 1e-6, **common)
+        self.config, self.dtype = config, dtype
+
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """x: (B, H, W, 3) normalised -> four (B, h, w, C), h = ceil(H / patch)."""
+        config = self.config
+        batch, height, width, _ = x.shape
+        grid = config.grid_of(height, width)
+        # Zeros at bottom and right, after normalisation: the published code pads where DINOv2's own crops.
+        x = jnp.pad(x, ((0, 0), (0, grid[0] * config.patch - height), (0, grid[1] * config.patch - width), (0, 0)))
+        x = self.patch_embed(x)
+        x = x + resize(self.pos_embed[...], grid, method="bicubic").astype(x.dtype)
+        x = x.reshape(batch, grid[0] * grid[1], config.width)
+        prefix = [self.cls_token[...] + self.pos_embed_cls[...]]
+        if self.register_tokens is not None:  # registers carry no position
+            prefix.append(self.register_tokens[...])
+        prefix = jnp.concatenate(prefix, axis=1).astype(x.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(prefix, (batch, *prefix.shape[1:])), x], axis=1)
+        taps, outputs = config.taps, []
+        call = nnx.remat(Layer.__call__) if config.remat else Layer.__call__
+        for index, layer in enumerate(self.layers):
+            x = call(layer, x)
+            if index in taps:
+                tokens = self.norm(x) if index == config.depth - 1 else x
+                outputs.append(tokens[:, prefix.shape[1] :].reshape(batch, *grid, config.width))
+        return outputs
