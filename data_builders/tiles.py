@@ -44,22 +44,19 @@ def encode_tile(image: np.ndarray, label: np.ndarray, name: str) -> dict:
     return {'image': _png(image[..., ::-1]), 'label': _png(label), 'name': name}
 
 
-def folder_split(manual_dir, split: str, num_classes: int) -> FolderSource:
-    """One split of the published layout, every tile of it read and checked before anything is written.
-
-    Raises DataError for missing directories and pairs, unreadable tiles, sizes that differ, foreign labels.
-    """
-    source = FolderSource(manual_dir, split, num_classes=num_classes)
-    check_split(source)
-    return source
-
-
 def folder_splits(manual_dir, builder_name: str) -> dict[str, FolderSource]:
-    """The published splits that `manual_dir` holds; `train` must be there."""
+    """The published splits that `manual_dir` holds, all tiles checked before anything is written.
+
+    `train` must be there. DataError for missing folders and pairs, unreadable tiles, sizes that differ and
+    label values that are no class.
+    """
     info = dataset_info(builder_name)
     splits = [split for split in info.splits
               if split == 'train' or (pathlib.Path(manual_dir) / 'img_dir' / split).is_dir()]
-    return {split: folder_split(manual_dir, split, info.num_classes) for split in splits}
+    sources = {split: FolderSource(manual_dir, split, num_classes=info.num_classes) for split in splits}
+    for source in sources.values():
+        check_split(source)
+    return sources
 
 
 def examples(source: FolderSource) -> Iterator[tuple[int, dict]]:

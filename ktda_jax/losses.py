@@ -9,6 +9,7 @@ from ktda_jax.models.ktda import Outputs
 from ktda_jax.models.layers import at_least_float32, resize
 
 IGNORE = 255
+EPS = float(jnp.finfo(jnp.float32).eps)  # mmsegmentation adds it to the denominator, which also saves 0 / 0
 KL_AXES = {"width": (2,), "channel": (3,), "position": (1, 2)}  # axes of (B, H, W, C) the softmax runs over
 
 
@@ -28,8 +29,8 @@ def cross_entropy(
     weights = valid.astype(nll.dtype)
     if class_weights is not None:
         weights = weights * jnp.asarray(class_weights, nll.dtype)[index]
-    total = jnp.maximum(weights.sum(), jnp.finfo(nll.dtype).tiny) if avg_non_ignore else labels.size
-    return (nll * weights).sum() / total
+    total = weights.sum() if avg_non_ignore else labels.size
+    return (nll * weights).sum() / (total + EPS)
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:

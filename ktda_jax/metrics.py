@@ -92,7 +92,9 @@ def best_constant(confusion: np.ndarray) -> float:
 
 
 def format_table(metrics: Metrics, classes: tuple[str, ...]) -> str:
-    """One aligned row per class, a row of means, and the summary line; percent with two decimals, NaN as '-'."""
+    """An aligned row per class, a row of means, the summary line; percent with two decimals, NaN as '-'."""
+    if len(classes) != len(metrics.per_class["IoU"]):
+        raise ValueError(f"{len(classes)} class names for {len(metrics.per_class['IoU'])} classes of scores")
     means = [metrics.summary[f"m{name}"] for name in PER_CLASS]
     rows = [("class", *PER_CLASS)]
     for index, name in enumerate(classes):
@@ -113,8 +115,10 @@ def _checked(confusion: np.ndarray) -> np.ndarray:
     if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
         raise ValueError(f"a confusion matrix is (C, C), got {confusion.shape}")
     if not np.issubdtype(confusion.dtype, np.integer) or (confusion < 0).any():
-        raise ValueError(f"a confusion matrix holds counts >= 0, got {confusion.dtype} with a minimum of "
-                         f"{confusion.min()} (int32 sums overflow; sum over the set in int64)")
+        raise ValueError(
+            f"a confusion matrix holds counts >= 0, got {confusion.dtype} with a minimum of "
+            f"{confusion.min()} (int32 sums overflow; sum over the set in int64)"
+        )
     return confusion.astype(np.int64)
 
 

@@ -27,7 +27,7 @@ class TrainState:
 
 
 def _flatten(state: nnx.State) -> Arrays:
-    return {"/".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(state)}
+    return {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
 def _variables(arrays: Mapping[str, jax.Array], kind: type[nnx.Variable]):

@@ -55,6 +55,14 @@ def test_counts_ignore_255_masked_rows_and_values_out_of_range(dtype):
     assert np.argwhere(np.asarray(one)).tolist() == [[1, 2]]
 
 
+def test_a_sharded_batch_gives_the_same_counts():
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    labels, predictions = np.random.default_rng(2).integers(0, 5, (2, 8, 16, 16)).astype(np.uint8)
+    got = COUNT(*jax.device_put((labels, predictions), sharding), 5)
+    np.testing.assert_array_equal(got, count_by_hand(labels, predictions, 5))
+
+
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="differ in shape"):
         metrics.confusion_matrix(jnp.zeros((1, 4, 4), jnp.uint8), jnp.zeros((1, 2, 2), jnp.int32), 3)

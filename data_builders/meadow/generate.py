@@ -12,10 +12,11 @@ import zlib
 import cv2
 import numpy as np
 
-NUM_CLASSES = 5
-IGNORE = 255
+from ktda_jax.data.datasets import IGNORE
+
 # Fraction of the ground that plants hide, per class (its centre), and how much it wanders within a class.
 COVER = (0.02, 0.24, 0.48, 0.72, 0.96)
+NUM_CLASSES = len(COVER)
 WITHIN = 0.2  # of the distance to the neighbouring class; 1 would be a ramp without visible borders
 
 
@@ -35,7 +36,7 @@ def generate_tile(seed: int, index: int, size: int = 128, *, split: str = 'train
     label = np.minimum(level.astype(np.int64), NUM_CLASSES - 1).astype(np.uint8)
 
     cover = _cover_fraction(level, label)
-    plants, plant_height = _grow(rng, cover, moisture)
+    plants, plant_height = _grow(rng, cover)
     albedo = _albedo(rng, plants, cover, moisture)
     shrubs, shrub_height = _shrubs(rng, size)
     albedo = albedo * (1 - shrubs[..., None]) + shrubs[..., None] * _shrub_colour(rng, shrub_height)
@@ -132,7 +133,7 @@ def _cover_fraction(level, label):
     return _blur(cover.astype(np.float32), 1.5)  # borders in nature are a few leaves wide
 
 
-def _grow(rng, cover, moisture):
+def _grow(rng, cover):
     """Plants on the ground: (presence 0..1, height), tussocks coarse where sparse and fine where dense."""
     size = len(cover)
     tussock, tuft, blade = (band_noise(rng, size, w) for w in (9.0, 5.0, 2.8))

@@ -6,7 +6,6 @@ share them, or on whether the run was interrupted.
 """
 
 import functools
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -143,7 +142,7 @@ class _TrainRows:
         self._reported, self._lock = set(), threading.Lock()
 
     def __len__(self) -> int:
-        return sys.maxsize
+        return 2 ** 60  # endless; Grain counts batches in floats, which rounds sys.maxsize up
 
     def __repr__(self) -> str:
         return f'_TrainRows({self._source!r}, seed={self._seed})'

@@ -20,6 +20,9 @@ from ktda_jax.data.datasets import IGNORE
 IMAGE_EXTENSIONS = ('.tif', '.tiff', '.png', '.jpg', '.jpeg')
 LABEL_EXTENSIONS = ('.png', '.tif', '.tiff')
 
+# Pillow reads the files and not OpenCV, which turns palette labels into colours, returns half a JPEG without
+# an error and prints a line for every GeoTIFF tag.
+
 # Modes that become RGB without changing a value that we keep: grey repeats, palettes expand, alpha drops.
 _RGB_LIKE = ('RGB', 'RGBA', 'L', 'LA', 'P', '1')
 # Pillow stretches grey PNGs of 2 and 4 bits to 0..255; a label wants the stored numbers back.

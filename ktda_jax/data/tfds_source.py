@@ -211,6 +211,8 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None,
         except Exception as error:
             if not builder.is_prepared():  # else another process was first, and its files are as good
                 raise DataError(f'cannot build {name} in {data_dir}: {_line(error)}') from error
+        if not builder.is_prepared():  # TFDS takes any folder of that name for the finished set
+            raise DataError(f'{builder.data_path} exists but holds no data set: remove it and run again')
     logging.info('built %s in %.1f s: %s', name, time.monotonic() - started, builder.data_path)
     return os.fspath(builder.data_path)
 

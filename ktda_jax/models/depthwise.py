@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-IMPLEMENTATIONS = ('conv', 'shifts')
+IMPLEMENTATIONS = ("conv", "shifts")
 
 
 def depthwise_conv(x, kernel, *, implementation=None):
@@ -19,9 +19,9 @@ def depthwise_conv(x, kernel, *, implementation=None):
     None takes 'shifts' where the program is compiled for CPU and 'conv' elsewhere.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f'depthwise_conv implementation {implementation!r} is none of {IMPLEMENTATIONS}')
+        raise ValueError(f"depthwise_conv implementation {implementation!r} is none of {IMPLEMENTATIONS}")
     if kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
-        raise ValueError(f'depthwise_conv needs odd kernel sizes, got {kernel.shape[:2]}')
+        raise ValueError(f"depthwise_conv needs odd kernel sizes, got {kernel.shape[:2]}")
     return _depthwise(implementation, x, kernel)
 
 
@@ -45,14 +45,14 @@ def _dispatch(implementation, shifts, conv, *args):
     # The platform of the lowering decides, not that of this process: a CPU host may compile for TPU.
     if implementation is None:
         return lax.platform_dependent(*args, cpu=shifts, default=conv)
-    return {'shifts': shifts, 'conv': conv}[implementation](*args)
+    return {"shifts": shifts, "conv": conv}[implementation](*args)
 
 
 # The inner jits are for tracing: a model calls this in 36 blocks of four shapes.
 @jax.jit
 def _conv(x, kernel):
     return lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        x, kernel.astype(x.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1])
 
 
@@ -103,8 +103,8 @@ def _shifts_kernel_grad(x, kernel, dy):
         row, column = step // tiles, step % tiles * tile
         rows = lax.dynamic_slice(padded, (0, row, column, 0), (batch, kh, tile + kw - 1, channels))
         d = lax.dynamic_slice(dy, (0, row, column, 0), (batch, 1, tile, channels))
-        columns = [
-            functools.reduce(lax.add, (rows[:, :, j + w] * d[:, :, w] for w in range(tile))) for j in range(kw)]
+        columns = [functools.reduce(lax.add, (rows[:, :, j + w] * d[:, :, w] for w in range(tile)))
+                   for j in range(kw)]
         return total + jnp.stack(columns, axis=2)
 
     total = jnp.zeros((batch, kh, kw, channels), padded.dtype)  # the batch axis, perhaps sharded, stays

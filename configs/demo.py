@@ -1,0 +1,28 @@
+"""The embedded default: five cover classes on `meadow`, synthetic tiles that are made in seconds.
+
+Command:   python -m ktda_jax.main --config=configs/demo.py
+Arguments: demo.py:tiny  a handful of steps, to see that everything runs
+Hardware:  two CPU cores.
+Time:      TODO
+Score:     TODO
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+grass = runpy.run_path(str(pathlib.Path(__file__).with_name("grass.py")))
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    config = grass["get_config"](argument.replace("tiny", ""))
+    grass["shrink"](config)
+    config.total_steps, config.eval_every, config.log_every = 240, 80, 10
+    config.batch_size = config.eval_batch_size = 8
+    config.data.source, config.data.name, config.data.root = "tfds", "meadow", "data/tfds"
+    config.data.crop = (128, 128)
+    config.model.teacher.image_size = (128, 128)
+    if "tiny" in argument:
+        config.total_steps, config.eval_every, config.schedule.warmup = 8, 4, 2
+    return config

@@ -1,0 +1,87 @@
+"""Grass cover in five levels: the published KTDA setting (base size, 345.9 M parameters with the teacher).
+
+Command:   python -m ktda_jax.main --config=configs/grass.py --config.data.root=DIR
+           DIR holds img_dir/{train,val}/*.tif and ann_dir/{train,val}/*.png, 256 px tiles.
+Arguments: grass.py:tiny      a model and schedule for a laptop, to see that your data work
+           grass.py:upstream  the published protocol (the same as ours here: grass has no test split)
+Hardware:  one accelerator, bfloat16; data-parallel on several (batch_size must divide by their number).
+Time:      not measured on an accelerator yet. CPU figures: benchmarks/NOTES.md.
+Score:     published mIoU 50.86, aAcc 74.26, with pretrained student and teacher; not reproduced by us yet.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    flags = set(filter(None, argument.split(",")))
+    if unknown := flags - {"tiny", "upstream"}:
+        raise ValueError(f"config argument {', '.join(unknown)!r} is unknown; known: tiny, upstream")
+    config = ConfigDict()
+    config.seed = 42
+    config.total_steps = 23_000
+    config.batch_size = 4  # over all devices
+    config.eval_batch_size = 4
+    config.grad_accum = 1  # micro-batches per step: less memory, the same batch
+    config.dtype = "auto"  # compute; bfloat16 on accelerators, float32 on CPU. Parameters are float32
+    config.clip_norm = config_dict.placeholder(float)  # of the global gradient
+    config.ema = config_dict.placeholder(float)  # decay of averaged parameters for evaluation, 0.999 say
+    config.log_every = 50
+    config.eval_every = 230
+    config.checkpoint_every = config_dict.placeholder(int)  # besides every evaluation
+    config.mesh = dict(data=-1, fsdp=1)  # -1: all devices; fsdp > 1 also splits the parameters
+
+    config.data = dict(
+        source="folder",  # or tfds, built by data_builders/
+        name="grass",  # gives the classes and the palette (ktda_jax/data/datasets.py)
+        root=config_dict.placeholder(str),  # folder; for tfds its data_dir
+        manual_dir=config_dict.placeholder(str),  # tfds: where the published folders are
+        train_split="train",
+        val_split="val",  # selects the best checkpoint
+        test_split=config_dict.placeholder(str),  # evaluated at the end; None: val_split
+        crop=(256, 256),
+        flip=0.5,
+        photometric=True,
+        on_corrupt="stop",  # or skip: take the next tile and count
+        num_threads=config_dict.placeholder(int),
+    )
+    config.model = dict(
+        student=dict(preset="base", depths=config_dict.placeholder(tuple), channels=config_dict.placeholder(tuple),
+                     drop_path=0.4, remat=False),
+        teacher=dict(preset="base", width=config_dict.placeholder(int), depth=config_dict.placeholder(int),
+                     heads=config_dict.placeholder(int), image_size=(256, 256), registers=0),
+        fam=True,
+        fmm=dict(enabled=True, form="transformer", blocks=4, heads=8, mlp_ratio=4.0, remat=False),
+        grid=config_dict.placeholder(tuple),  # of the FAM's output; None: the teacher's
+        head_channels=512,
+        aux_channels=256,  # 0: no auxiliary head
+        dropout=0.1,
+    )  # fmt: skip
+    config.distill = True
+    config.weights = dict(student=config_dict.placeholder(str), teacher=config_dict.placeholder(str))
+    config.loss = dict(
+        alpha=0.5,  # of KL against MSE
+        temperature=1.0,
+        kl_axis="width",  # as published; or channel, position
+        aux_weight=0.4,
+        class_weights=config_dict.placeholder(tuple),
+        avg_non_ignore=False,  # as published: ignored pixels count in the mean's denominator
+    )
+    config.optimizer = dict(lr=6e-4, b1=0.9, b2=0.999, weight_decay=0.01)
+    config.schedule = dict(warmup=1150, poly_begin=config_dict.placeholder(int), power=0.9)
+    if "tiny" in flags:
+        shrink(config)
+    return config
+
+
+def shrink(config: ConfigDict) -> None:
+    """A model of the same shape, about 3 M parameters, and a schedule of minutes on two CPU cores."""
+    config.total_steps, config.eval_every, config.log_every = 300, 100, 10
+    config.schedule.warmup = 20
+    if config.schedule.poly_begin is not None:
+        config.schedule.poly_begin = 10
+    student, teacher, fmm = config.model.student, config.model.teacher, config.model.fmm
+    student.preset, student.depths, student.channels = None, (1, 1, 3, 1), (32, 64, 128, 256)
+    student.drop_path = 0.05
+    teacher.preset, teacher.width, teacher.depth, teacher.heads = None, 96, 4, 3
+    fmm.blocks, fmm.heads = 1, 3
+    config.model.head_channels, config.model.aux_channels = 64, 32

@@ -1,0 +1,83 @@
+"""The only file that knows Orbax: the latest train state and the best one by validation mIoU."""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from ktda_jax.state import TrainState, check_shapes
+
+METRIC = "mIoU"
+
+
+class Checkpoints:
+    """Checkpoints under `directory`: the latest and the best. Orbax writes aside and renames when complete."""
+
+    def __init__(self, directory: str | pathlib.Path, *, read_only: bool = False):
+        self._directory = pathlib.Path(directory).absolute()
+        keep = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(1),
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[METRIC], n=1, keep_checkpoints_without_metrics=False
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep,
+            best_fn=lambda metrics: metrics[METRIC],
+            best_mode="max",
+            create=not read_only,
+            read_only=read_only,
+        )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+
+    def save(self, step: int, state: TrainState, data: dict, metrics: dict[str, float] | None) -> None:
+        """Starts writing `state` and the data position; returns once the arrays are copied."""
+        # A step may be saved twice: without a score when asked to stop, and with one when resumed from there.
+        if step in self._manager.all_steps():
+            if metrics is None:
+                return
+            self._manager.wait_until_finished()
+            self._manager.delete(step)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)),
+            metrics=metrics,
+            force=True,
+        )
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step with the highest validation mIoU, or the latest one if none was validated."""
+        best = self._manager.best_step()
+        return self.latest_step() if best is None else best
+
+    def restore(self, step: int, abstract: TrainState, shardings: Any) -> tuple[TrainState, dict]:
+        """State and data position at `step`, placed by `shardings`; ValueError where shapes differ."""
+        self._check(step, abstract)
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()),
+        )
+        return restored["state"], restored["data"]
+
+    def _check(self, step: int, abstract: TrainState) -> None:
+        saved = self._manager.item_metadata(step)["state"]
+        where = f"checkpoint {self._directory / str(step)}"
+        check_shapes(dict(saved["params"]), abstract.params, where)
+        if (saved["ema"] is None) != (abstract.ema is None):
+            raise ValueError(f"{where} was trained {'with' if saved['ema'] else 'without'} EMA; keep config.ema")
+
+    def close(self) -> None:
+        """Waits for writes in flight."""
+        self._manager.wait_until_finished()
+        self._manager.close()

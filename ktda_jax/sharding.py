@@ -1,0 +1,77 @@
+"""The `(data, fsdp)` mesh, and shardings by rule. Both axes split the batch; `fsdp` also splits the parameters."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+BATCH = ("data", "fsdp")
+MIN_SIZE = 2**13  # smaller arrays stay whole: gathering them would cost more than they save
+
+
+def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+    """A mesh over the devices of all processes; -1 takes what is left. One process may use fewer devices."""
+    devices = jax.device_count()
+    if fsdp == -1:
+        fsdp = devices // max(data, 1)
+    if data == -1:
+        data = devices // max(fsdp, 1)
+    used = data * fsdp
+    if data < 1 or fsdp < 1 or used > devices or (used < devices and jax.process_count() > 1):
+        raise ValueError(f"config.mesh (data={data}, fsdp={fsdp}) does not fit {devices} devices")
+    # Auto axes: under Explicit ones a sharded convolution kernel is an error.
+    return jax.make_mesh(
+        (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:used]
+    )
+
+
+def spec(shape: tuple[int, ...], fsdp: int) -> P:
+    """Splits the largest dimension that `fsdp` divides (the last of equals); small arrays are replicated."""
+    if fsdp > 1 and np.prod(shape, dtype=np.int64) >= MIN_SIZE:
+        for axis in sorted(range(len(shape)), key=lambda k: (shape[k], k), reverse=True):
+            if shape[axis] % fsdp == 0:
+                return P(*([None] * axis), "fsdp")
+    return P()
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """Shardings of a tree of arrays or ShapeDtypeStructs; Adam's moments get those of their parameters."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec(x.shape, mesh.shape["fsdp"])), tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis over all devices."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def check_batch_size(mesh: Mesh, batch_size: int, name: str, accumulate: int = 1) -> None:
+    """ValueError unless every device gets whole rows of every micro-batch."""
+    rows = mesh.size * accumulate
+    if batch_size < 1 or batch_size % rows:
+        micro = f" x {accumulate} accumulation steps" if accumulate > 1 else ""
+        raise ValueError(
+            f"{name} is {batch_size}, which {mesh.size} devices{micro} do not divide; "
+            f"use a multiple of {rows}, or fewer devices through config.mesh.data"
+        )
+
+
+def to_global(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows -> arrays over all devices of all processes."""
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Host arrays, equal in every process, onto the mesh."""
+    return jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(np.shape(x), s, lambda index, x=x: np.asarray(x)[index]),
+        tree,
+        shardings,
+    )

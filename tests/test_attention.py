@@ -1,0 +1,133 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ktda_jax.models import attention as attention_module
+from ktda_jax.models.attention import attention
+
+
+def inputs(*shape, count=3, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for _ in range(count))
+
+
+def value_and_grads(implementation, query, key, value, dout):
+    """Output and the gradients of query, key and value."""
+    def function(*args):
+        return attention(*args, implementation=implementation)
+    out, pullback = jax.vjp(function, query, key, value)
+    return (out, *pullback(dout))
+
+
+def relative_error(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b)
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def torch_value_and_grads(arrays, dout):
+    torch = pytest.importorskip("torch")
+    tensors = [torch.tensor(np.asarray(x)).transpose(1, 2).requires_grad_() for x in arrays]
+    out = torch.nn.functional.scaled_dot_product_attention(*tensors)
+    out.backward(torch.tensor(np.asarray(dout)).transpose(1, 2))
+    return [x.detach().transpose(1, 2).numpy() for x in (out, *(t.grad for t in tensors))]
+
+
+# Below, at and above the chunk of 128 queries; sizes that it does not divide; head widths of the models.
+SHAPES = [(2, 9, 2, 3), (1, 128, 2, 96), (2, 129, 3, 8), (2, 300, 1, 64), (1, 1, 2, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("implementation", ["plain", "chunked", None])
+def test_equals_torch_in_float64(shape, implementation):
+    with jax.enable_x64(True):
+        *arrays, dout = inputs(*shape, count=4, dtype=np.float64)
+        ours = jax.jit(value_and_grads, static_argnums=0)(implementation, *arrays, dout)
+        for a, b in zip(ours, torch_value_and_grads(arrays, dout), strict=True):
+            assert a.dtype == jnp.float64
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2), ("float16", 3e-3)])
+@pytest.mark.parametrize("implementation", ["plain", "chunked", "cudnn"])
+def test_precision_of_narrow_types(dtype, tolerance, implementation):
+    if implementation == "cudnn" and dtype != "float32" and jax.default_backend() != "gpu":
+        pytest.skip("cuDNN needs a GPU")
+    arrays = inputs(2, 200, 2, 32, count=4)
+    narrow = value_and_grads(implementation, *(x.astype(dtype) for x in arrays))
+    with jax.enable_x64(True):
+        # The reference starts from the same rounded inputs, so only the computation is judged.
+        reference = value_and_grads("plain", *(jnp.asarray(x.astype(dtype), jnp.float64) for x in arrays))
+    for a, b in zip(narrow, reference, strict=True):
+        assert a.dtype == dtype
+        assert relative_error(a, b) < tolerance
+
+
+def test_layout_of_accelerators():
+    """The form that GPU and TPU compile, all heads at once, run here on CPU."""
+    function = attention_module._chunked
+    *arrays, dout = inputs(2, 300, 3, 8, count=4)
+    expected = value_and_grads("plain", *arrays, dout)
+
+    def platform_dependent(*args, cpu, default):
+        return default(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_module.lax, "platform_dependent", platform_dependent)
+        out, pullback = jax.vjp(function, *arrays)
+        for a, b in zip((out, *pullback(dout)), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_large_scores_do_not_overflow():
+    query, key, value = (30 * x for x in inputs(1, 140, 1, 8))  # exp(88) is infinite
+    out = attention(query, key, value, implementation="chunked")
+    expected = attention(query, key, value, implementation="plain")
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_long_sequences_need_little_memory():
+    tokens, heads = 8192, 8
+    x = jax.ShapeDtypeStruct((1, tokens, heads, 96), jnp.float32)
+
+    def loss(*args):
+        return attention(*args).sum()
+
+    square = tokens * tokens * heads * 4
+    for function in (attention, jax.grad(loss, (0, 1, 2))):
+        compiled = jax.jit(function).lower(x, x, x).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < square / 8
+        assert f"{tokens},{tokens}" not in compiled.as_text()  # no such array at all
+
+
+@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+def test_batch_stays_sharded(implementation):
+    assert jax.device_count() == 8, "conftest.py sets 8 CPU devices"
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    arrays = inputs(8, 150, 2, 4, count=4)
+    expected = value_and_grads(implementation, *arrays)
+    step = jax.jit(value_and_grads, static_argnums=0)
+    sharded = [jax.device_put(x, sharding) for x in arrays]
+    text = step.lower(implementation, *sharded).compile().as_text()
+    for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
+        assert collective not in text
+    for a, b in zip(step(implementation, *sharded), expected, strict=True):
+        assert a.sharding.is_equivalent_to(sharding, a.ndim)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_lowers_for_other_platforms(platform):
+    """A CPU host that lowers for an accelerator gets the accelerator's layout: dots over all heads."""
+    x = jax.ShapeDtypeStruct((2, 2048, 8, 96), jnp.bfloat16)
+    text = jax.jit(attention).trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
+    assert "8x2x256x2048xf32" in text
+    assert "8x2x256x2048xf32" not in jax.jit(attention).lower(x, x, x).as_text()
+
+
+def test_rejects_unknown_implementation():
+    with pytest.raises(ValueError, match=r"'flash' is none of"):
+        attention(*inputs(1, 4, 1, 2), implementation="flash")
