@@ -81,10 +81,12 @@ def torch_depthwise(x, kernel):
 
 
 def row(name, shape, ours, plain, peer):
-    cells = [f"{ours[0]:9.2f} {ours[1]:9.2f} {ours[2]:7.0f}"]
-    cells.append(f"{plain[0]:9.2f} {plain[1]:9.2f} {plain[2]:7.0f}" if plain else f"{'-':>9} {'-':>9} {'-':>7}")
-    cells.append(f"{peer[0]:9.2f} {peer[1]:9.2f}" if peer else f"{'-':>9} {'-':>9}")
-    print(f"{name:<10} {shape!s:<20} | " + " | ".join(cells), flush=True)
+    """Numbers, or headings, in columns; a missing measurement is None."""
+    def cells(values, count):
+        return " ".join(x if isinstance(x, str) else f"{x:8.2f}" for x in values or ["       -"] * count)
+
+    columns = cells(ours, 3), cells(plain, 3), cells(peer, 2)
+    print(f"{name:<10} {shape!s:<18} | " + " | ".join(columns), flush=True)
 
 
 def main():
@@ -97,8 +99,8 @@ def main():
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    print(f"{'operation':<10} {'shape':<20} | {'ours':>9} {'both':>9} {'MB':>7} | {'plain XLA':>9} {'both':>9} "
-          f"{'MB':>7} | {'torch':>9} {'both':>9}")
+    row("operation", "shape", ["    ours", "    both", "      MB"], ["     XLA", "    both", "      MB"],
+        ["   torch", "    both"])
     for shape in ATTENTION + ATTENTION_LONG * args.long:
         arrays = [normal(*shape) for _ in range(3)]
         batch, tokens, heads, _ = shape

@@ -1,6 +1,7 @@
 """ConvNeXt student (Liu et al., 2022) as mmpretrain builds it, and ConvNeXt-V2 blocks (Woo et al., 2023)."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from flax import nnx
 
 from ktda_jax.models.depthwise import depthwise_conv
 from ktda_jax.models.layers import drop_path, gelu, layer_norm, trunc_normal
+from ktda_jax.models.recompute import activation_linear, norm_linear, recompute
 
 PRESETS = {
     "tiny": dict(depths=(3, 3, 9, 3), channels=(96, 192, 384, 768)),
@@ -52,13 +54,18 @@ class Block(nnx.Module):
         conv = self.depthwise_conv
         # nnx.Conv holds the parameters; the product itself is ours, since XLA's is very slow on CPU.
         y = depthwise_conv(x, conv.kernel[...].astype(self.dtype)) + conv.bias[...].astype(self.dtype)
-        y = gelu(self.pointwise_conv1(self.norm(y)))
-        if self.grn is not None:
-            y = self.grn(y)
-        y = self.pointwise_conv2(y)
+        y = norm_linear(self.norm, self.pointwise_conv1, y)
+        if self.grn is None:
+            y = activation_linear(gelu, self.pointwise_conv2, y)
+        else:
+            y = self.pointwise_conv2(self.grn(gelu(y)))
         if self.gamma is not None:
             y = y * self.gamma[...].astype(self.dtype)
         return x + drop_path(y, self.rate, key)
+
+
+def _call(block: Block, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    return block(x, key)
 
 
 class GRN(nnx.Module):
@@ -113,12 +120,13 @@ class ConvNeXt(nnx.Module):
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> list[jax.Array]:
         """x: (B, H, W, bands) normalised -> [(B, H/4, W/4, C0), ..., (B, H/32, W/32, C3)]. `key`: drop path."""
-        call = nnx.remat(Block.__call__) if self.remat else Block.__call__
         outputs, index = [], 0
         for downsample, stage, norm in zip(self.downsample, self.stages, self.norms, strict=True):
             x = downsample(x)
             for block in stage:
-                x = call(block, x, None if key is None else jax.random.fold_in(key, index))
+                block_key = None if key is None else jax.random.fold_in(key, index)
+                call = functools.partial(_call, key=block_key)
+                x = recompute(call, block, x) if self.remat else call(block, x)
                 index += 1
             outputs.append(norm(x))
         return outputs

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from ktda_jax.models.layers import gelu, layer_norm, trunc_normal
+from ktda_jax.models.recompute import recompute
 from ktda_jax.models.vit import MLP, Attention
 
 
@@ -16,7 +17,7 @@ class FMMConfig:
     blocks: int = 4
     heads: int = 8  # transformer only
     mlp_ratio: float = 4.0  # transformer only
-    remat: bool = False  # recompute each block in the backward pass: several times less memory
+    remat: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self):
         if self.form not in ("transformer", "mlp"):
@@ -35,8 +36,8 @@ class TransformerBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (B, N, C)."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.attn(x, self.norm1)
+        return x + self.mlp(x, self.norm2)
 
 
 class MLPBlock(nnx.Module):
@@ -50,6 +51,10 @@ class MLPBlock(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (B, N, C)."""
         return self.fc2(gelu(self.fc1(x)))
+
+
+def _call(block, x):
+    return block(x)
 
 
 class FMM(nnx.Module):
@@ -72,7 +77,6 @@ class FMM(nnx.Module):
         for blocks, x in zip(self.adapters, features, strict=True):
             tokens = x.reshape(x.shape[0], -1, x.shape[3])  # (B, H*W, C)
             for block in blocks:
-                call = nnx.remat(type(block).__call__) if self.remat else type(block).__call__
-                tokens = call(block, tokens)
+                tokens = recompute(_call, block, tokens) if self.remat else block(tokens)
             outputs.append(tokens.reshape(x.shape))
         return outputs

@@ -8,6 +8,7 @@ from flax import nnx
 
 from ktda_jax.models.attention import attention
 from ktda_jax.models.layers import gelu, layer_norm, resize, trunc_normal
+from ktda_jax.models.recompute import activation_linear, norm_linear
 
 PRESETS = {
     "small": dict(width=384, depth=12, heads=6),
@@ -27,7 +28,6 @@ class ViTConfig:
     registers: int = 0  # 4 in the published "with registers" models
     swiglu: bool = False
     mlp_ratio: float = 4.0
-    remat: bool = False
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -52,10 +52,10 @@ class Attention(nnx.Module):
         self.proj = nnx.Linear(width, width, **common)
         self.heads = heads
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (B, N, C)."""
+    def __call__(self, x: jax.Array, norm: nnx.LayerNorm) -> jax.Array:
+        """x: (B, N, C), normed here so that the normed copy need not be kept."""
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        qkv = norm_linear(norm, self.qkv, x).reshape(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = (qkv[:, :, k] for k in range(3))
         return self.proj(attention(query, key, value).reshape(batch, tokens, width))
 
@@ -68,8 +68,9 @@ class MLP(nnx.Module):
         self.fc1 = nnx.Linear(width, hidden, **common)
         self.fc2 = nnx.Linear(hidden, width, **common)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(gelu(self.fc1(x)))
+    def __call__(self, x: jax.Array, norm: nnx.LayerNorm) -> jax.Array:
+        """x: (B, N, C), normed here."""
+        return activation_linear(gelu, self.fc2, norm_linear(norm, self.fc1, x))
 
 
 class SwiGLU(nnx.Module):
@@ -81,8 +82,9 @@ class SwiGLU(nnx.Module):
         self.fc1 = nnx.Linear(width, 2 * hidden, **common)
         self.fc2 = nnx.Linear(hidden, width, **common)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, value = jnp.split(self.fc1(x), 2, axis=-1)
+    def __call__(self, x: jax.Array, norm: nnx.LayerNorm) -> jax.Array:
+        """x: (B, N, C), normed here."""
+        gate, value = jnp.split(self.fc1(norm(x)), 2, axis=-1)
         return self.fc2(jax.nn.silu(gate) * value)
 
 
@@ -101,8 +103,8 @@ class Layer(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (B, N, C)."""
-        x = x + self.attn(self.norm1(x)) * self.scale1[...].astype(x.dtype)
-        return x + self.mlp(self.norm2(x)) * self.scale2[...].astype(x.dtype)
+        x = x + self.attn(x, self.norm1) * self.scale1[...].astype(x.dtype)
+        return x + self.mlp(x, self.norm2) * self.scale2[...].astype(x.dtype)
 
 
 class ViT(nnx.Module):
@@ -141,9 +143,8 @@ class ViT(nnx.Module):
         prefix = jnp.concatenate(prefix, axis=1).astype(x.dtype)
         x = jnp.concatenate([jnp.broadcast_to(prefix, (batch, *prefix.shape[1:])), x], axis=1)
         taps, outputs = config.taps, []
-        call = nnx.remat(Layer.__call__) if config.remat else Layer.__call__
         for index, layer in enumerate(self.layers):
-            x = call(layer, x)
+            x = layer(x)
             if index in taps:
                 tokens = self.norm(x) if index == config.depth - 1 else x
                 outputs.append(tokens[:, prefix.shape[1] :].reshape(batch, *grid, config.width))
