@@ -42,6 +42,7 @@ def fastest(function, repeats):
 
 def time_jax(function, arrays, repeats):
     """Forward and both passes in ms, temporary MB of both."""
+
     def both(dout, *args):
         out, pullback = jax.vjp(function, *args)
         return out, pullback(dout)
@@ -49,9 +50,11 @@ def time_jax(function, arrays, repeats):
     forward = jax.jit(function).lower(*arrays).compile()
     dout = jnp.ones_like(forward(*arrays))
     both = jax.jit(both).lower(dout, *arrays).compile()
-    return (fastest(lambda: jax.block_until_ready(forward(*arrays)), repeats),
-            fastest(lambda: jax.block_until_ready(both(dout, *arrays)), repeats),
-            both.memory_analysis().temp_size_in_bytes / 1e6)
+    return (
+        fastest(lambda: jax.block_until_ready(forward(*arrays)), repeats),
+        fastest(lambda: jax.block_until_ready(both(dout, *arrays)), repeats),
+        both.memory_analysis().temp_size_in_bytes / 1e6,
+    )
 
 
 def time_torch(function, arrays, repeats):
@@ -77,11 +80,13 @@ def torch_attention(query, key, value):
 def torch_depthwise(x, kernel):
     # Channels-last memory seen as NCHW, which torch's convolution handles natively.
     return torch.nn.functional.conv2d(
-        x.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1).contiguous(), padding=3, groups=x.shape[-1])
+        x.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1).contiguous(), padding=3, groups=x.shape[-1]
+    )
 
 
 def row(name, shape, ours, plain, peer):
     """Numbers, or headings, in columns; a missing measurement is None."""
+
     def cells(values, count):
         return " ".join(x if isinstance(x, str) else f"{x:8.2f}" for x in values or ["       -"] * count)
 
@@ -99,8 +104,13 @@ def main():
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    row("operation", "shape", ["    ours", "    both", "      MB"], ["     XLA", "    both", "      MB"],
-        ["   torch", "    both"])
+    row(
+        "operation",
+        "shape",
+        ["    ours", "    both", "      MB"],
+        ["     XLA", "    both", "      MB"],
+        ["   torch", "    both"],
+    )
     for shape in ATTENTION + ATTENTION_LONG * args.long:
         arrays = [normal(*shape) for _ in range(3)]
         batch, tokens, heads, _ = shape

@@ -18,7 +18,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from ktda_jax import config as configs
-from ktda_jax import sharding, state, train
+from ktda_jax import sharding, state
+from ktda_jax.program import build
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Which model and batch size.")
 STEPS = flags.DEFINE_integer("steps", 3, "Timed training steps.")
@@ -32,14 +33,14 @@ def timed(function) -> float:
 
 
 def peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 * 1.024**3 / 1.073741824
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts KiB
 
 
 def main(_):
     config = CONFIG.value
     configs.check(config)
     config.eval_batch_size = config.batch_size
-    program = train.build(config)
+    program = build(config)
     crop, rng = tuple(config.data.crop), np.random.default_rng(0)
 
     def batch(rows):

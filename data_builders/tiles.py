@@ -24,15 +24,22 @@ def tiles_info(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:
         description=info.description,
         citation=info.citation or None,
         homepage=info.homepage or None,
-        features=tfds.features.FeaturesDict({
-            'image': tfds.features.Image(shape=(None, None, 3), encoding_format='png', doc='RGB'),
-            'label': tfds.features.LabeledImage(labels=list(info.classes), shape=(None, None, 1),
-                                                encoding_format='png', doc=f'class, {IGNORE} = ignore'),
-            'name': tfds.features.Text(doc='file stem of the tile'),
-        }),
-        supervised_keys=('image', 'label'),
-        metadata=tfds.core.MetadataDict(classes=list(info.classes), palette=[list(c) for c in info.palette],
-                                        ignore=IGNORE),
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png", doc="RGB"),
+                "label": tfds.features.LabeledImage(
+                    labels=list(info.classes),
+                    shape=(None, None, 1),
+                    encoding_format="png",
+                    doc=f"class, {IGNORE} = ignore",
+                ),
+                "name": tfds.features.Text(doc="file stem of the tile"),
+            }
+        ),
+        supervised_keys=("image", "label"),
+        metadata=tfds.core.MetadataDict(
+            classes=list(info.classes), palette=[list(c) for c in info.palette], ignore=IGNORE
+        ),
         # Records keep the sorted order of the files: tile i is the same tile as in FolderSource. Training
         # shuffles by itself.
         disable_shuffling=True,
@@ -41,7 +48,7 @@ def tiles_info(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:
 
 def encode_tile(image: np.ndarray, label: np.ndarray, name: str) -> dict:
     """image uint8 (H, W, 3) RGB, label uint8 (H, W) -> an example of the features above."""
-    return {'image': _png(image[..., ::-1]), 'label': _png(label), 'name': name}
+    return {"image": _png(image[..., ::-1]), "label": _png(label), "name": name}
 
 
 def folder_splits(manual_dir, builder_name: str) -> dict[str, FolderSource]:
@@ -51,8 +58,9 @@ def folder_splits(manual_dir, builder_name: str) -> dict[str, FolderSource]:
     label values that are no class.
     """
     info = dataset_info(builder_name)
-    splits = [split for split in info.splits
-              if split == 'train' or (pathlib.Path(manual_dir) / 'img_dir' / split).is_dir()]
+    splits = [
+        split for split in info.splits if split == "train" or (pathlib.Path(manual_dir) / "img_dir" / split).is_dir()
+    ]
     sources = {split: FolderSource(manual_dir, split, num_classes=info.num_classes) for split in splits}
     for source in sources.values():
         check_split(source)
@@ -66,7 +74,7 @@ def examples(source: FolderSource) -> Iterator[tuple[int, dict]]:
 
 
 def _png(bgr_or_grey):
-    ok, data = cv2.imencode('.png', bgr_or_grey)
+    ok, data = cv2.imencode(".png", bgr_or_grey)
     if not ok:
-        raise DataError(f'OpenCV could not encode an array of shape {bgr_or_grey.shape} as PNG')
+        raise DataError(f"OpenCV could not encode an array of shape {bgr_or_grey.shape} as PNG")
     return io.BytesIO(data.tobytes())

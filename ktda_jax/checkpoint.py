@@ -61,9 +61,7 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState, shardings: Any) -> tuple[TrainState, dict]:
         """State and data position at `step`, placed by `shardings`; ValueError where shapes differ."""
         self._check(step, abstract)
-        target = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-        )
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()),

@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import sys
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from ktda_jax.data.datasets import DatasetInfo, dataset_info
 # Settings that may differ between two runs of one workdir: they change how it runs, not what it computes.
 RUNTIME = (
     "log_every", "checkpoint_every", "mesh", "data.root", "data.manual_dir", "data.num_threads", "data.on_corrupt",
-    "figures",
+    "data.test_split",
 )  # fmt: skip
 
 
@@ -103,3 +105,26 @@ def write_json(path: pathlib.Path, values: dict) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
     os.replace(temporary, path)
+
+
+def write_run(workdir: pathlib.Path, config, fingerprints: dict[str, str]) -> None:
+    """What a later reader needs to know about how the numbers came about."""
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ktda-jax")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    write_json(
+        workdir / "run.json",
+        {
+            "versions": versions,
+            "python": sys.version.split()[0],
+            "devices": [str(d) for d in jax.devices()],
+            "processes": jax.process_count(),
+            "seed": config.seed,
+            "weights": dict(config.weights),
+            "data": fingerprints,
+        },
+    )

@@ -43,7 +43,13 @@ def make_eval_step(graphdef: nnx.GraphDef, num_classes: int, mesh: Mesh) -> Call
 
 
 def evaluate(
-    eval_step: Callable, params: Arrays, stats: Arrays, batches: Iterable[dict], mesh: Mesh, *, num_classes: int
+    eval_step: Callable,
+    params: Arrays,
+    stats: Arrays,
+    batches: Iterable[dict],
+    mesh: Mesh,
+    *,
+    num_classes: int,
 ) -> Evaluation:
     """Runs over this process's share of `batches`; the confusion matrix is that of all processes."""
     total = np.zeros((num_classes, num_classes), np.int64)

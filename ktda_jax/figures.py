@@ -189,9 +189,7 @@ def save_curves(path: str | os.PathLike, metrics_jsonl_path: str | os.PathLike) 
     rates = {k: v for k, v in curves.items() if last[k] == "lr"}
     scores = {k: v for k, v in curves.items() if last[k] == "mIoU"}
     panels = [
-        (draw, found)
-        for draw, found in ((_draw_losses, losses), (_draw_scores, scores), (_draw_rates, rates))
-        if found
+        (draw, found) for draw, found in ((_draw_losses, losses), (_draw_scores, scores), (_draw_rates, rates)) if found
     ]
     if not panels:
         raise ValueError(f"{metrics_jsonl_path}: no loss, lr or mIoU to draw")

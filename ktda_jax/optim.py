@@ -52,7 +52,5 @@ def adamw(
 ) -> optax.GradientTransformation:  # fmt: skip
     """AdamW as torch's, with optional clipping of the global gradient norm."""
     parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-    parts.append(
-        optax.adamw(learning_rate, b1=b1, b2=b2, eps=1e-8, weight_decay=weight_decay, mask=decay_mask)
-    )
+    parts.append(optax.adamw(learning_rate, b1=b1, b2=b2, eps=1e-8, weight_decay=weight_decay, mask=decay_mask))
     return optax.chain(*parts)

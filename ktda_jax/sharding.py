@@ -23,9 +23,7 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
     if data < 1 or fsdp < 1 or used > devices or (used < devices and jax.process_count() > 1):
         raise ValueError(f"config.mesh (data={data}, fsdp={fsdp}) does not fit {devices} devices")
     # Auto axes: under Explicit ones a sharded convolution kernel is an error.
-    return jax.make_mesh(
-        (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:used]
-    )
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:used])
 
 
 def spec(shape: tuple[int, ...], fsdp: int) -> P:

@@ -61,9 +61,7 @@ def models(name: str, dtype=jnp.float32, **overrides) -> tuple[KTDA, ViT]:
     graphdef, params, stats = state.split(KTDA(configuration, **common))
     found = ours(tensors, {**params, **stats})
     state.check_shapes(found, {**params, **stats}, name)
-    model = state.merge(
-        graphdef, *({k: jnp.asarray(found[k], dtype) for k in part} for part in (params, stats))
-    )
+    model = state.merge(graphdef, *({k: jnp.asarray(found[k], dtype) for k in part} for part in (params, stats)))
 
     graphdef, params, _ = state.split(ViT(configuration.teacher, **common))
     found = ours(tensors, params, mmseg.TEACHER)

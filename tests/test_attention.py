@@ -15,8 +15,10 @@ def inputs(*shape, count=3, dtype=np.float32):
 
 def value_and_grads(implementation, query, key, value, dout):
     """Output and the gradients of query, key and value."""
+
     def function(*args):
         return attention(*args, implementation=implementation)
+
     out, pullback = jax.vjp(function, query, key, value)
     return (out, *pullback(dout))
 

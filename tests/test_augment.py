@@ -7,21 +7,21 @@ import pytest
 
 from ktda_jax.data import augment
 
-GOLDEN = np.load(pathlib.Path(__file__).parent / 'goldens' / 'photometric.npz')
+GOLDEN = np.load(pathlib.Path(__file__).parent / "goldens" / "photometric.npz")
 
 
-@pytest.mark.parametrize('case', [case for case in GOLDEN.files if case != 'bgr'])
+@pytest.mark.parametrize("case", [case for case in GOLDEN.files if case != "bgr"])
 def test_colour_operations_equal_the_golden_ones(case):
-    operation, strength = case.split('/')
-    rgb = np.ascontiguousarray(GOLDEN['bgr'][..., ::-1])
+    operation, strength = case.split("/")
+    rgb = np.ascontiguousarray(GOLDEN["bgr"][..., ::-1])
     before = rgb.copy()
-    result = getattr(augment, f'adjust_{operation}')(rgb, float(strength))
+    result = getattr(augment, f"adjust_{operation}")(rgb, float(strength))
     assert result.dtype == np.uint8
     np.testing.assert_array_equal(result[..., ::-1], GOLDEN[case])
     np.testing.assert_array_equal(rgb, before)  # pure: the input is left alone
 
 
-@pytest.mark.parametrize('alpha, beta', [(0.5, 0.0), (1.4999, 0.0), (0.83, 0.0), (1.0, -31.97), (1.0, 7.5)])
+@pytest.mark.parametrize("alpha, beta", [(0.5, 0.0), (1.4999, 0.0), (0.83, 0.0), (1.0, -31.97), (1.0, 7.5)])
 def test_table_lookup_equals_the_arithmetic(alpha, beta):
     values = np.arange(256, dtype=np.uint8)[None]
     expected = np.clip(values.astype(np.float32) * alpha + beta, 0, 255).astype(np.uint8)
@@ -41,9 +41,9 @@ class Script:
     uniform = integers
 
 
-@pytest.mark.parametrize('contrast_first', [0, 1])
+@pytest.mark.parametrize("contrast_first", [0, 1])
 def test_distortion_applies_the_operations_in_the_published_order(contrast_first):
-    image = np.ascontiguousarray(GOLDEN['bgr'][..., ::-1])
+    image = np.ascontiguousarray(GOLDEN["bgr"][..., ::-1])
     contrast = [1, 0.83]
     rest = [1, 1.2, 1, -3]  # saturation, hue
     rng = Script(1, 20.0, contrast_first, *(contrast + rest if contrast_first else rest + contrast))
@@ -60,7 +60,7 @@ def test_distortion_applies_the_operations_in_the_published_order(contrast_first
 
 
 def test_distortion_can_leave_the_image_alone():
-    image = GOLDEN['bgr']
+    image = GOLDEN["bgr"]
     assert augment.photometric_distortion(image, Script(0, 0, 0, 0, 0)) is image
 
 
@@ -79,9 +79,9 @@ def test_crop_takes_one_window_from_both():
 def test_crop_refuses_what_does_not_fit():
     image, label = np.zeros((20, 30, 3), np.uint8), np.zeros((20, 30), np.uint8)
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match='20 x 30 is smaller than the crop of 24 x 24'):
+    with pytest.raises(ValueError, match="20 x 30 is smaller than the crop of 24 x 24"):
         augment.random_crop(image, label, 24, rng)
-    with pytest.raises(ValueError, match='image is 20 x 30 but its label 20 x 20'):
+    with pytest.raises(ValueError, match="image is 20 x 30 but its label 20 x 20"):
         augment.random_crop(image, label[:, :20], 16, rng)
 
 

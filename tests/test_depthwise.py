@@ -16,8 +16,10 @@ def inputs(shape, size=(7, 7), dtype=np.float32):
 
 def value_and_grads(implementation, x, kernel, dy):
     """Output and the gradients of image and kernel."""
+
     def function(x, kernel):
         return depthwise_conv(x, kernel, implementation=implementation)
+
     y, pullback = jax.vjp(function, x, kernel)
     return (y, *pullback(dy))
 
@@ -35,13 +37,21 @@ def torch_value_and_grads(x, kernel, dy):
     y = torch.nn.functional.conv2d(x, kernel, padding=padding, groups=x.shape[1])
     y.backward(torch.tensor(np.asarray(dy)).permute(0, 3, 1, 2))
     to_nhwc, to_hwio = (0, 2, 3, 1), (2, 3, 1, 0)
-    return [a.detach().permute(*axes).numpy()
-            for a, axes in ((y, to_nhwc), (x.grad, to_nhwc), (kernel.grad, to_hwio))]
+    return [
+        a.detach().permute(*axes).numpy()
+        for a, axes in ((y, to_nhwc), (x.grad, to_nhwc), (kernel.grad, to_hwio))
+    ]
 
 
 # Widths around the tile of 8 columns, images smaller than the kernel, other odd kernels.
-CASES = [((2, 9, 13, 6), (7, 7)), ((1, 8, 8, 5), (7, 7)), ((2, 2, 1, 3), (7, 7)), ((1, 5, 17, 4), (3, 5)),
-         ((1, 6, 4, 2), (1, 1)), ((3, 4, 16, 8), (5, 3))]
+CASES = [
+    ((2, 9, 13, 6), (7, 7)),
+    ((1, 8, 8, 5), (7, 7)),
+    ((2, 2, 1, 3), (7, 7)),
+    ((1, 5, 17, 4), (3, 5)),
+    ((1, 6, 4, 2), (1, 1)),
+    ((3, 4, 16, 8), (5, 3)),
+]
 
 
 @pytest.mark.parametrize("shape, size", CASES)
@@ -80,8 +90,11 @@ def test_batch_stays_sharded(implementation):
     batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     x, kernel, dy = inputs((8, 10, 12, 16))
     expected = value_and_grads(implementation, x, kernel, dy)
-    sharded = jax.device_put(x, batch), jax.device_put(kernel, NamedSharding(mesh, PartitionSpec())), \
-        jax.device_put(dy, batch)
+    sharded = (
+        jax.device_put(x, batch),
+        jax.device_put(kernel, NamedSharding(mesh, PartitionSpec())),
+        jax.device_put(dy, batch),
+    )
     step = jax.jit(value_and_grads, static_argnums=0)
     text = step.lower(implementation, *sharded).compile().as_text()
     for collective in ("all-gather", "all-to-all", "collective-permute"):
@@ -98,8 +111,9 @@ def test_platform_is_that_of_the_lowering():
     assert "stablehlo.convolution" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
-@pytest.mark.parametrize("size, implementation, message", [
-    ((7, 7), "fft", "'fft' is none of"), ((4, 7), None, "odd kernel sizes")])
+@pytest.mark.parametrize(
+    "size, implementation, message", [((7, 7), "fft", "'fft' is none of"), ((4, 7), None, "odd kernel sizes")]
+)
 def test_rejects_bad_arguments(size, implementation, message):
     x, kernel, _ = inputs((1, 8, 8, 4), size)
     with pytest.raises(ValueError, match=message):

@@ -13,18 +13,18 @@ from PIL import Image
 
 from ktda_jax.data.sources import DataError, FolderSource, check_split, read_image, read_label
 
-SAMPLES = pathlib.Path(__file__).parents[2] / 'shared' / 'real_samples'
+SAMPLES = pathlib.Path(__file__).parents[2] / "shared" / "real_samples"
 
 
-def write_tile(root, name, image, label, *, split='train', image_extension='.tif', palette=True):
+def write_tile(root, name, image, label, *, split="train", image_extension=".tif", palette=True):
     """One tile in the published layout: an RGB image and a label PNG of class indices (palette or grey)."""
-    for kind in ('img_dir', 'ann_dir'):
+    for kind in ("img_dir", "ann_dir"):
         (root / kind / split).mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(root / 'img_dir' / split / f'{name}{image_extension}')
+    Image.fromarray(image).save(root / "img_dir" / split / f"{name}{image_extension}")
     png = Image.fromarray(label)
     if palette:
         png.putpalette(list(range(255, -1, -1)) * 3)  # mode becomes P; all 256 entries, or 255 is not kept
-    png.save(root / 'ann_dir' / split / f'{name}.png')
+    png.save(root / "ann_dir" / split / f"{name}.png")
 
 
 def random_tile(seed, size=(32, 40), classes=3):
@@ -36,131 +36,133 @@ def random_tile(seed, size=(32, 40), classes=3):
 def tiles(tmp_path):
     """Four good tiles t0..t3, 32 x 40 pixels, 3 classes."""
     for number in range(4):
-        write_tile(tmp_path, f't{number}', *random_tile(number))
+        write_tile(tmp_path, f"t{number}", *random_tile(number))
     return tmp_path
 
 
 def source_of(root, **kwargs):
-    return FolderSource(root, 'train', num_classes=3, **kwargs)
+    return FolderSource(root, "train", num_classes=3, **kwargs)
 
 
 def error_of(call, *args, **kwargs) -> str:
     with pytest.raises(DataError) as caught:
         call(*args, **kwargs)
     message = str(caught.value)
-    assert '\n' not in message
+    assert "\n" not in message
     return message
 
 
 def test_a_tile_comes_back_as_written(tiles):
-    source = source_of(tiles, classes=('low', 'middle', 'high'))
+    source = source_of(tiles, classes=("low", "middle", "high"))
     image, label = random_tile(2)
     assert len(source) == 4
     tile = source[2]
-    np.testing.assert_array_equal(tile['image'], image)
-    np.testing.assert_array_equal(tile['label'], label)  # palette indices, not colours
-    assert tile['name'] == 't2' and tile['image'].dtype == tile['label'].dtype == np.uint8
+    np.testing.assert_array_equal(tile["image"], image)
+    np.testing.assert_array_equal(tile["label"], label)  # palette indices, not colours
+    assert tile["name"] == "t2" and tile["image"].dtype == tile["label"].dtype == np.uint8
     assert source.label_size(2) == (32, 40)
-    assert source.describe(2) == 'img_dir/train/t2.tif + ann_dir/train/t2.png'
-    assert repr(pickle.loads(pickle.dumps(source))) == repr(source) and 'tiles=4' in repr(source)
+    assert source.describe(2) == "img_dir/train/t2.tif + ann_dir/train/t2.png"
+    assert repr(pickle.loads(pickle.dumps(source))) == repr(source) and "tiles=4" in repr(source)
 
 
 def test_extensions_in_any_case_and_strangers_ignored(tiles):
-    write_tile(tiles, 'a.b', *random_tile(7), image_extension='.PNG', palette=False)
-    (tiles / 'img_dir' / 'train' / 'notes.txt').write_text('not a tile')
-    (tiles / 'img_dir' / 'train' / '._t0.tif').write_text('left by a Mac')
-    assert source_of(tiles).names == ('a.b', 't0', 't1', 't2', 't3')
+    write_tile(tiles, "a.b", *random_tile(7), image_extension=".PNG", palette=False)
+    (tiles / "img_dir" / "train" / "notes.txt").write_text("not a tile")
+    (tiles / "img_dir" / "train" / "._t0.tif").write_text("left by a Mac")
+    assert source_of(tiles).names == ("a.b", "t0", "t1", "t2", "t3")
 
 
-@pytest.mark.parametrize('mode', ['L', 'RGBA', 'P'])
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_harmless_image_modes_become_rgb(tmp_path, mode):
     image = Image.fromarray(random_tile(0)[0]).convert(mode)
-    image.save(tmp_path / 'image.png')
-    np.testing.assert_array_equal(read_image(str(tmp_path / 'image.png')), np.asarray(image.convert('RGB')))
+    image.save(tmp_path / "image.png")
+    np.testing.assert_array_equal(read_image(str(tmp_path / "image.png")), np.asarray(image.convert("RGB")))
 
 
-@pytest.mark.parametrize('extension', ['.png', '.tif'])
+@pytest.mark.parametrize("extension", [".png", ".tif"])
 def test_16_bit_images_are_refused(tmp_path, extension):
     # Pillow opens these as RGB and would silently keep the high byte.
-    path = str(tmp_path / f'deep{extension}')
+    path = str(tmp_path / f"deep{extension}")
     cv2.imwrite(path, np.full((8, 8, 3), 3000, np.uint16))
-    assert 'not 8-bit RGB' in error_of(read_image, path)
+    assert "not 8-bit RGB" in error_of(read_image, path)
 
 
 def test_labels_of_other_depths(tmp_path):
     label = random_tile(0)[1]
-    path = str(tmp_path / 'label.png')
+    path = str(tmp_path / "label.png")
     cv2.imwrite(path, label.astype(np.uint16))
     np.testing.assert_array_equal(read_label(path), label)
     cv2.imwrite(path, label.astype(np.uint16) + 300)
-    assert '302' in error_of(read_label, path)
+    assert "302" in error_of(read_label, path)
     Image.fromarray(label == 1).save(path)
     np.testing.assert_array_equal(read_label(path), label == 1)  # one bit: classes 0 and 1
     Image.fromarray(random_tile(0)[0]).save(path)
-    assert 'is RGB, not one band of class indices' in error_of(read_label, path)
+    assert "is RGB, not one band of class indices" in error_of(read_label, path)
 
 
-@pytest.mark.parametrize('bits', [2, 4])
+@pytest.mark.parametrize("bits", [2, 4])
 def test_grey_labels_of_few_bits_keep_their_numbers(tmp_path, bits):
     # Pillow stretches these to 0..255 on reading (2 bits: 0, 85, 170, 255), which would turn 3 into 'ignore'.
     def chunk(kind, data):
-        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    header = struct.pack('>IIBBBBB', 8 // bits, 1, bits, 0, 0, 0, 0)  # one byte of pixels
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 8 // bits, 1, bits, 0, 0, 0, 0)  # one byte of pixels
     pixels = zlib.compress(bytes([0, 0b00_01_10_11]))
-    path = tmp_path / 'label.png'
-    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', pixels)
-                     + chunk(b'IEND', b''))
+    path = tmp_path / "label.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
     assert read_label(str(path)).tolist() == {2: [[0, 1, 2, 3]], 4: [[0b0001, 0b1011]]}[bits]
 
 
 def test_missing_directory_says_what_is_there(tiles):
-    message = error_of(FolderSource, tiles, 'test', num_classes=3)
-    assert str(tiles / 'img_dir' / 'test') in message and 'holds train' in message
-    assert 'correct the data root' in error_of(source_of, tiles / 'nowhere' / 'deep')
+    message = error_of(FolderSource, tiles, "test", num_classes=3)
+    assert str(tiles / "img_dir" / "test") in message and "holds train" in message
+    assert "correct the data root" in error_of(source_of, tiles / "nowhere" / "deep")
 
 
 def test_directory_without_images(tiles):
-    for path in (tiles / 'img_dir' / 'train').iterdir():
-        path.rename(path.with_suffix('.jp2'))
+    for path in (tiles / "img_dir" / "train").iterdir():
+        path.rename(path.with_suffix(".jp2"))
     message = error_of(source_of, tiles)
-    assert 'no .tif/.tiff/.png/.jpg/.jpeg files' in message and 't0.jp2' in message
+    assert "no .tif/.tiff/.png/.jpg/.jpeg files" in message and "t0.jp2" in message
 
 
 def test_no_pair_shows_both_namings(tiles):
-    for path in (tiles / 'ann_dir' / 'train').iterdir():
-        path.rename(path.with_name(f'{path.stem}_mask.png'))
+    for path in (tiles / "ann_dir" / "train").iterdir():
+        path.rename(path.with_name(f"{path.stem}_mask.png"))
     message = error_of(source_of, tiles)
-    assert 't0, t1' in message and 't0_mask, t1_mask' in message
+    assert "t0, t1" in message and "t0_mask, t1_mask" in message
 
 
 def test_images_without_labels_are_named_and_counted(tiles):
-    (tiles / 'ann_dir' / 'train' / 't1.png').unlink()
-    (tiles / 'ann_dir' / 'train' / 't3.png').unlink()
+    (tiles / "ann_dir" / "train" / "t1.png").unlink()
+    (tiles / "ann_dir" / "train" / "t3.png").unlink()
     message = error_of(source_of, tiles)
-    assert '2 of 4 images' in message and 't1.tif, t3.tif' in message
+    assert "2 of 4 images" in message and "t1.tif, t3.tif" in message
 
 
 def test_two_files_for_one_name(tiles):
-    Image.fromarray(random_tile(0)[0]).save(tiles / 'img_dir' / 'train' / 't0.png')
-    assert 't0.png, t0.tif; keep one' in error_of(source_of, tiles)
+    Image.fromarray(random_tile(0)[0]).save(tiles / "img_dir" / "train" / "t0.png")
+    assert "t0.png, t0.tif; keep one" in error_of(source_of, tiles)
 
 
 def test_labels_without_images_only_warn(tiles, monkeypatch):
     warnings = []
-    monkeypatch.setattr(logging, 'warning', lambda text, *args: warnings.append(text % args))
-    (tiles / 'img_dir' / 'train' / 't1.tif').unlink()
-    assert source_of(tiles).names == ('t0', 't2', 't3')
-    assert 't1.png' in warnings[0]
+    monkeypatch.setattr(logging, "warning", lambda text, *args: warnings.append(text % args))
+    (tiles / "img_dir" / "train" / "t1.tif").unlink()
+    assert source_of(tiles).names == ("t0", "t2", "t3")
+    assert "t1.png" in warnings[0]
 
 
 def test_class_names_must_match_the_number(tiles):
-    assert 'one name per class' in error_of(source_of, tiles, classes=('one', 'two'))
+    assert "one name per class" in error_of(source_of, tiles, classes=("one", "two"))
 
 
 def test_check_counts_pixels_and_sizes(tiles):
     label = np.full((64, 64), 255, np.uint8)
     label[:2] = 1
-    write_tile(tiles, 'big', np.zeros((64, 64, 3), np.uint8), label)
+    write_tile(tiles, "big", np.zeros((64, 64, 3), np.uint8), label)
     summary = check_split(source_of(tiles), crop=32)
     labels = np.concatenate([random_tile(n)[1].ravel() for n in range(4)] + [label.ravel()])
     assert summary.tiles == 5 and summary.sizes == {(32, 40), (64, 64)} and summary.unreadable == ()
@@ -172,13 +174,13 @@ def test_check_counts_pixels_and_sizes(tiles):
 def test_fingerprint_follows_the_pixels_not_the_files(tiles, tmp_path_factory):
     before = check_split(source_of(tiles)).fingerprint
     assert check_split(source_of(tiles), num_threads=1).fingerprint == before
-    copy = tmp_path_factory.mktemp('copy')
+    copy = tmp_path_factory.mktemp("copy")
     for number in range(4):
-        write_tile(copy, f't{number}', *random_tile(number), image_extension='.png', palette=False)
+        write_tile(copy, f"t{number}", *random_tile(number), image_extension=".png", palette=False)
     assert check_split(source_of(copy)).fingerprint == before
     image, label = random_tile(3)
     label[0, 0] = (label[0, 0] + 1) % 3
-    write_tile(copy, 't3', image, label, image_extension='.png')
+    write_tile(copy, "t3", image, label, image_extension=".png")
     assert check_split(source_of(copy)).fingerprint != before
 
 
@@ -186,44 +188,44 @@ def test_check_names_label_values(tiles):
     image, label = random_tile(1)
     label[:2, :3] = 7
     label[5] = 9
-    write_tile(tiles, 't1', image, label, palette=False)
+    write_tile(tiles, "t1", image, label, palette=False)
     message = error_of(check_split, source_of(tiles))
-    assert 'label values outside 0..2 that are not 255 in 1 of 4 tiles' in message
-    assert 'ann_dir/train/t1.png (values 7, 9)' in message
+    assert "label values outside 0..2 that are not 255 in 1 of 4 tiles" in message
+    assert "ann_dir/train/t1.png (values 7, 9)" in message
 
 
 def test_check_names_different_sizes_and_small_images(tiles):
-    write_tile(tiles, 't1', random_tile(1)[0], random_tile(1, (32, 32))[1])
-    write_tile(tiles, 't2', *random_tile(2, (16, 16)))
+    write_tile(tiles, "t1", random_tile(1)[0], random_tile(1, (32, 32))[1])
+    write_tile(tiles, "t2", *random_tile(2, (16, 16)))
     message = error_of(check_split, source_of(tiles), crop=32)
-    assert 't1.png (image 32 x 40, label 32 x 32)' in message
-    assert 'smaller than the crop of 32 x 32' in message and 't2.png (16 x 16)' in message
+    assert "t1.png (image 32 x 40, label 32 x 32)" in message
+    assert "smaller than the crop of 32 x 32" in message and "t2.png (16 x 16)" in message
 
 
 def test_check_names_at_most_five_and_counts_the_rest(tmp_path):
     for number in range(8):
-        write_tile(tmp_path, f't{number}', *random_tile(number, classes=5), palette=False)
+        write_tile(tmp_path, f"t{number}", *random_tile(number, classes=5), palette=False)
     message = error_of(check_split, source_of(tmp_path))
-    assert 'in 8 of 8 tiles' in message and 't4.png' in message and 't5.png' not in message
-    assert 'and 3 more' in message
+    assert "in 8 of 8 tiles" in message and "t4.png" in message and "t5.png" not in message
+    assert "and 3 more" in message
 
 
-@pytest.mark.parametrize('damage', ['truncated', 'empty', 'text'])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
 def test_check_names_unreadable_files(tiles, damage):
-    path = tiles / 'img_dir' / 'train' / 't2.tif'
+    path = tiles / "img_dir" / "train" / "t2.tif"
     content = path.read_bytes()
-    path.write_bytes({'truncated': content[:len(content) // 2], 'empty': b'', 'text': b'<html>'}[damage])
+    path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"<html>"}[damage])
     source = source_of(tiles)
     assert str(path) in error_of(source.__getitem__, 2)
     message = error_of(check_split, source)
-    assert '1 of 4 tiles cannot be read' in message and str(path) in message
-    summary = check_split(source, on_corrupt='skip')  # the choice is the user's
+    assert "1 of 4 tiles cannot be read" in message and str(path) in message
+    summary = check_split(source, on_corrupt="skip")  # the choice is the user's
     assert len(summary.unreadable) == 1 and str(path) in summary.unreadable[0]
 
 
 def test_check_refuses_labels_that_ignore_everything(tmp_path):
-    write_tile(tmp_path, 't', random_tile(0)[0], np.full((32, 40), 255, np.uint8))
-    assert 'every pixel' in error_of(check_split, source_of(tmp_path))
+    write_tile(tmp_path, "t", random_tile(0)[0], np.full((32, 40), 255, np.uint8))
+    assert "every pixel" in error_of(check_split, source_of(tmp_path))
 
 
 def test_check_works_for_any_source():
@@ -235,20 +237,22 @@ def test_check_works_for_any_source():
 
         def __getitem__(self, index):
             if index == 1:
-                raise OSError('bad block')
+                raise OSError("bad block")
             image, label = random_tile(index)
-            return {'image': image, 'label': label, 'name': f't{index}'}
+            return {"image": image, "label": label, "name": f"t{index}"}
 
         def __repr__(self):
-            return 'Memory()'
+            return "Memory()"
 
-    assert 'tile 1 of Memory(): bad block' in error_of(check_split, Memory())
-    assert check_split(Memory(), on_corrupt='skip').sizes == {(32, 40)}
+    assert "tile 1 of Memory(): bad block" in error_of(check_split, Memory())
+    assert check_split(Memory(), on_corrupt="skip").sizes == {(32, 40)}
 
 
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason='real tiles are not here')
-@pytest.mark.parametrize('folder, split, classes, size, tiles', [
-    ('grass', 'val', 5, 256, 2), ('l8_biome', 'test', 4, 512, 1), ('l8_biome_256', 'train', 4, 256, 16)])
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="real tiles are not here")
+@pytest.mark.parametrize(
+    "folder, split, classes, size, tiles",
+    [("grass", "val", 5, 256, 2), ("l8_biome", "test", 4, 512, 1), ("l8_biome_256", "train", 4, 256, 16)],
+)
 def test_real_tiles(folder, split, classes, size, tiles):
     summary = check_split(FolderSource(SAMPLES / folder, split, num_classes=classes), crop=size)
     assert summary.tiles == tiles and summary.sizes == {(size, size)}

@@ -16,7 +16,7 @@ LEAVES = {"running_mean": "mean", "running_var": "var"}
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Float64, with every parameter and statistic random: a scale left at 1 or a bias at 0 would hide errors."""
+    """In float64, with random parameters and statistics: a scale left at 1 or a bias at 0 would hide errors."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double()
     for name, tensor in module.state_dict().items():
@@ -69,6 +69,12 @@ def value_and_pullback(function, primals, cotangents):
     """function(primals) and the cotangents pulled back to them."""
     value, pullback = jax.vjp(function, primals)
     return value, pullback(cotangents)[0]
+
+
+def kept_for_backward(function, *args) -> int:
+    """Number of values that the forward pass of function(*args) stores for the backward pass."""
+    pullback = jax.eval_shape(lambda *args: jax.vjp(function, *args)[1], *args)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pullback))
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ from data_builders import tiles
 class Builder(tfds.core.GeneratorBasedBuilder):
     """Splits train, val, as far as DIR has them; TFDS names the set after this file: `grass`."""
 
-    VERSION = tfds.core.Version('1.0.0')
-    RELEASE_NOTES = {'1.0.0': 'Initial release.'}  # noqa: RUF012 (the form TFDS prescribes)
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "Initial release."}  # noqa: RUF012 (the form TFDS prescribes)
     MANUAL_DOWNLOAD_INSTRUCTIONS = """
     Download the data set from https://huggingface.co/datasets/XavierJiezou/ktda-datasets and unpack it. The
     manual directory must hold img_dir/{train,val}/NAME.tif and ann_dir/{train,val}/NAME.png.

@@ -4,6 +4,6 @@ from ktda_jax.data.datasets import dataset_info
 
 
 class TestGrass(FolderCases):
-    info = dataset_info('grass')
+    info = dataset_info("grass")
     builder_cls = Builder
-    extension = '.tif'
+    extension = ".tif"

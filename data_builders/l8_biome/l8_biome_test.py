@@ -4,6 +4,6 @@ from ktda_jax.data.datasets import dataset_info
 
 
 class TestL8Biome(FolderCases):
-    info = dataset_info('l8_biome')
+    info = dataset_info("l8_biome")
     builder_cls = Builder
-    extension = '.png'
+    extension = ".png"

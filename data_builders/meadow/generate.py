@@ -20,13 +20,13 @@ NUM_CLASSES = len(COVER)
 WITHIN = 0.2  # of the distance to the neighbouring class; 1 would be a ramp without visible borders
 
 
-def generate_tile(seed: int, index: int, size: int = 128, *, split: str = 'train'):
+def generate_tile(seed: int, index: int, size: int = 128, *, split: str = "train"):
     """Tile `index` of `split`, the same for the same arguments wherever and whenever asked for.
 
     Returns (image uint8 (size, size, 3) RGB, label uint8 (size, size) with 0..4 and a few 255).
     """
     if size < 32 or size % 2:
-        raise ValueError(f'size={size}: a meadow tile needs an even number of pixels a side, at least 32')
+        raise ValueError(f"size={size}: a meadow tile needs an even number of pixels a side, at least 32")
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
 
     height = _terrain(rng, size)
@@ -83,7 +83,7 @@ def _normalised(gain):
     gain[0, 0] = 0
     twice = np.full(gain.shape[1], 2.0)  # rfft2 keeps one of each pair of conjugate columns ...
     twice[[0, -1]] = 1.0  # ... except the first and, n being even, the last
-    return gain / np.sqrt((gain ** 2 * twice).sum() / len(gain) ** 2)
+    return gain / np.sqrt((gain**2 * twice).sum() / len(gain) ** 2)
 
 
 def _filtered(rng, gain):
@@ -94,7 +94,7 @@ def _filtered(rng, gain):
 
 def _quantile(x):
     """Standard normal -> uniform in 0..1 (logistic approximation of the error function, within 0.0002)."""
-    return 1 / (1 + np.exp(-1.5976 * x - 0.070566 * x ** 3))
+    return 1 / (1 + np.exp(-1.5976 * x - 0.070566 * x**3))
 
 
 def _blur(x, sigma):
@@ -105,7 +105,7 @@ def _terrain(rng, size):
     """Hills with gullies, unit variance or so: smooth noise minus the creases of |noise|."""
     hills = spectral_noise(rng, size, slope=2.4)
     creases = np.abs(spectral_noise(rng, size, slope=1.9))
-    return 0.8 * hills + 0.75 * (np.sqrt(creases ** 2 + 0.01) - 0.8)
+    return 0.8 * hills + 0.75 * (np.sqrt(creases**2 + 0.01) - 0.8)
 
 
 def _track(rng, size):
@@ -121,7 +121,7 @@ def _track(rng, size):
 def _cover_level(rng, height, moisture):
     """Continuous class coordinate 0..5, uniform over many tiles, so that the classes have like shares."""
     lean = rng.standard_normal()  # this tile's pasture as a whole
-    z = (0.9 * lean - 0.7 * height + 1.1 * moisture) / np.sqrt(0.9 ** 2 + 0.7 ** 2 + 1.1 ** 2)
+    z = (0.9 * lean - 0.7 * height + 1.1 * moisture) / np.sqrt(0.9**2 + 0.7**2 + 1.1**2)
     return NUM_CLASSES * _quantile(_blur(z, 1.2))
 
 
@@ -137,7 +137,7 @@ def _grow(rng, cover):
     """Plants on the ground: (presence 0..1, height), tussocks coarse where sparse and fine where dense."""
     size = len(cover)
     tussock, tuft, blade = (band_noise(rng, size, w) for w in (9.0, 5.0, 2.8))
-    fine = cover ** 1.5
+    fine = cover**1.5
     grain = (1 - fine) * tussock + (0.55 + 0.35 * fine) * tuft + (0.25 + 0.3 * fine) * blade
     grain /= np.sqrt((1 - fine) ** 2 + (0.55 + 0.35 * fine) ** 2 + (0.25 + 0.3 * fine) ** 2)
     threshold = cover + 0.05 * spectral_noise(rng, size, slope=1.2)

@@ -10,10 +10,10 @@ from ktda_jax.data.datasets import dataset_info
 class Builder(tfds.core.GeneratorBasedBuilder):
     """`train` and `val` of freshly generated tiles; TFDS names it `meadow`."""
 
-    VERSION = tfds.core.Version('1.0.0')  # raise it when generate.py changes what it draws
-    RELEASE_NOTES = {'1.0.0': 'Initial release.'}  # noqa: RUF012 (the form TFDS prescribes)
+    VERSION = tfds.core.Version("1.0.0")  # raise it when generate.py changes what it draws
+    RELEASE_NOTES = {"1.0.0": "Initial release."}  # noqa: RUF012 (the form TFDS prescribes)
     SEED = 0
-    TILES = {'train': 160, 'val': 40}  # noqa: RUF012
+    TILES = {"train": 160, "val": 40}  # noqa: RUF012
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tiles.tiles_info(self)
@@ -25,4 +25,4 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         size = dataset_info(self.name).tile_size
         for index in range(count):
             image, label = generate_tile(self.SEED, index, size, split=split)
-            yield index, tiles.encode_tile(image, label, f'{split}_{index:04d}')
+            yield index, tiles.encode_tile(image, label, f"{split}_{index:04d}")

@@ -8,24 +8,26 @@ import cv2
 import numpy as np
 
 
-def random_crop(image: np.ndarray, label: np.ndarray, size: int | tuple[int, int],
-                rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def random_crop(
+    image: np.ndarray, label: np.ndarray, size: int | tuple[int, int], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Cuts the same window of `size` (side or (H, W)) from both, every position equally likely; views."""
     height, width = (size, size) if isinstance(size, int) else size
     if image.shape[:2] != label.shape:
-        raise ValueError(f'image is {image.shape[0]} x {image.shape[1]} but its label {label.shape[0]} x '
-                         f'{label.shape[1]}')
+        raise ValueError(
+            f"image is {image.shape[0]} x {image.shape[1]} but its label {label.shape[0]} x {label.shape[1]}"
+        )
     if label.shape[0] < height or label.shape[1] < width:
-        raise ValueError(f'tile of {label.shape[0]} x {label.shape[1]} is smaller than the crop of '
-                         f'{height} x {width}')
+        raise ValueError(f"tile of {label.shape[0]} x {label.shape[1]} is smaller than the crop of {height} x {width}")
     top = int(rng.integers(label.shape[0] - height + 1))
     left = int(rng.integers(label.shape[1] - width + 1))
-    window = np.s_[top:top + height, left:left + width]
+    window = np.s_[top : top + height, left : left + width]
     return image[window], label[window]
 
 
-def random_flip(image: np.ndarray, label: np.ndarray, rng: np.random.Generator,
-                probability: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+def random_flip(
+    image: np.ndarray, label: np.ndarray, rng: np.random.Generator, probability: float = 0.5
+) -> tuple[np.ndarray, np.ndarray]:
     """Mirrors both left to right with `probability`."""
     if rng.random() < probability:
         return cv2.flip(image, 1), cv2.flip(label, 1)

@@ -18,12 +18,22 @@ from ktda_jax.data import augment
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.sources import DataError, cpu_threads, label_sizes, read_tile, tile_name
 
-ON_CORRUPT = ('stop', 'skip')
+ON_CORRUPT = ("stop", "skip")
 
 
-def train_iterator(source, *, crop: int | tuple[int, int], batch_size: int, seed: int, flip: float = 0.5,
-                   photometric: bool = True, process_index: int = 0, process_count: int = 1,
-                   on_corrupt: str = 'stop', num_threads: int | None = None) -> grain.DatasetIterator:
+def train_iterator(
+    source,
+    *,
+    crop: int | tuple[int, int],
+    batch_size: int,
+    seed: int,
+    flip: float = 0.5,
+    photometric: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+    on_corrupt: str = "stop",
+    num_threads: int | None = None,
+) -> grain.DatasetIterator:
     """Endless training batches of this process; the iterator's `get_state` / `set_state` are its position.
 
     `batch_size` is global: process p gets rows p * b to (p + 1) * b, b = batch_size // process_count. A batch
@@ -33,19 +43,18 @@ def train_iterator(source, *, crop: int | tuple[int, int], batch_size: int, seed
     """
     rows = _rows_per_process(batch_size, process_index, process_count)
     if on_corrupt not in ON_CORRUPT:
-        raise DataError(f'on_corrupt is {on_corrupt!r}: choose one of {ON_CORRUPT}')
+        raise DataError(f"on_corrupt is {on_corrupt!r}: choose one of {ON_CORRUPT}")
     if seed < 0:
-        raise DataError(f'seed is {seed}: give a number from 0')
+        raise DataError(f"seed is {seed}: give a number from 0")
     if not len(source):
-        raise DataError(f'{source!r} has no tiles')
+        raise DataError(f"{source!r} has no tiles")
     cv2.setNumThreads(0)  # the parallelism is Grain's: one thread per batch in flight
-    rows_source = _TrainRows(source, seed=seed, crop=crop, flip=flip, photometric=photometric,
-                             on_corrupt=on_corrupt)
-    batches = (grain.MapDataset.source(rows_source)
-               .batch(rows, batch_fn=_stack)
-               # Batches of b rows, every process_count-th one: local batch k of process p is then number
-               # k * process_count + p, which holds exactly rows p * b to (p + 1) * b of global batch k.
-               [process_index::process_count])
+    rows_source = _TrainRows(source, seed=seed, crop=crop, flip=flip, photometric=photometric, on_corrupt=on_corrupt)
+    batches = grain.MapDataset.source(rows_source).batch(rows, batch_fn=_stack)[
+        # Batches of b rows, every process_count-th one: local batch k of process p is then number
+        # k * process_count + p, which holds exactly rows p * b to (p + 1) * b of global batch k.
+        process_index::process_count
+    ]
     return iter(batches.to_iter_dataset(_read_options(num_threads)))
 
 
@@ -58,7 +67,7 @@ class EvalBatches:
 
     def __init__(self, source, *, crop, batch_size, process_index, process_count, num_threads):
         if not len(source):
-            raise DataError(f'{source!r} has no tiles')
+            raise DataError(f"{source!r} has no tiles")
         self._rows = _rows_per_process(batch_size, process_index, process_count)
         self._first = process_index * self._rows
         self._source, self._num_threads = source, num_threads
@@ -71,7 +80,7 @@ class EvalBatches:
         for size in self.sizes:  # a batch holds labels of one size; each size pads its own last batch
             indices = by_size[size]
             for start in range(0, len(indices), batch_size):
-                chunk = indices[start:start + batch_size]
+                chunk = indices[start : start + batch_size]
                 plan.append(chunk + [-1] * (batch_size - len(chunk)))
                 self._batch_sizes.append(size)
         self.plan = np.array(plan, np.int64).reshape(-1, batch_size)
@@ -86,22 +95,35 @@ class EvalBatches:
 
     def _batch(self, number: int) -> dict:
         """This process's rows of global batch `number`."""
-        indices = self.plan[number, self._first:self._first + self._rows]
+        indices = self.plan[number, self._first : self._first + self._rows]
         size = self._batch_sizes[number]
         image = np.zeros((self._rows, *self._crop, 3), np.uint8)
         label = np.full((self._rows, *size), IGNORE, np.uint8)
-        names = [''] * self._rows
+        names = [""] * self._rows
         for row, index in enumerate(indices):
             if index >= 0:
                 tile = read_tile(self._source, int(index))
-                image[row] = _resized(tile['image'], self._crop)
-                label[row], names[row] = tile['label'], tile['name']
-        return {'image': image, 'label': label, 'mask': indices >= 0, 'name': names, 'index': indices,
-                'original': np.tile(np.array(size, np.int32), (self._rows, 1))}
+                image[row] = _resized(tile["image"], self._crop)
+                label[row], names[row] = tile["label"], tile["name"]
+        return {
+            "image": image,
+            "label": label,
+            "mask": indices >= 0,
+            "name": names,
+            "index": indices,
+            "original": np.tile(np.array(size, np.int32), (self._rows, 1)),
+        }
 
 
-def eval_batches(source, *, crop: int | tuple[int, int], batch_size: int, process_index: int = 0,
-                 process_count: int = 1, num_threads: int | None = None) -> EvalBatches:
+def eval_batches(
+    source,
+    *,
+    crop: int | tuple[int, int],
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int | None = None,
+) -> EvalBatches:
     """Every tile once, ordered by label size and then by index; rows are dealt to processes as in training.
 
     A batch is `image` uint8 (b, *crop, 3), resized bilinearly, `label` uint8 (b, H, W) at its own size,
@@ -109,16 +131,24 @@ def eval_batches(source, *, crop: int | tuple[int, int], batch_size: int, proces
     label's (H, W). Padding rows have image 0, label 255, mask false, name '' and index -1. Unreadable tiles
     raise DataError: a score over fewer tiles would not be the score asked for.
     """
-    return EvalBatches(source, crop=crop, batch_size=batch_size, process_index=process_index,
-                       process_count=process_count, num_threads=num_threads)
+    return EvalBatches(
+        source,
+        crop=crop,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        num_threads=num_threads,
+    )
 
 
 def _rows_per_process(batch_size: int, process_index: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
-        raise DataError(f'batch_size {batch_size} does not divide among {process_count} process(es): '
-                        f'use a positive multiple of {process_count}')
+        raise DataError(
+            f"batch_size {batch_size} does not divide among {process_count} process(es): "
+            f"use a positive multiple of {process_count}"
+        )
     if not 0 <= process_index < process_count:
-        raise DataError(f'process_index {process_index} is outside 0..{process_count - 1}')
+        raise DataError(f"process_index {process_index} is outside 0..{process_count - 1}")
     return batch_size // process_count
 
 
@@ -136,16 +166,16 @@ class _TrainRows:
     """
 
     def __init__(self, source, *, seed: int, crop, flip: float, photometric: bool, on_corrupt: str):
-        self._source, self._seed, self._skip = source, seed, on_corrupt == 'skip'
+        self._source, self._seed, self._skip = source, seed, on_corrupt == "skip"
         self._crop, self._flip, self._photometric = crop, flip, photometric
         self._order = functools.lru_cache(maxsize=4)(self._shuffled)  # neighbouring epochs overlap in a batch
         self._reported, self._lock = set(), threading.Lock()
 
     def __len__(self) -> int:
-        return 2 ** 60  # endless; Grain counts batches in floats, which rounds sys.maxsize up
+        return 2**60  # endless; Grain counts batches in floats, which rounds sys.maxsize up
 
     def __repr__(self) -> str:
-        return f'_TrainRows({self._source!r}, seed={self._seed})'
+        return f"_TrainRows({self._source!r}, seed={self._seed})"
 
     def __getitem__(self, position: int) -> dict:
         """Row number `position`, counted from the start of the run over the rows of all processes."""
@@ -153,13 +183,13 @@ class _TrainRows:
         tile, skipped = self._read(int(self._order(epoch)[place]))
         rng = np.random.Generator(np.random.Philox(key=np.array([self._seed, position], np.uint64)))
         try:
-            image, label = augment.random_crop(tile['image'], tile['label'], self._crop, rng)
+            image, label = augment.random_crop(tile["image"], tile["label"], self._crop, rng)
         except ValueError as error:
-            raise DataError(f'tile {tile["name"]}: {error}') from error
+            raise DataError(f"tile {tile['name']}: {error}") from error
         image, label = augment.random_flip(image, label, rng, self._flip)
         if self._photometric:
             image = augment.photometric_distortion(image, rng)
-        return {'image': image, 'label': label, 'skipped': skipped}
+        return {"image": image, "label": label, "skipped": skipped}
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         """The order of one epoch; a whole permutation takes less than decoding one tile."""
@@ -173,24 +203,25 @@ class _TrainRows:
                 return read_tile(self._source, candidate), step > 0
             except DataError as error:
                 if not self._skip:
-                    raise DataError(f'{error}; repair or remove the tile, or train with '
-                                    "on_corrupt='skip'") from error
+                    raise DataError(f"{error}; repair or remove the tile, or train with on_corrupt='skip'") from error
                 self._warn_once(candidate, error)
-        raise DataError(f'no readable tile in {self._source!r}')
+        raise DataError(f"no readable tile in {self._source!r}")
 
     def _warn_once(self, index: int, error: DataError) -> None:
         with self._lock:
             new = index not in self._reported
             self._reported.add(index)
         if new:
-            logging.warning('skipping tile %s: %s', tile_name(self._source, index), error)
+            logging.warning("skipping tile %s: %s", tile_name(self._source, index), error)
 
 
 def _stack(rows: list[dict]) -> dict:
-    return {'image': np.stack([row['image'] for row in rows]),
-            'label': np.stack([row['label'] for row in rows]),
-            'mask': np.ones(len(rows), bool),
-            'skipped': sum(int(row['skipped']) for row in rows)}
+    return {
+        "image": np.stack([row["image"] for row in rows]),
+        "label": np.stack([row["label"] for row in rows]),
+        "mask": np.ones(len(rows), bool),
+        "skipped": sum(int(row["skipped"]) for row in rows),
+    }
 
 
 def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

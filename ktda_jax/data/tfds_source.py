@@ -22,6 +22,7 @@ from ktda_jax.data.sources import DataError
 
 _quiet_lock = threading.RLock()  # what _quiet changes belongs to the whole process
 
+
 class TfdsSource:
     """Random access to a split of a TFDS data set in array_record form.
 
@@ -31,8 +32,14 @@ class TfdsSource:
     the files. DataError if the set is not built, has no such split, other features or number of classes.
     """
 
-    def __init__(self, name_or_dir: str | os.PathLike, split: str, *,
-                 data_dir: str | os.PathLike | None = None, num_classes: int):
+    def __init__(
+        self,
+        name_or_dir: str | os.PathLike,
+        split: str,
+        *,
+        data_dir: str | os.PathLike | None = None,
+        num_classes: int,
+    ):
         self.directory = find_built(name_or_dir, data_dir)
         self.split = split
         self.num_classes = num_classes
@@ -46,42 +53,41 @@ class TfdsSource:
     def __getitem__(self, index: int) -> dict:
         example = self._record(index)
         try:
-            image = _decode(example['image'], cv2.IMREAD_COLOR)
-            label = _decode(example['label'], cv2.IMREAD_UNCHANGED)
+            image = _decode(example["image"], cv2.IMREAD_COLOR)
+            label = _decode(example["label"], cv2.IMREAD_UNCHANGED)
         except ValueError as error:
-            raise DataError(f'cannot read {self.describe(index)}: {error}; build the set again') from error
-        name = example['name'].decode() if 'name' in example else f'{self.split}_{index}'
-        return {'image': cv2.cvtColor(image, cv2.COLOR_BGR2RGB), 'label': label, 'name': name}
+            raise DataError(f"cannot read {self.describe(index)}: {error}; build the set again") from error
+        name = example["name"].decode() if "name" in example else f"{self.split}_{index}"
+        return {"image": cv2.cvtColor(image, cv2.COLOR_BGR2RGB), "label": label, "name": name}
 
     def __repr__(self) -> str:
         # Without the folder: Grain compares it on resume, and data may have moved in the meantime.
-        return f'TfdsSource({self.name!r}, {self.split!r}, tiles={len(self)})'
+        return f"TfdsSource({self.name!r}, {self.split!r}, tiles={len(self)})"
 
     def describe(self, index: int) -> str:
         """Which record this is, for messages."""
-        return f'record {index} of {self.split} in {self.directory}'
+        return f"record {index} of {self.split} in {self.directory}"
 
     def label_size(self, index: int) -> tuple[int, int]:
         """(H, W) of one label from the header of its PNG, without decoding it."""
-        png = self._record(index)['label']
-        if png[:8] != b'\x89PNG\r\n\x1a\n' or len(png) < 24:
-            return self[index]['label'].shape
-        return int.from_bytes(png[20:24], 'big'), int.from_bytes(png[16:20], 'big')
+        png = self._record(index)["label"]
+        if png[:8] != b"\x89PNG\r\n\x1a\n" or len(png) < 24:
+            return self[index]["label"].shape
+        return int.from_bytes(png[20:24], "big"), int.from_bytes(png[16:20], "big")
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in ('_lock', '_records')}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_records")}
 
     def __setstate__(self, state: dict):
         self.__dict__.update(state, _lock=threading.Lock(), _records=None)
 
     def _record(self, index):
         if not 0 <= index < self._length:
-            raise IndexError(f'{self!r} has no tile {index}')
+            raise IndexError(f"{self!r} has no tile {index}")
         try:
             return self._open()[index]
         except Exception as error:
-            raise DataError(f'cannot read {self.describe(index)}: {_line(error)}; '
-                            'build the data set again') from error
+            raise DataError(f"cannot read {self.describe(index)}: {_line(error)}; build the data set again") from error
 
     def _open(self):
         with self._lock:
@@ -98,50 +104,57 @@ def _open_split(directory: str, split: str, num_classes: int):
         try:
             builder = tfds.builder_from_directory(directory)
         except Exception as error:
-            raise DataError(f'cannot read the data set in {directory}: {_line(error)}; '
-                            'build it again') from error
+            raise DataError(f"cannot read the data set in {directory}: {_line(error)}; build it again") from error
         info = builder.info
         known = [name for name, part in info.splits.items() if part.num_examples]
-        if re.split(r'[\[+]', split)[0] not in known:
-            raise DataError(f'{directory} has no split {split!r}: it has {", ".join(sorted(known))}')
+        if re.split(r"[\[+]", split)[0] not in known:
+            raise DataError(f"{directory} has no split {split!r}: it has {', '.join(sorted(known))}")
         _check_features(info, directory, num_classes)
-        if info.file_format.value != 'array_record':
-            raise DataError(f'{directory} is stored as {info.file_format.value}, which needs TensorFlow: '
-                            'build it with --file_format=array_record')
-        keep = {'image': tfds.decode.SkipDecoding(), 'label': tfds.decode.SkipDecoding()}
+        if info.file_format.value != "array_record":
+            raise DataError(
+                f"{directory} is stored as {info.file_format.value}, which needs TensorFlow: "
+                "build it with --file_format=array_record"
+            )
+        keep = {"image": tfds.decode.SkipDecoding(), "label": tfds.decode.SkipDecoding()}
         try:
             return builder.as_data_source(split, decoders=keep)
         except Exception as error:
-            raise DataError(f'cannot open split {split!r} of {directory}: {_line(error)}') from error
+            raise DataError(f"cannot open split {split!r} of {directory}: {_line(error)}") from error
 
 
 def _check_features(info, directory, num_classes):
     features = info.features
-    for name, channels in (('image', 3), ('label', 1)):
+    for name, channels in (("image", 3), ("label", 1)):
         if name not in features:
-            raise DataError(f'{directory} has no feature {name!r} but {", ".join(sorted(features))}: build '
-                            'it with image, label and name, as data_builders/tiles.py does')
+            raise DataError(
+                f"{directory} has no feature {name!r} but {', '.join(sorted(features))}: build "
+                "it with image, label and name, as data_builders/tiles.py does"
+            )
         feature = features[name]
         if feature.shape[-1:] != (channels,) or feature.np_dtype != np.uint8:
-            raise DataError(f'{directory}: feature {name!r} is {np.dtype(feature.np_dtype)} of shape '
-                            f'{feature.shape}, not uint8 with {channels} channels: build it again')
-    classes = getattr(features['label'], 'names', None)
+            raise DataError(
+                f"{directory}: feature {name!r} is {np.dtype(feature.np_dtype)} of shape "
+                f"{feature.shape}, not uint8 with {channels} channels: build it again"
+            )
+    classes = getattr(features["label"], "names", None)
     if classes and len(classes) != num_classes:
-        raise DataError(f'{directory} has {len(classes)} classes ({", ".join(classes)}), the configuration '
-                        f'{num_classes}: correct num_classes or the data set')
+        raise DataError(
+            f"{directory} has {len(classes)} classes ({', '.join(classes)}), the configuration "
+            f"{num_classes}: correct num_classes or the data set"
+        )
 
 
 def _decode(data: bytes, flags: int) -> np.ndarray:
     flags |= cv2.IMREAD_IGNORE_ORIENTATION
     array = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     if array is None:
-        raise ValueError('its image data are damaged')
+        raise ValueError("its image data are damaged")
     return array
 
 
 def default_data_dir() -> str:
     """Where TFDS keeps data sets: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
-    return os.path.expanduser(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
+    return os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 def find_built(name_or_dir: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> str:
@@ -149,37 +162,40 @@ def find_built(name_or_dir: str | os.PathLike, data_dir: str | os.PathLike | Non
     root = epath.Path(os.path.expanduser(data_dir or default_data_dir()))
     name = os.fspath(name_or_dir)
     for path in (epath.Path(os.path.expanduser(name)), root / name):  # an absolute name replaces the root
-        if (path / 'dataset_info.json').exists():
+        if (path / "dataset_info.json").exists():
             return os.fspath(path)
         # A folder of the working directory that merely has the name, such as data_builders/meadow, has none.
         if versions := _versions(path):
             return os.fspath(path / versions[-1])
     folder = root / name
-    message = f'data set {name!r} is not built: no */dataset_info.json in {folder}'
+    message = f"data set {name!r} is not built: no */dataset_info.json in {folder}"
     if name in DATASETS:
-        manual = '' if name == 'meadow' else ' --manual_dir=FOLDER_WITH_img_dir_AND_ann_dir'
-        raise DataError(f'{message}; build it with: python -m ktda_jax.data.tfds_source {name} '
-                        f'--data_dir={root}{manual}')
-    raise DataError(f'{message}; correct the name or data_dir ({_known_in(root)})')
+        manual = "" if name == "meadow" else " --manual_dir=FOLDER_WITH_img_dir_AND_ann_dir"
+        raise DataError(
+            f"{message}; build it with: python -m ktda_jax.data.tfds_source {name} --data_dir={root}{manual}"
+        )
+    raise DataError(f"{message}; correct the name or data_dir ({_known_in(root)})")
 
 
 def _versions(path) -> list[str]:
     if not path.is_dir():
         return []
-    found = [child.name for child in path.iterdir() if re.fullmatch(r'\d+\.\d+\.\d+', child.name)
-             and (child / 'dataset_info.json').exists()]
-    return sorted(found, key=lambda version: [int(part) for part in version.split('.')])
+    found = [
+        child.name
+        for child in path.iterdir()
+        if re.fullmatch(r"\d+\.\d+\.\d+", child.name) and (child / "dataset_info.json").exists()
+    ]
+    return sorted(found, key=lambda version: [int(part) for part in version.split(".")])
 
 
 def _known_in(root) -> str:
     if not root.is_dir():
-        return f'{root} does not exist'
-    names = sorted(child.name for child in root.iterdir() if child.is_dir() and child.name != 'downloads')
-    return f'{root} holds {", ".join(names) or "nothing"}'
+        return f"{root} does not exist"
+    names = sorted(child.name for child in root.iterdir() if child.is_dir() and child.name != "downloads")
+    return f"{root} holds {', '.join(names) or 'nothing'}"
 
 
-def prepare(name: str, data_dir: str | os.PathLike | None = None,
-            manual_dir: str | os.PathLike | None = None) -> str:
+def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: str | os.PathLike | None = None) -> str:
     """Builds `grass`, `l8_biome` or `meadow` into array_record unless it is there; returns its folder.
 
     `manual_dir` holds the published img_dir/ and ann_dir/ (meadow needs none); it is not looked at when the
@@ -195,8 +211,8 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None,
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
         import tensorflow_datasets as tfds
 
-        builder_cls = importlib.import_module(f'data_builders.{name}.{name}_dataset_builder').Builder
-        builder = builder_cls(data_dir=data_dir, file_format='array_record')
+        builder_cls = importlib.import_module(f"data_builders.{name}.{name}_dataset_builder").Builder
+        builder = builder_cls(data_dir=data_dir, file_format="array_record")
         if builder.is_prepared():
             return os.fspath(builder.data_path)
         if builder_cls.MANUAL_DOWNLOAD_INSTRUCTIONS:
@@ -210,20 +226,24 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None,
             raise
         except Exception as error:
             if not builder.is_prepared():  # else another process was first, and its files are as good
-                raise DataError(f'cannot build {name} in {data_dir}: {_line(error)}') from error
+                raise DataError(f"cannot build {name} in {data_dir}: {_line(error)}") from error
         if not builder.is_prepared():  # TFDS takes any folder of that name for the finished set
-            raise DataError(f'{builder.data_path} exists but holds no data set: remove it and run again')
-    logging.info('built %s in %.1f s: %s', name, time.monotonic() - started, builder.data_path)
+            raise DataError(f"{builder.data_path} exists but holds no data set: remove it and run again")
+    logging.info("built %s in %.1f s: %s", name, time.monotonic() - started, builder.data_path)
     return os.fspath(builder.data_path)
 
 
 def _check_manual_dir(name, manual_dir):
     if not manual_dir:
-        raise DataError(f'{name} is not built and is not generated: give manual_dir, the folder with the '
-                        f'published img_dir and ann_dir ({dataset_info(name).homepage})')
+        raise DataError(
+            f"{name} is not built and is not generated: give manual_dir, the folder with the "
+            f"published img_dir and ann_dir ({dataset_info(name).homepage})"
+        )
     if not os.path.isdir(os.path.expanduser(manual_dir)):
-        raise DataError(f'manual_dir {os.fspath(manual_dir)} for {name} is not a directory: give the folder '
-                        'that holds img_dir and ann_dir')
+        raise DataError(
+            f"manual_dir {os.fspath(manual_dir)} for {name} is not a directory: give the folder "
+            "that holds img_dir and ann_dir"
+        )
 
 
 def _remove_if_empty(path):
@@ -248,7 +268,7 @@ def _quiet():
 
 
 def _line(error: Exception) -> str:
-    return ' '.join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def main(argv=None):
@@ -256,16 +276,16 @@ def main(argv=None):
     import argparse
     import sys
 
-    parser = argparse.ArgumentParser(prog='python -m ktda_jax.data.tfds_source', description=prepare.__doc__)
-    parser.add_argument('name', choices=sorted(DATASETS))
-    parser.add_argument('--data_dir', help=f'default {default_data_dir()}')
-    parser.add_argument('--manual_dir', help='folder with img_dir and ann_dir')
+    parser = argparse.ArgumentParser(prog="python -m ktda_jax.data.tfds_source", description=prepare.__doc__)
+    parser.add_argument("name", choices=sorted(DATASETS))
+    parser.add_argument("--data_dir", help=f"default {default_data_dir()}")
+    parser.add_argument("--manual_dir", help="folder with img_dir and ann_dir")
     args = parser.parse_args(argv)
     try:
         print(prepare(args.name, args.data_dir, args.manual_dir))
     except DataError as error:
-        sys.exit(f'error: {error}')
+        sys.exit(f"error: {error}")
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     main()

@@ -85,15 +85,19 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 def _over_heads(one_head, *arrays):
     """Applies one_head(*arrays, chunk=...), which sees (B, N, D), to every head of (B, N, heads, D)."""
+
     def run(looped, chunk, *arrays):
         arrays = tuple(jnp.moveaxis(x, 2, 0) for x in arrays)  # (heads, B, N, D)
+
         def function(arrays):
             return one_head(*arrays, chunk=chunk)
+
         results = lax.map(function, arrays) if looped else jax.vmap(function)(arrays)
         return tuple(jnp.moveaxis(x, 0, 2) for x in results)
 
     return lax.platform_dependent(
-        *arrays, cpu=functools.partial(run, True, 128), default=functools.partial(run, False, 256))
+        *arrays, cpu=functools.partial(run, True, 128), default=functools.partial(run, False, 256)
+    )
 
 
 def _split(x, chunk):

@@ -92,7 +92,13 @@ class Downsample(nnx.Module):
         # Named ln, not norm: upstream gives these weight decay, and the decay rule goes by "norm" in the path.
         self.ln = layer_norm(outputs if stem else inputs, 1e-6, **common)
         self.conv = nnx.Conv(
-            inputs, outputs, (stride, stride), strides=stride, padding="VALID", kernel_init=trunc_normal, **common
+            inputs,
+            outputs,
+            (stride, stride),
+            strides=stride,
+            padding="VALID",
+            kernel_init=trunc_normal,
+            **common,
         )
         self.stem = stem
 

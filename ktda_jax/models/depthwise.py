@@ -52,8 +52,13 @@ def _dispatch(implementation, shifts, conv, *args):
 @jax.jit
 def _conv(x, kernel):
     return lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1])
+        x,
+        kernel.astype(x.dtype),
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
 
 
 @jax.jit
@@ -64,8 +69,10 @@ def _conv_grad(x, kernel, dy):
 def _pad(x, kernel, extra=0):
     """Zero border of half a kernel, plus `extra` columns on the right; at least float32."""
     half_h, half_w = kernel.shape[0] // 2, kernel.shape[1] // 2
-    return jnp.pad(x.astype(jnp.promote_types(x.dtype, jnp.float32)),
-                   ((0, 0), (half_h, half_h), (half_w, half_w + extra), (0, 0)))
+    return jnp.pad(
+        x.astype(jnp.promote_types(x.dtype, jnp.float32)),
+        ((0, 0), (half_h, half_h), (half_w, half_w + extra), (0, 0)),
+    )
 
 
 @jax.jit
@@ -74,7 +81,7 @@ def _shifts(x, kernel):
     kh, kw = kernel.shape[:2]
     padded = _pad(x, kernel)
     kernel = kernel.astype(padded.dtype)
-    terms = (padded[:, i:i + height, j:j + width] * kernel[i, j, 0] for i in range(kh) for j in range(kw))
+    terms = (padded[:, i : i + height, j : j + width] * kernel[i, j, 0] for i in range(kh) for j in range(kw))
     return functools.reduce(lax.add, terms).astype(x.dtype)
 
 
@@ -103,8 +110,7 @@ def _shifts_kernel_grad(x, kernel, dy):
         row, column = step // tiles, step % tiles * tile
         rows = lax.dynamic_slice(padded, (0, row, column, 0), (batch, kh, tile + kw - 1, channels))
         d = lax.dynamic_slice(dy, (0, row, column, 0), (batch, 1, tile, channels))
-        columns = [functools.reduce(lax.add, (rows[:, :, j + w] * d[:, :, w] for w in range(tile)))
-                   for j in range(kw)]
+        columns = [functools.reduce(lax.add, (rows[:, :, j + w] * d[:, :, w] for w in range(tile))) for j in range(kw)]
         return total + jnp.stack(columns, axis=2)
 
     total = jnp.zeros((batch, kh, kw, channels), padded.dtype)  # the batch axis, perhaps sharded, stays

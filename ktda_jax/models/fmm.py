@@ -4,11 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ktda_jax.models.layers import gelu, layer_norm, trunc_normal
 from ktda_jax.models.recompute import recompute
 from ktda_jax.models.vit import MLP, Attention
+
+CHUNK = 8192  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +20,7 @@ class FMMConfig:
     blocks: int = 4
     heads: int = 8  # transformer only
     mlp_ratio: float = 4.0  # transformer only
-    remat: bool = False  # recompute each block in the backward pass
+    remat: bool = False  # transformer only: recompute each block in the backward pass
 
     def __post_init__(self):
         if self.form not in ("transformer", "mlp"):
@@ -33,11 +36,37 @@ class TransformerBlock(nnx.Module):
         self.attn = Attention(width, config.heads, **common)
         self.norm2 = layer_norm(width, 1e-5, **common)
         self.mlp = MLP(width, int(width * config.mlp_ratio), **common)
+        self.remat = config.remat
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (B, N, C)."""
-        x = x + self.attn(x, self.norm1)
-        return x + self.mlp(x, self.norm2)
+        if not self.remat:
+            return _feed_forward((self.mlp, self.norm2), _attend((self.attn, self.norm1), x))
+        x = recompute(_attend, (self.attn, self.norm1), x)
+        # The MLP works token by token; in chunks its hidden layer, four times as wide, is never whole.
+        return _in_chunks(lambda x: recompute(_feed_forward, (self.mlp, self.norm2), x), x, CHUNK)
+
+
+def _attend(modules, x):
+    attn, norm = modules
+    return x + attn(x, norm)
+
+
+def _feed_forward(modules, x):
+    mlp, norm = modules
+    return x + mlp(x, norm)
+
+
+def _in_chunks(function, x: jax.Array, size: int) -> jax.Array:
+    """`function` over (B, N, C), `size` tokens of every sample at a time."""
+    batch, tokens, width = x.shape
+    count = -(-tokens // size)
+    if count == 1:
+        return function(x)
+    size = -(-tokens // count)
+    chunks = jnp.pad(x, ((0, 0), (0, count * size - tokens), (0, 0))).reshape(batch, count, size, width)
+    out = jax.lax.map(function, jnp.moveaxis(chunks, 1, 0))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, count * size, width)[:, :tokens]
 
 
 class MLPBlock(nnx.Module):
@@ -53,10 +82,6 @@ class MLPBlock(nnx.Module):
         return self.fc2(gelu(self.fc1(x)))
 
 
-def _call(block, x):
-    return block(x)
-
-
 class FMM(nnx.Module):
     """The same stack of blocks, with its own weights, on the tokens of every level."""
 
@@ -69,7 +94,6 @@ class FMM(nnx.Module):
             return TransformerBlock(width, config, **common)
 
         self.adapters = nnx.List(nnx.List(block(w) for _ in range(config.blocks)) for w in widths)
-        self.remat = config.remat
 
     def __call__(self, features: Sequence[jax.Array]) -> list[jax.Array]:
         """features: (B, H_i, W_i, C_i) per level -> the same shapes."""
@@ -77,6 +101,6 @@ class FMM(nnx.Module):
         for blocks, x in zip(self.adapters, features, strict=True):
             tokens = x.reshape(x.shape[0], -1, x.shape[3])  # (B, H*W, C)
             for block in blocks:
-                tokens = recompute(_call, block, tokens) if self.remat else block(tokens)
+                tokens = block(tokens)
             outputs.append(tokens.reshape(x.shape))
         return outputs

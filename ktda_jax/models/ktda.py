@@ -104,7 +104,12 @@ class KTDA(nnx.Module):
         self.config, self.dtype = config, dtype
 
     def __call__(
-        self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None, teacher: ViT | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        key: jax.Array | None = None,
+        teacher: ViT | None = None,
     ) -> Outputs:
         """images: (B, H, W, bands) 0..255. `key` draws drop path and dropout; None leaves both out."""
         x = normalize(images, self.dtype)

@@ -81,9 +81,7 @@ def _separable(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array
     return jnp.einsum("ow,bhwc->bhoc", jnp.asarray(columns, x.dtype), x)
 
 
-def resize(
-    x: jax.Array, size: tuple[int, int], *, method: str = "bilinear", scale: float | None = None
-) -> jax.Array:
+def resize(x: jax.Array, size: tuple[int, int], *, method: str = "bilinear", scale: float | None = None) -> jax.Array:
     """x: (B, H, W, C) -> (B, *size, C), as torch's interpolate without align_corners or antialias."""
     height, width = x.shape[1:3]
     if (height, width) == tuple(size) and scale in (None, 1.0):

@@ -15,9 +15,7 @@ class MultiLevelNeck(nnx.Module):
     """Per level a 1x1 convolution, a bilinear resize by 4, 2, 1, 0.5, a 3x3 convolution; bias, no norm."""
 
     def __init__(self, channels: Sequence[int], width: int, *, dtype, param_dtype, rngs: nnx.Rngs):
-        common = dict(
-            kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        common = dict(kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.lateral_convs = nnx.List(conv(c, width, 1, **common) for c in channels)
         self.convs = nnx.List(conv(width, width, 3, **common) for _ in channels)
 

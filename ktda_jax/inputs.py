@@ -1,0 +1,45 @@
+"""The tiles that a config names: which source, checked, and this process's share of the batches."""
+
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from ktda_jax import config as configs
+from ktda_jax.config import ConfigError
+from ktda_jax.data import pipeline
+from ktda_jax.data.sources import FolderSource, check_split
+
+
+def open_source(config, split: str):
+    """The tiles of a split, from TFDS array_records or from a folder in the published layout."""
+    data, num_classes = config.data, len(configs.classes_of(config).classes)
+    if data.source == "folder":
+        if data.root is None:
+            raise ConfigError("config.data.root is not set; give the folder that holds img_dir/ and ann_dir/")
+        return FolderSource(data.root, split, num_classes=num_classes)
+    from ktda_jax.data import tfds_source
+
+    if jax.process_index() == 0:
+        tfds_source.prepare(data.name, data.root, data.manual_dir)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("data set prepared")
+    return tfds_source.TfdsSource(data.name, split, data_dir=data.root, num_classes=num_classes)
+
+
+def eval_source(config, split: str):
+    """Batches of a split for evaluation, and the checked split's fingerprint."""
+    source = open_source(config, split)
+    summary = check_split(source, num_threads=config.data.num_threads)
+    batches = pipeline.eval_batches(
+        source, crop=tuple(config.data.crop), batch_size=config.eval_batch_size, **processes(config)
+    )
+    return batches, summary.fingerprint
+
+
+def processes(config) -> dict[str, Any]:
+    return dict(
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+    )

@@ -1,0 +1,217 @@
+"""The student against transformers' ConvNeXt backbones, in float64 with random weights; stochastic depth."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from torch_weights import (
+    adopt,
+    compiled,
+    error,
+    gradients,
+    nchw,
+    nhwc,
+    ours,
+    random,
+    randomize,
+    value_and_pullback,
+    worst,
+)
+
+from ktda_jax import state
+from ktda_jax.models import convnext
+from ktda_jax.models.convnext import Block, ConvNeXt, ConvNeXtConfig
+
+RENAMES = [
+    (r"^embeddings\.patch_embeddings", "downsample.0.conv"),
+    (r"^embeddings\.layernorm", "downsample.0.ln"),
+    (r"^encoder\.stages\.(\d)\.downsampling_layer\.0", r"downsample.\1.ln"),
+    (r"^encoder\.stages\.(\d)\.downsampling_layer\.1", r"downsample.\1.conv"),
+    (r"^encoder\.stages\.(\d)\.layers", r"stages.\1"),
+    (r"^hidden_states_norms\.stage(\d)", lambda match: f"norms.{int(match[1]) - 1}"),
+    (r"dwconv", "depthwise_conv"),
+    (r"pwconv", "pointwise_conv"),
+    (r"(^|\.)layernorm", r"\1norm"),
+    (r"layer_scale_parameter", "gamma"),
+    (r"grn\.weight", "grn.gamma"),
+    (r"grn\.bias", "grn.beta"),
+]
+SMALL = ConvNeXtConfig(depths=(1, 1, 2, 1), channels=(4, 8, 12, 16))
+TWO_STAGES = ConvNeXtConfig(depths=(1, 1), channels=(4, 8))  # the 49 products of each block compile slowly
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def torch_model(config: ConvNeXtConfig) -> torch.nn.Module:
+    settings = dict(
+        depths=list(config.depths), hidden_sizes=list(config.channels), num_channels=config.bands,
+        num_stages=len(config.depths), out_features=[f"stage{k + 1}" for k in range(len(config.depths))],
+        drop_path_rate=config.drop_path,
+    )  # fmt: skip
+    if config.v2:
+        return transformers.ConvNextV2Backbone(transformers.ConvNextV2Config(**settings)).eval()
+    settings["layer_scale_init_value"] = config.layer_scale
+    return transformers.ConvNextBackbone(transformers.ConvNextConfig(**settings)).eval()
+
+
+def from_torch(tensors):
+    """GRN's (1, 1, 1, C) as (C,)."""
+    return {k: v.flatten() if ".grn." in k else v for k, v in tensors.items()}
+
+
+def split_ours(config: ConvNeXtConfig, theirs: torch.nn.Module, dtype=jnp.float64):
+    def build():
+        return ConvNeXt(config, dtype=dtype, rngs=nnx.Rngs(0))
+
+    return adopt(build, from_torch(theirs.state_dict()), RENAMES)
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (SMALL, (64, 96)),
+        (SMALL, (45, 70)),  # what fills no patch is dropped
+        (dataclasses.replace(SMALL, v2=True), (64, 96)),
+        (dataclasses.replace(SMALL, bands=5), (32, 32)),
+    ],
+    ids=["V1", "odd size", "V2", "five bands"],
+)
+def test_feature_maps_equal_transformers(config, size):
+    theirs = randomize(torch_model(config))
+    x = random(2, *size, config.bands)
+    with torch.no_grad():
+        expected = theirs(nchw(x)).feature_maps
+    for a, b in zip(compiled(*split_ours(config, theirs))(jnp.asarray(x)), expected, strict=True):
+        assert error(a, nhwc(b)) < 1e-12
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
+def test_gradients_equal_transformers(v2):
+    config = dataclasses.replace(TWO_STAGES, v2=v2)
+    theirs = randomize(torch_model(config))
+    graphdef, params, _ = split_ours(config, theirs)
+    x = nchw(random(2, 32, 40, 3)).requires_grad_()
+    expected = theirs(x).feature_maps
+    cotangents = [random(*nhwc(f).shape, seed=1) for f in expected]
+    torch.autograd.backward(expected, [nchw(c) for c in cotangents])
+
+    def function(primals):
+        params, x = primals
+        return state.merge(graphdef, params, {})(x)
+
+    _, (params_grad, x_grad) = value_and_pullback(
+        function, (params, jnp.asarray(nhwc(x))), [jnp.asarray(c) for c in cotangents]
+    )
+    assert error(x_grad, nhwc(x.grad)) < 1e-11
+    assert worst(params_grad, ours(from_torch(gradients(theirs)), RENAMES, params))[0] < 1e-11
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+def test_precision_of_narrow_types(dtype, tolerance, v2):
+    config = dataclasses.replace(SMALL, v2=v2)
+    theirs = randomize(torch_model(config))
+    x = random(2, 64, 64, 3)
+    outputs = compiled(*split_ours(config, theirs, dtype))(jnp.asarray(x, dtype))
+    with torch.no_grad():
+        expected = theirs(nchw(x)).feature_maps
+    for a, b in zip(outputs, expected, strict=True):
+        assert a.dtype == dtype
+        assert error(a, nhwc(b)) < tolerance
+
+
+@pytest.mark.parametrize(("preset", "published"), [
+    ("tiny", 28_589_128), ("small", 50_223_688), ("base", 88_591_464), ("large", 197_767_336),
+    ("v2_atto", 3_708_400), ("v2_femto", 5_233_240),
+])  # fmt: skip
+def test_presets_have_the_published_sizes(preset, published):
+    """The published counts are of classifiers: a final LayerNorm and 1000 classes, no LayerNorm per stage."""
+    config = ConvNeXtConfig(**convnext.PRESETS[preset])
+    _, params, _ = state.abstract(lambda: ConvNeXt(config, rngs=nnx.Rngs(0)))
+    classifier = 2 * config.channels[-1] + 1000 * (config.channels[-1] + 1)
+    assert state.count(params) == published - classifier + 2 * sum(config.channels)
+    if preset == "base":
+        assert state.count(params) == pytest.approx(87.6e6, abs=0.05e6)
+
+
+def test_drop_path_rises_linearly_over_all_blocks():
+    config = dataclasses.replace(SMALL, drop_path=0.4)
+    model = nnx.eval_shape(lambda: ConvNeXt(config, rngs=nnx.Rngs(0)))
+    rates = [block.rate for stage in model.stages for block in stage]
+    np.testing.assert_allclose(rates, [0, 0.1, 0.2, 0.3, 0.4], atol=1e-15)
+    modules = [m for stage in torch_model(config).encoder.stages for m in stage.layers]
+    np.testing.assert_allclose(rates, [getattr(m.drop_path, "drop_prob", 0) for m in modules], atol=1e-7)
+
+
+def test_drop_path_drops_the_branch_of_whole_samples():
+    theirs = randomize(torch_model(SMALL).encoder.stages[0].layers[0])
+
+    def build():
+        return Block(4, 0.75, SMALL, dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+
+    block = compiled(*adopt(build, theirs.state_dict(), RENAMES))
+    x = jnp.asarray(random(64, 3, 3, 4))
+    branch = block(x, None) - x
+    ratio = np.asarray((block(x, jax.random.key(0)) - x) / branch).round(6)
+    assert set(np.unique(ratio)) == {0, 4}
+    assert (ratio == ratio[:, :1, :1, :1]).all()
+
+
+def test_drop_path_draws():
+    """One key, one draw; another key, block or sample, another; no key, no drop."""
+    config = dataclasses.replace(SMALL, drop_path=0.5)
+    theirs = randomize(torch_model(config))
+    model = compiled(*split_ours(config, theirs))
+    still = compiled(*split_ours(SMALL, theirs))
+    x = jnp.broadcast_to(jnp.asarray(random(1, 64, 64, 3)), (8, 64, 64, 3))
+    first, again, other = (model(x, key=jax.random.key(seed))[-1] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert error(first, other) > 0.01
+    assert len(np.unique(np.asarray(first)[:, 0, 0, 0])) > 4  # equal samples meet different fates
+    assert error(model(x)[-1], still(x, key=jax.random.key(0))[-1]) < 1e-14
+
+
+def test_blocks_draw_independently(monkeypatch):
+    draws = []
+
+    def record(block, x, key):
+        draws.append(jax.random.bernoulli(key, 0.5, (1000,)))
+        return x
+
+    monkeypatch.setattr(Block, "__call__", record)
+    config = ConvNeXtConfig(depths=(1, 2, 1, 1), channels=(4, 4, 4, 4), drop_path=0.5)
+    ConvNeXt(config, rngs=nnx.Rngs(0))(jnp.zeros((1, 32, 32, 3)), key=jax.random.key(0))
+    assert len(draws) == 5
+    assert np.abs(np.corrcoef(draws) - np.eye(5)).max() < 0.15
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
+def test_remat_keeps_less_and_changes_neither_outputs_nor_gradients(v2):
+    """With the same drop path draws in the second forward pass."""
+    config = dataclasses.replace(TWO_STAGES, v2=v2, drop_path=0.5)
+    theirs = randomize(torch_model(config))
+    x = jnp.asarray(random(4, 32, 32, 3))
+
+    def run(remat):
+        graphdef, params, _ = split_ours(dataclasses.replace(config, remat=remat), theirs)
+
+        def loss(params, key):
+            outputs = state.merge(graphdef, params, {})(x, key=key)
+            return sum(jnp.sum(jnp.sin(f)) for f in outputs), outputs
+
+        key = jax.random.key(0)
+        stored = kept_for_backward(lambda params: loss(params, key), params)
+        return stored, jax.jit(jax.value_and_grad(loss, has_aux=True))(params, key)
+
+    (less, recomputed), (more, plain) = run(True), run(False)
+    assert less < more / 2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), recomputed, plain)
