@@ -78,7 +78,7 @@ def train_step(
     ema = current.ema
     if ema is not None:
         ema = jax.tree.map(lambda e, p: config.ema * e + (1 - config.ema) * p, ema, params)
-    terms["grad_norm"] = optax.global_norm(grads)
+    terms["grad_norm"] = optax.tree.norm(grads)
     return TrainState(current.step + 1, params, stats, opt_state, ema), terms
 
 

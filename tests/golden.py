@@ -1,4 +1,4 @@
-"""The reference implementation's numbers (tests/goldens/, see ../shared/reference.md) and models that hold its weights."""
+"""The reference implementation's numbers (tests/goldens/) and models that hold its weights."""
 
 import functools
 import json
@@ -55,15 +55,15 @@ def ours(tensors, expected, table=mmseg.STUDENT_AND_HEADS) -> dict[str, np.ndarr
 def models(name: str, dtype=jnp.float32, **overrides) -> tuple[KTDA, ViT]:
     """Student-side model and teacher with the golden weights."""
     configuration = config(name, **overrides)
-    common = dict(dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    common = dict(dtype=dtype, param_dtype=dtype)
     tensors = checkpoint(name)
 
-    graphdef, params, stats = state.split(KTDA(configuration, **common))
+    graphdef, params, stats = state.abstract(lambda: KTDA(configuration, **common, rngs=nnx.Rngs(0)))
     found = ours(tensors, {**params, **stats})
     state.check_shapes(found, {**params, **stats}, name)
     model = state.merge(graphdef, *({k: jnp.asarray(found[k], dtype) for k in part} for part in (params, stats)))
 
-    graphdef, params, _ = state.split(ViT(configuration.teacher, **common))
+    graphdef, params, _ = state.abstract(lambda: ViT(configuration.teacher, **common, rngs=nnx.Rngs(0)))
     found = ours(tensors, params, mmseg.TEACHER)
     found |= mmseg.position_embedding(tensors[mmseg.POSITION], configuration.teacher.grid)
     state.check_shapes(found, params, name)

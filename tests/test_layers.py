@@ -43,7 +43,7 @@ def assert_equals_torch(function, torch_function, x):
 
 
 # up, down, both at once, to and from one pixel, by no simple factor
-SIZES = [((5, 7), (20, 28)), ((19, 19), (9, 9)), ((6, 9), (11, 4)), ((1, 3), (5, 1)), ((37, 37), (19, 19))]
+SIZES = [((5, 7), (20, 28)), ((37, 19), (19, 9)), ((6, 9), (11, 4)), ((1, 3), (5, 1))]
 
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
@@ -57,9 +57,7 @@ def test_resize_to_a_size(source, target, method):
 
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(
-    ("source", "factor"), [((19, 19), 0.5), ((5, 8), 0.5), ((7, 4), 4.0), ((5, 6), 1.5)], ids=str
-)
+@pytest.mark.parametrize(("source", "factor"), [((19, 8), 0.5), ((7, 4), 4.0), ((5, 6), 1.5)], ids=str)
 def test_resize_by_a_factor(source, factor, method):
     def torch_resize(x):
         return torch.nn.functional.interpolate(x, scale_factor=factor, mode=method, align_corners=False)
@@ -79,18 +77,21 @@ def test_a_resize_to_the_same_size_is_free():
     assert layers.resize(x, (4, 5)) is x and layers.resize(x, (4, 5), scale=1.0) is x
 
 
-@pytest.mark.parametrize("bins", [1, 2, 3, 6])
-@pytest.mark.parametrize("size", [(9, 9), (8, 13), (19, 5), (4, 1)], ids=str)
-def test_adaptive_avg_pool(size, bins):
+@pytest.mark.parametrize("size", [(9, 9), (19, 37), (4, 1)], ids=str)
+def test_adaptive_avg_pool(size):
+    """The bins of pyramid pooling; they overlap where they do not divide the size or outnumber it."""
+    bins = (1, 2, 3, 6)
+
+    def pool(x):
+        return jnp.concatenate([layers.adaptive_avg_pool(x, b).reshape(2, -1, 1, 3) for b in bins], 1)
+
     def torch_pool(x):
-        return torch.nn.functional.adaptive_avg_pool2d(x, bins)
+        return torch.cat([torch.nn.functional.adaptive_avg_pool2d(x, b).reshape(2, 3, -1, 1) for b in bins], 2)
 
-    assert_equals_torch(lambda x: layers.adaptive_avg_pool(x, bins), torch_pool, random(2, *size, 3))
+    assert_equals_torch(pool, torch_pool, random(2, *size, 3))
 
 
-@pytest.mark.parametrize(
-    "function", [lambda x: layers.resize(x, (19, 19)), lambda x: layers.adaptive_avg_pool(x, 6)]
-)
+@pytest.mark.parametrize("function", [lambda x: layers.resize(x, (19, 19)), lambda x: layers.adaptive_avg_pool(x, 6)])
 def test_bfloat16_keeps_its_precision(function):
     x = jnp.asarray(random(2, 8, 8, 16), jnp.bfloat16)
     out = function(x)
@@ -138,10 +139,7 @@ def test_batch_norm_in_training():
         assert error(out[k], nhwc(expected)) < 1e-12
         assert error(x_grad[k], nhwc(tensor.grad)) < 1e-11
     assert worst(params_grad, ours(gradients(theirs), [], params))[0] < 1e-12
-    assert (
-        worst(new_stats, {k: v for k, v in ours(theirs.state_dict(), [], {}).items() if k in stats})[0]
-        < 1e-12
-    )
+    assert worst(new_stats, {k: v for k, v in ours(theirs.state_dict(), [], {}).items() if k in stats})[0] < 1e-12
 
 
 def test_batch_norm_of_one_value_is_finite():
@@ -175,9 +173,7 @@ def test_convolution(kernel, bias):
     theirs = randomize(torch.nn.Conv2d(4, 6, kernel, padding=kernel // 2, bias=bias))
 
     def build():
-        settings = dict(
-            use_bias=bias, kernel_init=layers.trunc_normal, dtype=jnp.float64, param_dtype=jnp.float64
-        )
+        settings = dict(use_bias=bias, kernel_init=layers.trunc_normal, dtype=jnp.float64, param_dtype=jnp.float64)
         return layers.conv(4, 6, kernel, rngs=nnx.Rngs(0), **settings)
 
     assert_equals_torch(compiled(*adopt(build, theirs.state_dict(), [])), theirs, random(2, 5, 8, 4))
@@ -190,9 +186,7 @@ def test_patch_convolution_drops_what_does_not_fill_a_patch(stem):
     theirs = randomize(torch.nn.ModuleDict({"conv": conv, "ln": norm}))
 
     def build():
-        return Downsample(
-            3, 6, stride, stem=stem, dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
-        )
+        return Downsample(3, 6, stride, stem=stem, dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
 
     def torch_function(x):
         def channels_last(x):
@@ -207,9 +201,7 @@ def test_patch_convolution_drops_what_does_not_fill_a_patch(stem):
 def test_drops_whole_units_and_keeps_the_expectation(drop, kept_axes):
     """drop_path drops samples, dropout2d channels of samples; the rest is scaled up."""
     x, rate, draws = jnp.asarray(1 + random(3, 4, 5, 6) ** 2), 0.3, 4000
-    ratio = np.asarray(
-        jax.vmap(lambda key: drop(x, rate, key))(jax.random.split(jax.random.key(0), draws)) / x
-    )
+    ratio = np.asarray(jax.vmap(lambda key: drop(x, rate, key))(jax.random.split(jax.random.key(0), draws)) / x)
     unit = tuple(axis + 1 for axis in range(4) if axis not in kept_axes)
     np.testing.assert_allclose(ratio.max(unit), ratio.min(unit), rtol=1e-12)  # one fate per unit
     is_zero, is_kept = ratio == 0, np.isclose(ratio, 1 / (1 - rate), rtol=1e-12)

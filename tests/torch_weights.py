@@ -16,7 +16,7 @@ LEAVES = {"running_mean": "mean", "running_var": "var"}
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """In float64, with random parameters and statistics: a scale left at 1 or a bias at 0 would hide errors."""
+    """In float64, with random parameters and statistics: scales of 1 and biases of 0 would hide errors."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double()
     for name, tensor in module.state_dict().items():
@@ -31,7 +31,7 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def ours(tensors, renames, expected) -> dict[str, np.ndarray]:
-    """torch's tensors (or gradients) by name -> our paths and layout.
+    """torch's tensors (or gradients) by name -> our paths and layout; copies, since torch writes in place.
 
     `renames`: (pattern, replacement) pairs, as of re.sub, applied in order to each name.
     """
@@ -46,7 +46,7 @@ def ours(tensors, renames, expected) -> dict[str, np.ndarray]:
             leaf = "scale" if tensor.ndim == 1 else "kernel"
         path = "/".join([*parts, LEAVES.get(leaf, leaf)])
         shape = getattr(expected.get(path), "shape", tensor.shape)
-        found[path] = to_our_layout(tensor.detach().numpy(), "/" + path, len(shape))
+        found[path] = to_our_layout(tensor.detach().numpy().copy(), "/" + path, len(shape))
     return found
 
 
@@ -72,9 +72,10 @@ def value_and_pullback(function, primals, cotangents):
 
 
 def kept_for_backward(function, *args) -> int:
-    """Number of values that the forward pass of function(*args) stores for the backward pass."""
+    """Number of values, besides those of args, that the forward pass of function stores for the backward pass."""
     pullback = jax.eval_shape(lambda *args: jax.vjp(function, *args)[1], *args)
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pullback))
+    kept, given = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (pullback, args))
+    return kept - given
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:

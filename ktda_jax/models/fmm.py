@@ -24,7 +24,7 @@ class FMMConfig:
 
     def __post_init__(self):
         if self.form not in ("transformer", "mlp"):
-            raise ValueError(f"model.fmm.form is {self.form!r}; choose 'transformer' or 'mlp'")
+            raise ValueError(f"config.model.fmm.form is {self.form!r}; choose 'transformer' or 'mlp'")
 
 
 class TransformerBlock(nnx.Module):
