@@ -46,7 +46,7 @@ def train_step(
     optimizer,
     mesh,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimiser step. batch: `image` (B, H, W, 3), `label` (B, H, W), optionally `teacher` features."""
+    """One optimiser step. batch: `image` (B, H, W, 3), `label` (B, H, W), the rows of all devices."""
     key = jax.random.fold_in(jax.random.key(config.seed), current.step)
 
     def loss_fn(params, stats, rows, key):
@@ -138,10 +138,17 @@ def build(config) -> Program:
         teacher=(teacher_graphdef, teacher),
         abstract=abstract,
         shardings=shardings,
-        init=lambda: jax.jit(init, out_shardings=shardings)(loaded),
+        init=lambda: jit_once(init, out_shardings=shardings)(loaded),
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))),
         eval_step=evaluate.make_eval_step(graphdef, len(info.classes), mesh),
     )
+
+
+def jit_once(function: Callable, **options) -> Callable:
+    """jit for what runs once. Hundreds of random draws take XLA's CPU compiler three times as long as need be."""
+    if jax.default_backend() == "cpu":
+        options["compiler_options"] = {"xla_backend_optimization_level": 1}
+    return jax.jit(function, **options)
 
 
 def _check_grid(config, model: KTDAConfig) -> None:
@@ -176,4 +183,4 @@ def _teacher(config, model: KTDAConfig, common: dict, mesh: Mesh) -> tuple[nnx.G
     )
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
     init = lambda: state.split(ViT(model.teacher, **common, rngs=nnx.Rngs(params=key)))[1]  # noqa: E731
-    return graphdef, jax.jit(init, out_shardings=shardings)()
+    return graphdef, jit_once(init, out_shardings=shardings)()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from typing import NamedTuple
 
 import golden
 import jax
@@ -112,75 +113,77 @@ def test_distillation_variants(name, precision):
         assert abs(float(value) / expected[key] - 1) < tolerance, key
 
 
-def training_setup(dtype, optimizer):
-    """The golden model as a train state, and the real train step bound to it. Drop path and dropout are 0."""
-    model, teacher = golden.models("grass_tiny", dtype, dropout=0.0)
-    graphdef, params, stats = state.split(model)
-    teacher_graphdef, frozen, _ = state.split(teacher)
-    start = state.TrainState(state.step_zero(), params, stats, optimizer.init(params), None)
-    arrays = golden.arrays("grass_tiny")
-    batch = {"image": arrays["image_rgb_uint8"], "label": arrays["label_uint8"]}
-    config = ConfigDict(dict(seed=0, grad_accum=1, ema=None, loss=LOSS))
+class Trajectory(NamedTuple):
+    """Eight real training steps of the golden model; drop path and dropout are 0."""
 
-    @jax.jit
-    def step(current):
-        return train_step(
-            current, batch, frozen, config=config, graphdef=graphdef, teacher_graphdef=teacher_graphdef,
-            optimizer=optimizer, mesh=None,
-        )  # fmt: skip
-
-    return start, step
+    dtype: type
+    gradients: dict  # of step 0, by path
+    terms: list[dict]
+    rates: list[float]
+    final: dict  # parameters and BatchNorm statistics
 
 
-def test_losses_and_every_gradient_of_the_first_step(precision):
-    dtype, tolerance = precision
-    keep_gradients = optax.GradientTransformation(
-        lambda params: params, lambda grads, _, params: (jax.tree.map(jnp.zeros_like, params), grads)
-    )
-    start, step = training_setup(dtype, keep_gradients)
-    after, terms = step(start)
+@pytest.fixture(scope="module", params=["float32", "float64"])
+def trajectory(request):
+    dtype = jnp.dtype(request.param)
+    with jax.enable_x64(request.param == "float64"):
+        model, teacher = golden.models("grass_tiny", dtype, dropout=0.0)
+        graphdef, params, stats = state.split(model)
+        teacher_graphdef, frozen, _ = state.split(teacher)
+        schedule = optim.warmup_poly(6e-4, 8, warmup=3)
+        keep_gradients = optax.GradientTransformation(lambda params: params, lambda grads, _, params: (grads, grads))
+        optimizer = optax.chain(keep_gradients, optim.adamw(schedule))
+        arrays = golden.arrays("grass_tiny")
+        batch = {"image": arrays["image_rgb_uint8"], "label": arrays["label_uint8"]}
+        config = ConfigDict(dict(seed=0, grad_accum=1, ema=None, loss=LOSS))
+        parts = dict(graphdef=graphdef, teacher_graphdef=teacher_graphdef, optimizer=optimizer, mesh=None)
+        step = jax.jit(lambda current: train_step(current, batch, frozen, config=config, **parts))
+        current = state.TrainState(state.step_zero(), params, stats, optimizer.init(params), None)
+        gradients, terms = None, []
+        for _ in range(8):
+            current, found = step(current)
+            gradients = gradients or current.opt_state[0]
+            terms.append({k: float(v) for k, v in found.items()})
+        rates = [float(schedule(index)) for index in range(8)]
+        return Trajectory(dtype, gradients, terms, rates, {**current.params, **current.batch_stats})
+
+
+def test_losses_and_every_gradient_of_the_first_step(trajectory):
+    tolerance = 1e-9 if trajectory.dtype == jnp.float64 else 1e-4
     expected = golden.arrays("grass_tiny")
-    upstream = {
-        "decode": "decode.loss_ce", "aux": "aux.loss_ce", "distill": "distill_loss", "loss": "total",
-        "acc": "decode.acc_seg",
-    }  # fmt: skip
+    upstream = dict(
+        decode="decode.loss_ce", aux="aux.loss_ce", distill="distill_loss", loss="total", acc="decode.acc_seg"
+    )
     for ours, theirs in upstream.items():
         limit = 1e-6 if ours == "acc" else tolerance  # the reference computes the accuracy in float32
-        assert abs(float(terms[ours]) / expected[f"train0/{theirs}"] - 1) < limit, ours
+        assert abs(trajectory.terms[0][ours] / expected[f"train0/{theirs}"] - 1) < limit, ours
 
+    found = trajectory.gradients
     grads = {k.removeprefix("train0/grad/"): v for k, v in expected.items() if k.startswith("train0/grad/")}
-    grads = golden.ours(grads, start.params)
-    assert grads.keys() == start.params.keys()
+    grads = golden.ours(grads, found)
+    assert len(grads) == 184 and grads.keys() == found.keys()
     largest = max(np.linalg.norm(g) for g in grads.values())
     for path, reference in grads.items():
-        found = np.asarray(after.opt_state[path], np.float64)
         allowed = tolerance * np.linalg.norm(reference) + 1e-6 * largest
-        assert np.linalg.norm(found - reference) <= allowed, path
-    # Almost all of them without that allowance, which attention's key biases (no gradient at all) need.
-    plain = [golden.relative(after.opt_state[k], g) < 10 * tolerance for k, g in grads.items()]
-    assert sum(plain) >= 0.9 * len(plain)
+        assert np.linalg.norm(np.asarray(found[path], np.float64) - reference) <= allowed, path
+    # Nearly all of them without that allowance, which attention's key biases (no gradient at all) need.
+    assert sum(golden.relative(found[k], g) < 10 * tolerance for k, g in grads.items()) >= 0.9 * len(grads)
 
 
-def test_eight_steps_follow_the_reference(precision):
-    dtype, _ = precision
+def test_eight_steps_follow_the_reference(trajectory):
+    exact = trajectory.dtype == jnp.float64
     expected = golden.arrays("grass_tiny")
-    schedule = optim.warmup_poly(6e-4, 8, warmup=3)
-    current, step = training_setup(dtype, optim.adamw(schedule))
-    found = []
-    for index, rate in enumerate(expected["traj/lr"]):
-        assert abs(float(schedule(index)) - rate) < 1e-9
-        current, terms = step(current)
-        found.append([float(terms[k]) for k in ("decode", "distill", "aux", "loss")])
-    limit = 1e-8 if dtype == jnp.float64 else 1e-4
-    np.testing.assert_allclose([f[3] for f in found], expected["traj/total"], rtol=limit)
-    np.testing.assert_allclose([f[:3] for f in found], expected["traj/components_decode_distill_aux"], rtol=limit)
+    np.testing.assert_allclose(trajectory.rates, expected["traj/lr"], rtol=0, atol=1e-9)
+    losses_found = [[terms[k] for k in ("decode", "distill", "aux")] for terms in trajectory.terms]
+    limit = 1e-8 if exact else 1e-4
+    np.testing.assert_allclose([t["loss"] for t in trajectory.terms], expected["traj/total"], rtol=limit)
+    np.testing.assert_allclose(losses_found, expected["traj/components_decode_distill_aux"], rtol=limit)
 
     final = {k.removeprefix("traj/final/"): v for k, v in expected.items() if k.startswith("traj/final/")}
-    ours = {**current.params, **current.batch_stats}
-    final = golden.ours(final, ours)
+    final = golden.ours(final, trajectory.final)
     assert len(final) == 8
     for path, reference in final.items():
-        assert golden.relative(ours[path], reference) < (1e-7 if dtype == jnp.float64 else 1e-3), path
+        assert golden.relative(trajectory.final[path], reference) < (1e-7 if exact else 1e-3), path
 
 
 def small(**overrides) -> KTDAConfig:
