@@ -49,7 +49,7 @@ def main(_):
             "label": rng.integers(0, len(configs.classes_of(config).classes), (rows, *crop), np.uint8),
         }
 
-    current = program.init()
+    current, teacher = program.init(), program.teacher()
     rows = sharding.to_global(program.mesh, batch(config.batch_size))
     report = {
         "config": config.data.name,
@@ -57,17 +57,17 @@ def main(_):
         "batch_size": config.batch_size,
         "dtype": str(configs.compute_dtype(config)),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "parameters_M": round(state.count({**program.abstract.params, **program.teacher[1]}) / 1e6, 1),
+        "parameters_M": round(state.count({**program.abstract.params, **teacher}) / 1e6, 1),
     }
     if STEPS.value:
         start = time.perf_counter()
-        step = program.train_step.lower(current, rows, program.teacher[1]).compile()
+        step = program.train_step.lower(current, rows, teacher).compile()
         report["compile_s"] = round(time.perf_counter() - start, 1)
         report["temporary_gb"] = round(step.memory_analysis().temp_size_in_bytes / 1e9, 2)
 
         def one():
             nonlocal current
-            current, terms = step(current, rows, program.teacher[1])
+            current, terms = step(current, rows, teacher)
             return terms
 
         timed(one)

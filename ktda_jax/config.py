@@ -77,8 +77,8 @@ def flat(config: ml_collections.ConfigDict | dict, prefix: str = "") -> dict[str
     return json.loads(json.dumps(values)) if not prefix else values
 
 
-def write_or_compare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Saves the config with a new workdir; refuses a workdir that another computation has begun."""
+def compare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Refuses a workdir that another computation has begun."""
     path, ours = workdir / "config.json", flat(config)
     if path.exists():
         try:
@@ -96,8 +96,10 @@ def write_or_compare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -
                 f"workdir {workdir} was begun with another config: {', '.join(different[:4])}{more}; "
                 "use another --workdir, or the saved settings"
             )
-    if jax.process_index() == 0:
-        write_json(path, json.loads(config.to_json_best_effort()))
+
+
+def write(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
 
 
 def write_json(path: pathlib.Path, values: dict) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from absl import logging
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -27,10 +26,10 @@ class Program:
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
     schedule: Callable
-    teacher: tuple[nnx.GraphDef | None, state.Arrays]
     abstract: TrainState
     shardings: TrainState
     init: Callable[[], TrainState]
+    teacher: Callable[[], state.Arrays]  # the frozen teacher's arrays; empty without distillation
     train_step: Callable
     eval_step: Callable
 
@@ -109,13 +108,9 @@ def build(config) -> Program:
         if config.weights.student is not None:
             tensors = weights.load(config.weights.student, student, "student")
             loaded = {f"student/{k}": v for k, v in tensors.items()}
-        teacher_graphdef, teacher = None, {}
-        if config.distill:
-            teacher_graphdef, teacher = _teacher(config, model_config, common, mesh)
+        teacher_graphdef, teacher = _teacher(config, model_config, common, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if not loaded:
-        logging.warning("the student starts from random weights; set config.weights.student to start from others")
 
     def init(loaded) -> TrainState:
         rngs = nnx.Rngs(params=jax.random.key(config.seed))
@@ -135,10 +130,10 @@ def build(config) -> Program:
         graphdef=graphdef,
         optimizer=optimizer,
         schedule=schedule,
-        teacher=(teacher_graphdef, teacher),
         abstract=abstract,
         shardings=shardings,
         init=lambda: jit_once(init, out_shardings=shardings)(loaded),
+        teacher=teacher,
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))),
         eval_step=evaluate.make_eval_step(graphdef, len(info.classes), mesh),
     )
@@ -171,16 +166,20 @@ def _check_grid(config, model: KTDAConfig) -> None:
         )
 
 
-def _teacher(config, model: KTDAConfig, common: dict, mesh: Mesh) -> tuple[nnx.GraphDef, state.Arrays]:
-    """The frozen teacher: its structure, and its arrays on the mesh."""
+def _teacher(
+    config, model: KTDAConfig, common: dict, mesh: Mesh
+) -> tuple[nnx.GraphDef | None, Callable[[], state.Arrays]]:
+    """The frozen teacher's structure, and what puts its arrays on the mesh; its file is read and checked now."""
+    if not config.distill:
+        return None, dict
     graphdef, expected, _ = state.abstract(lambda: ViT(model.teacher, **common, rngs=nnx.Rngs(0)))
     shardings = sharding.tree_shardings(mesh, expected)
     if config.weights.teacher is not None:
-        return graphdef, sharding.place(weights.load(config.weights.teacher, expected, "teacher"), shardings)
-    logging.warning(
-        "the teacher has random weights, so distillation teaches little; set config.weights.teacher "
-        "to pretrained DINOv2 weights"
-    )
+        arrays = weights.load(config.weights.teacher, expected, "teacher")
+        return graphdef, lambda: sharding.place(arrays, shardings)
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
-    init = lambda: state.split(ViT(model.teacher, **common, rngs=nnx.Rngs(params=key)))[1]  # noqa: E731
-    return graphdef, jit_once(init, out_shardings=shardings)()
+
+    def init() -> state.Arrays:
+        return state.split(ViT(model.teacher, **common, rngs=nnx.Rngs(params=key)))[1]
+
+    return graphdef, lambda: jit_once(init, out_shardings=shardings)()

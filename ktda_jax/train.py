@@ -27,6 +27,7 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
     """Trains, or resumes, then evaluates the best checkpoint; None if a signal stopped it before the end."""
     workdir = pathlib.Path(workdir)
     configs.check(config)
+    configs.compare(workdir, config)
     program = build(config)
     info, mesh, crop = configs.classes_of(config), program.mesh, tuple(config.data.crop)
 
@@ -42,8 +43,8 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
 
     first = jax.process_index() == 0
     workdir.mkdir(parents=True, exist_ok=True)
-    configs.write_or_compare(workdir, config)
     if first:
+        configs.write(workdir, config)
         configs.write_run(workdir, config, {"train": summary.fingerprint, "val": val_fingerprint})
 
     checkpoints = Checkpoints(workdir / "checkpoints")
@@ -61,14 +62,18 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
             f"tiles, {mesh.size} {jax.default_backend()} device(s), compute in {configs.compute_dtype(config)}"
             + (f", resuming at step {start}" if start else "")
         )
+        for part, path in config.weights.items():
+            if path is None and not start and (part != "teacher" or config.distill):
+                writer.message(f"warning: the {part} starts from random weights; set config.weights.{part}")
+        teacher = program.teacher()
         pending, skipped = None, 0
 
-        def report(pending, force=False):
+        def report(pending):
             """Fetches a step's metrics, once the next step is on its way; aborts if they are not finite."""
             step, terms, skipped = pending
             terms = {k: float(v) for k, v in jax.device_get(terms).items()}
             _check_finite(step, terms, checkpoints.latest_step())
-            if step % config.log_every == 0 or step == start + 1 or force:
+            if step % config.log_every == 0 or step == 1:
                 terms = {f"train/{k}": v for k, v in terms.items()}
                 terms["train/lr"] = float(program.schedule(step - 1))
                 if skipped:
@@ -83,7 +88,7 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
             skipped += int(batch.pop("skipped", 0))
             batch = sharding.to_global(mesh, {k: batch[k] for k in ("image", "label")})
             with jax.transfer_guard("disallow"):
-                current, terms = program.train_step(current, batch, program.teacher[1])
+                current, terms = program.train_step(current, batch, teacher)
             step += 1
             if pending is not None:
                 report(pending)

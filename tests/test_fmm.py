@@ -8,6 +8,7 @@ from flax import nnx
 from torch_weights import adopt, error, gradients, kept_for_backward, ours, random, randomize, value_and_pullback, worst
 
 from ktda_jax import state
+from ktda_jax.models import fmm
 from ktda_jax.models.fmm import FMM, FMMConfig
 
 RENAMES = [
@@ -99,6 +100,18 @@ def test_remat_keeps_less_for_the_backward_pass():
         return kept_for_backward(lambda params, features: state.merge(graphdef, params, {})(features), params, inputs())
 
     assert kept(True) < kept(False) / 4
+
+
+def test_chunks_of_tokens_equal_the_whole(monkeypatch):
+    """Also where the chunk does not divide the 15 and 8 tokens."""
+    theirs = torch_fmm("transformer", 1)
+    whole = state.merge(*split_ours(theirs, FMMConfig(blocks=1, heads=4)))
+    chunked = state.merge(*split_ours(theirs, FMMConfig(blocks=1, heads=4, remat=True)))
+    features = [jnp.asarray(f) for f in inputs()]
+    monkeypatch.setattr(fmm, "CHUNK", 4)
+    assert "scan" in str(jax.make_jaxpr(chunked)(features))
+    for a, b in zip(jax.jit(chunked)(features), jax.jit(whole)(features), strict=True):
+        assert error(a, b) < 1e-12
 
 
 def test_unknown_form():

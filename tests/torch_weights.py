@@ -12,6 +12,8 @@ import torch
 from ktda_jax import state
 from ktda_jax.convert.mmseg import to_our_layout
 
+torch.set_num_threads(1)  # these sizes are too small to share among threads
+
 LEAVES = {"running_mean": "mean", "running_var": "var"}
 
 
