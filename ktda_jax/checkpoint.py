@@ -15,7 +15,7 @@ METRIC = "mIoU"
 class Checkpoints:
     """Checkpoints under `directory`: the latest and the best. Orbax writes aside and renames when complete."""
 
-    def __init__(self, directory: str | pathlib.Path, *, read_only: bool = False):
+    def __init__(self, directory: str | pathlib.Path):
         self._directory = pathlib.Path(directory).absolute()
         keep = policies.AnyPreservationPolicy(
             [
@@ -29,8 +29,6 @@ class Checkpoints:
             preservation_policy=keep,
             best_fn=lambda metrics: metrics[METRIC],
             best_mode="max",
-            create=not read_only,
-            read_only=read_only,
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)

@@ -133,7 +133,7 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
         raise ConfigError(f"no checkpoints in {workdir}; train first, or give --workdir of a trained run")
     program = program or build(config)
     batches, _ = eval_source(config, split)
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    checkpoints = Checkpoints(workdir / "checkpoints")
     step = checkpoints.best_step()
     if step is None:
         raise ConfigError(f"no checkpoint in {workdir / 'checkpoints'}; train first")

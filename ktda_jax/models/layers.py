@@ -123,8 +123,9 @@ class BatchNorm(nnx.Module):
     def __init__(self, features: int, *, eps: float = 1e-5, momentum: float = 0.1, dtype, param_dtype):
         self.scale = nnx.Param(jnp.ones(features, param_dtype))
         self.bias = nnx.Param(jnp.zeros(features, param_dtype))
-        self.mean = nnx.BatchStat(jnp.zeros(features, param_dtype))
-        self.var = nnx.BatchStat(jnp.ones(features, param_dtype))
+        wide = jnp.promote_types(param_dtype, jnp.float32)
+        self.mean = nnx.BatchStat(jnp.zeros(features, wide))
+        self.var = nnx.BatchStat(jnp.ones(features, wide))
         self.eps, self.momentum, self.dtype = eps, momentum, dtype
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:

@@ -25,7 +25,7 @@ class ViTConfig:
     heads: int
     image_size: tuple[int, int] = (256, 256)  # the position embedding is stored for this size's grid
     patch: int = 14
-    registers: int = 0  # 4 in the published "with registers" models
+    registers: int = 0  # 4 in the published "with registers" models (whose own code resizes positions antialiased)
     swiglu: bool = False
     mlp_ratio: float = 4.0
 
