@@ -35,12 +35,6 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, data: dict, metrics: dict[str, float] | None) -> None:
         """Starts writing `state` and the data position; returns once the arrays are copied."""
-        # A step may be saved twice: without a score when asked to stop, and with one when resumed from there.
-        if step in self._manager.all_steps():
-            if metrics is None:
-                return
-            self._manager.wait_until_finished()
-            self._manager.delete(step)
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)),
