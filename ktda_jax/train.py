@@ -72,6 +72,7 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
             """Fetches a step's metrics, once the next step is on its way; aborts if they are not finite."""
             step, terms, skipped = pending
             terms = {k: float(v) for k, v in jax.device_get(terms).items()}
+            terms = {"loss": terms.pop("loss"), **terms}  # first in the file, so first in the figure
             _check_finite(step, terms, checkpoints.latest_step())
             if step % config.log_every == 0 or step == 1:
                 terms = {f"train/{k}": v for k, v in terms.items()}
