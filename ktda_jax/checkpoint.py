@@ -1,7 +1,7 @@
 """The only file that knows Orbax: the latest train state and the best one by validation mIoU."""
 
 import pathlib
-from typing import Any
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -67,7 +67,13 @@ class Checkpoints:
         if (saved["ema"] is None) != (abstract.ema is None):
             raise ValueError(f"{where} was trained {'with' if saved['ema'] else 'without'} EMA; keep config.ema")
 
-    def close(self) -> None:
-        """Waits for writes in flight."""
+    def wait(self) -> None:
+        """Until all writes are complete."""
         self._manager.wait_until_finished()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.wait()  # after an error too: what was saved before it is good
         self._manager.close()

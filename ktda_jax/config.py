@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from ktda_jax.data.datasets import DatasetInfo, dataset_info
+from ktda_jax.losses import KL_AXES
 
 # Settings that may differ between two runs of one workdir: they change how it runs, not what it computes.
 RUNTIME = (
@@ -58,6 +59,8 @@ def check(config) -> None:
     weights, classes = config.loss.class_weights, classes_of(config).classes
     if weights is not None and len(weights) != len(classes):
         raise ConfigError(f"config.loss.class_weights has {len(weights)} values for {len(classes)} classes")
+    if config.loss.kl_axis not in KL_AXES:
+        raise ConfigError(f"config.loss.kl_axis is {config.loss.kl_axis!r}; choose one of {', '.join(KL_AXES)}")
     if config.data.source not in ("tfds", "folder"):
         raise ConfigError(f"config.data.source is {config.data.source!r}; choose 'tfds' or 'folder'")
     if config.ema is not None and not 0 < config.ema < 1:
@@ -78,9 +81,9 @@ def flat(config: ml_collections.ConfigDict | dict, prefix: str = "") -> dict[str
 
 
 def compare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Refuses a workdir that another computation has begun."""
+    """Refuses a workdir that another computation has begun: one with a checkpoint and other settings."""
     path, ours = workdir / "config.json", flat(config)
-    if path.exists():
+    if path.exists() and any(p.name.isdigit() for p in workdir.glob("checkpoints/*")):
         try:
             saved = flat(json.loads(path.read_text()))
         except ValueError as error:

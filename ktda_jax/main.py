@@ -1,5 +1,6 @@
 """The user's entry: `python -m ktda_jax.main --config=configs/grass.py [--config.KEY=VALUE ...]`."""
 
+import logging as standard_logging
 import pathlib
 import sys
 
@@ -23,11 +24,39 @@ def _workdir() -> str:
     return "/".join(("runs", "_".join(filter(None, (pathlib.Path(path).stem, argument.replace(",", "_"))))))
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags and loads the config; what is wrong with them becomes one line."""
+    try:
+        rest = flags.FLAGS(argv)
+        if CONFIG.value is not None:
+            CONFIG.value.keys()  # a file that could not be read is an error only once it is used
+    except (AttributeError, KeyError) as error:
+        sys.exit(f"error: {_unknown_setting(error, argv)}")
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        # The lines before the last are a stack, or the places looked at.
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
+    if len(rest) > 1:
+        sys.exit(f"error: unexpected argument {rest[1]!r}; settings are given as --config.KEY=VALUE")
     if CONFIG.value is None:
-        raise app.UsageError("give a config: --config=configs/grass.py")
+        sys.exit("error: give a config: --config=configs/grass.py")
+    if COORDINATOR.value not in (None, "auto") and None in (PROCESSES.value, PROCESS.value):
+        sys.exit("error: --coordinator=HOST:PORT needs --num_processes and --process_id too")
+    return rest
+
+
+def _unknown_setting(error: Exception, argv: list[str]) -> str:
+    """ml_collections says only the last part of an unknown setting's name, and on a second line a similar one."""
+    while isinstance(error.args[0], Exception):
+        error = error.args[0]
+    key, *hint = str(error.args[0]).splitlines()
+    for argument in argv:
+        name = argument.lstrip("-").partition("=")[0]
+        if key.strip("'\"") in name.split("."):
+            return f"{name} is not a setting" + (f". {hint[0]}" if hint else "; the config file lists them all")
+    raise error  # not the command line's fault but the config file's
+
+
+def main(_: list[str]) -> None:
     import jax  # after the flags, so that --help and their errors are quick
 
     if COORDINATOR.value == "auto":
@@ -40,6 +69,10 @@ def main(argv: list[str]) -> None:
     from ktda_jax.data.sources import DataError
 
     logging.set_verbosity(logging.WARNING)
+    handler = logging.get_absl_handler()
+    handler.setFormatter(standard_logging.Formatter("%(levelname)s: %(message)s"))
+    # Orbax warns about ordinary things, such as a checkpoint between two evaluations, which has no score.
+    handler.addFilter(lambda record: record.levelno > standard_logging.WARNING or "orbax" not in record.pathname)
     verbs = {"train": train.train_and_evaluate, "eval": train.evaluate_workdir}
     try:
         verbs[MODE.value](CONFIG.value, _workdir())
@@ -48,13 +81,7 @@ def main(argv: list[str]) -> None:
 
 
 def run() -> None:
-    """`app.run`, with a mistyped setting or an unknown config as one line instead of a stack."""
-    try:
-        app.run(main)
-    except (AttributeError, KeyError, FileNotFoundError, TypeError, ValueError) as error:
-        if flags.FLAGS.is_parsed():
-            raise
-        sys.exit(f"error: {error}")
+    app.run(main, flags_parser=_parse)
 
 
 if __name__ == "__main__":

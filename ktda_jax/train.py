@@ -47,15 +47,14 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
         configs.write(workdir, config)
         configs.write_run(workdir, config, {"train": summary.fingerprint, "val": val_fingerprint})
 
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    start = checkpoints.latest_step() or 0
-    if start:
-        current, position = _restore(checkpoints, start, program)
-        batches.set_state(position)
-    else:
-        current = program.init()
     writer = Writer(workdir, total_steps=config.total_steps, enabled=first)
-    with writer, StopSignal() as stop:
+    with Checkpoints(workdir / "checkpoints") as checkpoints, writer, StopSignal() as stop:
+        start = checkpoints.latest_step() or 0
+        if start:
+            current, position = _restore(checkpoints, start, program)
+            batches.set_state(position)
+        else:
+            current = program.init()
         writer.resume(start)
         writer.message(
             f"{state.count(program.abstract.params) / 1e6:.1f} M parameters to train, {len(train_source)} training "
@@ -118,10 +117,9 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
                 # Evaluate, save, and only then draw the next batch: the position belongs to this step.
                 checkpoints.save(step, current, batches.get_state(), scores and {"mIoU": scores["mIoU"]})
             if stopping and not last:
-                checkpoints.close()
+                checkpoints.wait()
                 writer.message(f"stopped by a signal at step {step}; run the same command to go on")
                 return None
-    checkpoints.close()
     return evaluate_workdir(config, workdir, program=program)
 
 
@@ -134,12 +132,11 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
         raise ConfigError(f"no checkpoints in {workdir}; train first, or give --workdir of a trained run")
     program = program or build(config)
     batches, _ = eval_source(config, split)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    step = checkpoints.best_step()
-    if step is None:
-        raise ConfigError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
-    current, _ = _restore(checkpoints, step, program)
-    checkpoints.close()
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        step = checkpoints.best_step()
+        if step is None:
+            raise ConfigError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
+        current, _ = _restore(checkpoints, step, program)
     info = configs.classes_of(config)
     params = current.params if current.ema is None else current.ema
     result = evaluate.evaluate(

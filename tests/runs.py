@@ -1,0 +1,106 @@
+"""Tiny runs for tests: a handful of tiles, a model that compiles in seconds, and the real command on both."""
+
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+CLASSES = 5
+
+# Two ConvNeXt blocks, since the first one's drop path rate is 0 by construction.
+TINY = {
+    "total_steps": 6,
+    "batch_size": 4,
+    "eval_batch_size": 2,
+    "log_every": 1,
+    "eval_every": 3,
+    "schedule.warmup": 2,
+    "data.crop": (64, 64),
+    "model.student.depths": (0, 0, 1, 1),
+    "model.student.channels": (8, 8, 16, 16),
+    "model.student.drop_path": 0.5,
+    "model.teacher.width": 16,
+    "model.teacher.depth": 4,
+    "model.teacher.heads": 2,
+    "model.teacher.image_size": (64, 64),
+    "model.fmm.form": "mlp",
+    "model.fmm.blocks": 1,
+    "model.fmm.heads": 2,
+    "model.head_channels": 16,
+    "model.aux_channels": 8,
+    "model.dropout": 0.3,
+    "loss.alpha": 0.5,
+    "optimizer.lr": 2e-3,
+    "data.photometric": True,
+}
+
+
+def make_tiles(root: pathlib.Path, *, train: int = 6, val: int = 5, size: int = 72) -> pathlib.Path:
+    """Tiles in the published layout: blocks of classes that brightness tells apart."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for number in range(count):
+            label = np.kron(rng.integers(0, CLASSES, (8, 8)), np.ones((size // 8,) * 2)).astype(np.uint8)
+            write_tile(root, split, f"t{number}", label[..., None] * 40 + rng.integers(0, 40, (size, size, 3)), label)
+    return root
+
+
+def write_tile(root: pathlib.Path, split: str, name: str, image: np.ndarray, label: np.ndarray) -> None:
+    for kind, array in (("img_dir", image), ("ann_dir", label)):
+        (root / kind / split).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array.astype(np.uint8)).save(root / kind / split / f"{name}.png")
+
+
+def config(root: pathlib.Path, overrides: dict | None = None):
+    """configs/grass.py:tiny, made tiny in earnest; on one device unless overridden."""
+    config = runpy.run_path(str(REPOSITORY / "configs" / "grass.py"))["get_config"]("tiny")
+    config.update_from_flattened_dict({"data.root": str(root), "mesh.data": 1, **TINY, **(overrides or {})})
+    return config.lock()
+
+
+def arguments(root: pathlib.Path, workdir: pathlib.Path, overrides: dict | None = None) -> list[str]:
+    """The command line that means `config(root, overrides)`."""
+    settings = {"data.root": root, **TINY, **(overrides or {})}
+    return [
+        f"--config={REPOSITORY / 'configs' / 'grass.py'}:tiny",
+        f"--workdir={workdir}",
+        *(f"--config.{key}={value}" for key, value in settings.items()),
+    ]
+
+
+def start(*flags: str, devices: int = 1, cache: pathlib.Path | None = None, **environment: str) -> subprocess.Popen:
+    """`python -m ktda_jax.main FLAGS` in a process of its own; `cache` spares repeated compilation."""
+    settings = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    settings["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    if cache is not None:
+        settings |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ktda_jax.main", *flags],
+        cwd=REPOSITORY,
+        env=settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    """stdout and stderr of a process that must succeed."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(workdir: pathlib.Path, name: str) -> list[int]:
+    """The steps of the rows that hold scalar `name`."""
+    return [row["step"] for row in rows(workdir) if name in row]

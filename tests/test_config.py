@@ -1,0 +1,95 @@
+"""Settings are checked one by one, and a workdir keeps to the settings it was begun with."""
+
+import json
+import pathlib
+import runpy
+
+import jax.numpy as jnp
+import pytest
+import runs
+
+from ktda_jax import config as configs
+from ktda_jax.config import ConfigError
+
+
+def tiny(**overrides):
+    return runs.config(pathlib.Path("tiles"), overrides)
+
+
+@pytest.mark.parametrize(
+    "setting, value, message",
+    [
+        ("batch_size", 0, "config.batch_size is 0; give at least 1"),
+        ("grad_accum", -1, "config.grad_accum is -1; give at least 1"),
+        ("data.crop", (64, 16), r"config.data.crop is \(64, 16\); give \(height, width\) of at least 32"),
+        ("data.source", "zip", "config.data.source is 'zip'; choose 'tfds' or 'folder'"),
+        ("data.name", "gras", "unknown data set 'gras': known are grass, l8_biome, meadow"),
+        ("loss.class_weights", (1.0, 2.0), "config.loss.class_weights has 2 values for 5 classes"),
+        ("loss.kl_axis", "height", "config.loss.kl_axis is 'height'; choose one of width, channel, position"),
+        ("ema", 1.5, "config.ema is 1.5; give a decay between 0 and 1"),
+        ("model.fam", False, "config.distill needs the FAM"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_would_do(setting, value, message):
+    with pytest.raises(ConfigError, match=message):
+        configs.check(tiny(**{setting: value}))
+
+
+def test_every_config_passes_its_own_check():
+    for name in ("grass", "grass:tiny", "cloud", "cloud:tiny,upstream", "custom", "custom:tiny", "demo", "demo:tiny"):
+        file, _, argument = name.partition(":")
+        config = runpy.run_path(str(runs.REPOSITORY / "configs" / f"{file}.py"))["get_config"](argument)
+        configs.check(config)
+        assert len(configs.classes_of(config).classes) >= 2
+
+
+def test_own_classes_need_a_palette():
+    config = tiny()
+    with config.unlocked():
+        config.data.classes, config.data.palette = ("a", "b"), ((0, 0, 0),)
+    with pytest.raises(ConfigError, match="2 classes but 1 palette colours"):
+        configs.classes_of(config)
+
+
+def test_compute_dtype():
+    assert configs.compute_dtype(tiny()) == jnp.float32  # auto, on CPU
+    assert configs.compute_dtype(tiny(dtype="bfloat16")) == jnp.bfloat16
+    with pytest.raises(ConfigError, match="config.dtype is 'half'; choose auto, float32 or bfloat16"):
+        configs.compute_dtype(tiny(dtype="half"))
+
+
+def begun(workdir, config):
+    """A workdir with a checkpoint."""
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    configs.write(workdir, config)
+    return workdir
+
+
+def test_the_saved_config_is_json_and_agrees_with_itself(tmp_path):
+    configs.compare(begun(tmp_path, tiny()), tiny())
+    assert json.loads((tmp_path / "config.json").read_text())["data"]["crop"] == [64, 64]
+
+
+def test_another_computation_is_refused_and_told_apart(tmp_path):
+    begun(tmp_path, tiny())
+    with pytest.raises(ConfigError) as error:
+        configs.compare(tmp_path, tiny(seed=7, **{"model.head_channels": 32}))
+    assert "model.head_channels (saved 16, now 32), seed (saved 42, now 7); use another" in str(error.value)
+
+
+def test_how_it_runs_may_change(tmp_path):
+    configs.compare(begun(tmp_path, tiny()), tiny(log_every=7, **{"mesh.fsdp": 2, "data.root": "elsewhere"}))
+
+
+def test_a_workdir_without_a_checkpoint_binds_nobody(tmp_path):
+    """A run that failed before its first checkpoint, on a learning rate say, can be started again in place."""
+    begun(tmp_path, tiny())
+    (tmp_path / "checkpoints" / "3").rmdir()
+    configs.compare(tmp_path, tiny(seed=7))
+
+
+def test_a_broken_saved_config_is_named(tmp_path):
+    begun(tmp_path, tiny())
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json is not JSON .*; use another --workdir"):
+        configs.compare(tmp_path, tiny())

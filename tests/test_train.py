@@ -1,0 +1,318 @@
+"""The training loop around a toy step, where every order of events is cheap to try; then the real step's options."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import runs
+
+from ktda_jax import sharding, train
+from ktda_jax.checkpoint import Checkpoints
+from ktda_jax.data.sources import DataError
+from ktda_jax.program import Program, build
+from ktda_jax.state import TrainState
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    return runs.make_tiles(tmp_path_factory.mktemp("tiles"))
+
+
+# The loop ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """toy(quality={step: share of right pixels}, at={step: callable}, loss={step: value}) replaces the program.
+
+    Its parameter `seen` depends on every image, so that equal states have seen equal batches in equal order.
+    """
+
+    def install(quality=None, at=None, loss=None, ema=None):
+        mesh = sharding.make_mesh(1)
+
+        def init():
+            zero = jnp.zeros((), jnp.int32)
+            params = {"seen": jnp.zeros(()), "steps": jnp.zeros(())}
+            return TrainState(zero, params, {}, (), ema and {"seen": jnp.zeros(()), "steps": jnp.full((), ema)})
+
+        @jax.jit
+        def advance(current, batch):
+            params = {
+                "seen": 0.9 * current.params["seen"] + batch["image"].mean(),
+                "steps": current.params["steps"] + 1,
+            }
+            return dataclasses.replace(current, step=current.step + 1, params=params)
+
+        def train_step(current, batch, teacher):
+            current = advance(current, batch)
+            with jax.transfer_guard("allow"):
+                step = int(current.step)
+                (at or {}).get(step, lambda: None)()
+                return current, {"loss": jnp.asarray((loss or {}).get(step, 1 / step)), "acc": jnp.ones(())}
+
+        def eval_step(params, stats, batch):
+            share = (quality or {}).get(int(params["steps"]), 0.5)
+            right = np.eye(runs.CLASSES) * share * 1000
+            wrong = np.roll(np.eye(runs.CLASSES), 1, 1) * (1 - share) * 1000
+            return jnp.asarray(np.nan_to_num(right + wrong).astype(np.int32)), jnp.zeros_like(batch["label"])
+
+        start = jax.eval_shape(init)
+        program = Program(
+            mesh=mesh, graphdef=None, optimizer=None, schedule=lambda step: 0.1, abstract=start,
+            shardings=sharding.tree_shardings(mesh, start), init=init, teacher=dict, train_step=train_step,
+            eval_step=eval_step,
+        )  # fmt: skip
+        monkeypatch.setattr(train, "build", lambda config: program)
+        return program
+
+    return install
+
+
+def final_state(workdir, program) -> TrainState:
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    current, _ = checkpoints.restore(checkpoints.latest_step(), program.abstract, program.shardings)
+    return current
+
+
+def kept(workdir) -> set[int]:
+    return {int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()}
+
+
+def test_the_best_checkpoint_is_kept_and_reported(toy, tiles, tmp_path):
+    toy(quality={2: 0.4, 4: 0.9, 6: 0.7})
+    result = train.train_and_evaluate(runs.config(tiles, {"eval_every": 2}), tmp_path)
+    scores = {row["step"]: row["val/mIoU"] for row in runs.rows(tmp_path) if "val/mIoU" in row}
+    assert list(scores) == [2, 4, 6] and max(scores, key=scores.get) == 4
+    assert kept(tmp_path) == {4, 6}
+    assert result.metrics.summary["mIoU"] == scores[4]
+    final = [row for row in runs.rows(tmp_path) if "final/mIoU" in row]
+    assert [(row["step"], row["split"], row["final/mIoU"]) for row in final] == [(4, "val", scores[4])]
+
+
+def test_averaged_parameters_are_the_ones_evaluated(toy, tiles, tmp_path):
+    toy(quality={99: 0.8}, ema=99.0)
+    result = train.train_and_evaluate(runs.config(tiles), tmp_path)
+    assert result.metrics.summary["aAcc"] == pytest.approx(80)
+
+
+def test_a_score_of_nothing_is_never_the_best(toy, tiles, tmp_path):
+    """Without a labelled pixel in validation, mIoU is NaN, which no comparison can rank."""
+    toy(quality={3: np.nan, 6: np.nan})
+    train.train_and_evaluate(runs.config(tiles), tmp_path)
+    assert kept(tmp_path) == {6}
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])  # 3 is also validated
+def test_a_stop_at_any_step_resumes_as_if_nothing_had_happened(toy, tiles, tmp_path, capsys, step):
+    config = runs.config(tiles)
+    train.train_and_evaluate(config, tmp_path / "whole")
+    before = signal.getsignal(signal.SIGTERM)
+
+    toy_program = toy()
+    train.train_and_evaluate(config, tmp_path / "whole")
+    toy(at={step: functools.partial(os.kill, os.getpid(), signal.SIGTERM)})
+    assert train.train_and_evaluate(config, tmp_path / "stopped") is None
+    assert f"stopped by a signal at step {step}; run the same command to go on" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert max(kept(tmp_path / "stopped")) == step
+
+    toy()
+    train.train_and_evaluate(config, tmp_path / "stopped")
+    assert f"resuming at step {step}" in capsys.readouterr().out
+    whole, stopped = (final_state(tmp_path / name, toy_program) for name in ("whole", "stopped"))
+    assert whole.params == stopped.params and int(whole.step) == int(stopped.step) == 6
+    texts = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped")]
+    assert texts[0] == texts[1]
+
+
+def test_the_finished_command_trains_nothing(toy, tiles, tmp_path):
+    toy()
+    first = train.train_and_evaluate(runs.config(tiles), tmp_path)
+    rows = runs.rows(tmp_path)
+    toy(at=dict.fromkeys(range(9), pytest.fail))
+    again = train.train_and_evaluate(runs.config(tiles), tmp_path)
+    np.testing.assert_array_equal(first.confusion, again.confusion)
+    assert runs.rows(tmp_path) == rows
+
+
+@pytest.mark.parametrize("step, saved", [(2, "no checkpoint was written yet"), (5, "the last checkpoint is step 3")])
+def test_a_loss_that_is_not_finite_ends_training_and_is_not_saved(toy, tiles, tmp_path, step, saved):
+    toy(loss={step: np.nan})
+    with pytest.raises(train.TrainingError, match=f"not finite at step {step}: loss is nan; {saved}. Lower"):
+        train.train_and_evaluate(runs.config(tiles), tmp_path)
+    assert kept(tmp_path) == ({3} if step > 3 else set())
+
+
+def test_checkpoints_between_evaluations(toy, tiles, tmp_path):
+    toy(at={6: functools.partial(os.kill, os.getpid(), signal.SIGKILL)} and {6: _boom})
+    with pytest.raises(ZeroDivisionError):
+        train.train_and_evaluate(runs.config(tiles, {"checkpoint_every": 5}), tmp_path)
+    assert kept(tmp_path) == {3, 5}
+
+
+def _boom():
+    raise ZeroDivisionError
+
+
+def corrupt(tiles, name):
+    path = tiles / "img_dir" / "train" / f"{name}.png"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def test_skipped_tiles_are_counted(toy, tmp_path):
+    tiles = runs.make_tiles(tmp_path / "tiles")
+    corrupt(tiles, "t2")
+    toy()
+    config = runs.config(tiles, {"data.on_corrupt": "skip", "batch_size": 2})
+    train.train_and_evaluate(config, tmp_path / "run")  # 6 steps of 2 rows: each of the 6 tiles comes twice
+    assert runs.rows(tmp_path / "run")[-3]["train/skipped_tiles"] == 2
+
+
+def test_a_tile_that_breaks_during_training_is_named(toy, tmp_path, monkeypatch):
+    tiles = runs.make_tiles(tmp_path / "tiles")
+    toy()
+    opened = train.pipeline.train_iterator
+    monkeypatch.setattr(train.pipeline, "train_iterator", lambda *a, **k: corrupt(tiles, "t2") or opened(*a, **k))
+    with pytest.raises(DataError, match=r"t2\.png.*repair or remove the tile, or train with on_corrupt='skip'"):
+        train.train_and_evaluate(runs.config(tiles), tmp_path / "run")
+
+
+def test_the_workdir_holds_what_it_promises(toy, tiles, tmp_path):
+    toy()
+    train.train_and_evaluate(runs.config(tiles), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["total_steps"] == 6
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["seed"] == 42 and run["versions"]["jax"] == jax.__version__ and len(run["devices"]) == 8
+    assert set(run["data"]) == {"train", "val"} and run["data"]["train"] != run["data"]["val"]
+    assert list(tmp_path.glob("events.*"))
+    figures = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert figures == {"val_confusion.png", "val_samples.png", "val.json", "curves.png"}
+    assert runs.steps(tmp_path, "train/loss") == [1, 2, 3, 4, 5, 6]
+    assert runs.steps(tmp_path, "val/mIoU") == [3, 6]
+
+
+def test_evaluation_on_another_split(toy, tiles, tmp_path, capsys):
+    toy()
+    train.train_and_evaluate(runs.config(tiles), tmp_path)
+    train.evaluate_workdir(runs.config(tiles, {"data.test_split": "train"}), tmp_path)
+    assert "train split, step 3:" in capsys.readouterr().out  # equal scores: the earlier one
+    assert [row["split"] for row in runs.rows(tmp_path) if "split" in row] == ["val", "train"]
+
+
+# The step ---------------------------------------------------------------------------------------------------------
+
+
+def real_batch(config):
+    rng = np.random.default_rng(3)
+    image = rng.integers(0, 256, (config.batch_size, *config.data.crop, 3), np.uint8)
+    label = (image.mean(-1) // 52).astype(np.uint8)
+    return {"image": image, "label": label}
+
+
+EVERY_TERM = {"loss", "decode", "aux", "distill", "acc", "grad_norm"}
+
+
+@pytest.mark.parametrize(
+    "overrides, missing, module",
+    [
+        ({}, set(), None),
+        ({"model.aux_channels": 0}, {"aux"}, "auxiliary_head"),
+        ({"distill": False}, {"distill"}, None),
+        ({"distill": False, "model.fam": False}, {"distill"}, "fam"),
+        ({"model.fmm.enabled": False}, set(), "fmm"),
+        ({"model.fmm.form": "transformer"}, set(), None),
+        ({"distill": False, "model.fam": False, "model.fmm.enabled": False}, {"distill"}, "neck"),
+    ],
+)
+def test_what_is_left_out_leaves_its_term_and_parameters_out(overrides, missing, module):
+    config = runs.config("unused", overrides)
+    program = build(config)
+    batch = jax.eval_shape(lambda: real_batch(config))
+    _, terms = jax.eval_shape(program.train_step, program.abstract, batch, jax.eval_shape(program.teacher))
+    assert terms.keys() == EVERY_TERM - missing
+    modules = {path.split("/")[0] for path in program.abstract.params}
+    assert module not in modules
+    assert modules <= {"student", "fam", "neck", "fmm", "decode_head", "auxiliary_head"}
+
+
+def first_step(overrides, batch=None):
+    """(state before, state after, terms) of one real step."""
+    config = runs.config("unused", overrides)
+    program = build(config)
+    before = program.init()
+    kept = jax.tree.map(np.asarray, before)  # the step takes its argument's memory
+    batch = sharding.to_global(program.mesh, batch or real_batch(config))
+    after, terms = program.train_step(before, batch, program.teacher())
+    return kept, jax.device_get(after), {k: float(v) for k, v in terms.items()}
+
+
+def test_options_of_the_step_together():
+    """bfloat16 keeps float32 parameters, clipping bounds the gradient, the average follows the parameters."""
+    before, after, terms = first_step(
+        {
+            "dtype": "bfloat16", "clip_norm": 1e-2, "ema": 0.75, "loss.kl_axis": "channel", "schedule.warmup": 0,
+            "loss.class_weights": (1.0, 2.0, 1.0, 1.0, 1.0), "loss.avg_non_ignore": True,
+        }
+    )  # fmt: skip
+    assert all(np.isfinite(v) for v in terms.values()) and terms["grad_norm"] > 1e-2
+    assert all(v.dtype == np.float32 for v in jax.tree.leaves((after.params, after.batch_stats, after.ema)))
+    # Adam's first moment is a tenth of the first gradient: the clipped one.
+    moments = next(s.mu for s in jax.tree.leaves(after.opt_state, is_leaf=_is_adam) if _is_adam(s))
+    assert float(optax.tree.norm(moments)) == pytest.approx(0.1 * 1e-2, rel=1e-3)
+    moved = 0
+    for path, old in before.params.items():
+        np.testing.assert_allclose(after.ema[path], 0.75 * old + 0.25 * after.params[path], rtol=1e-5, atol=1e-8)
+        moved += not np.array_equal(old, after.params[path])
+    assert moved > 0.9 * len(before.params)
+
+
+def _is_adam(leaf) -> bool:
+    return isinstance(leaf, optax.ScaleByAdamState)
+
+
+def test_two_micro_batches_are_one_batch_but_for_batch_norm():
+    """Micro-batch k holds rows k, k + 2, ...: of rows a a b b, both hold a b, whose BatchNorm statistics are those
+    of the whole batch. Then all losses and gradients agree; the running averages, updated twice, do not."""
+    config = runs.config("unused")
+    rows = {k: np.repeat(v[:2], 2, axis=0) for k, v in real_batch(config).items()}
+    quiet = {"model.student.drop_path": 0.0, "model.dropout": 0.0}
+    _, one, terms = first_step(quiet, rows)
+    _, two, accumulated = first_step({**quiet, "grad_accum": 2}, rows)
+    for name, value in terms.items():
+        assert accumulated[name] == pytest.approx(value, rel=1e-4), name
+    for path, moment in _moments(one).items():
+        error = np.linalg.norm(moment - _moments(two)[path])
+        assert error <= 1e-3 * np.linalg.norm(moment) + 1e-7, path
+    mean = "decode_head/bottleneck/bn/mean"
+    np.testing.assert_allclose(two.batch_stats[mean], 1.9 * one.batch_stats[mean], rtol=1e-3, atol=1e-5)
+
+
+def _moments(current):
+    return next(s.mu for s in jax.tree.leaves(current.opt_state, is_leaf=_is_adam) if _is_adam(s))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.aux_channels": 0},
+        {"distill": False, "model.fam": False},
+        {"model.fmm.enabled": False},
+        {"model.fmm.form": "transformer"},
+        {"loss.kl_axis": "position", "loss.alpha": 1.0},
+        {"loss.alpha": 0.0},
+        {"model.student.remat": True, "model.fmm.remat": True, "model.fmm.form": "transformer"},
+    ],
+)
+def test_every_ablation_trains(overrides):
+    before, after, terms = first_step({"schedule.warmup": 0, **overrides})
+    assert all(np.isfinite(v) for v in terms.values())
+    assert any(not np.array_equal(after.params[path], old) for path, old in before.params.items())
