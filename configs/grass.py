@@ -70,12 +70,14 @@ def get_config(argument: str = "") -> ConfigDict:
     config.schedule = dict(warmup=1150, poly_begin=config_dict.placeholder(int), power=0.9)
     if "tiny" in flags:
         shrink(config)
+        # middle-high is 1.6 % of the sample tiles; unweighted, 300 steps do not find it at all (IoU 0.00).
+        config.loss.class_weights = (1.0, 1.0, 1.0, 8.0, 1.0)
     return config
 
 
 def shrink(config: ConfigDict) -> None:
     """A model of the same shape, about 3 M parameters, and a schedule of minutes on two CPU cores."""
-    config.total_steps, config.eval_every, config.log_every = 500, 100, 10
+    config.total_steps, config.eval_every, config.log_every = 300, 100, 10
     config.schedule.warmup = 20
     if config.schedule.poly_begin is not None:
         config.schedule.poly_begin = 10

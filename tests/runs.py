@@ -1,5 +1,6 @@
 """Tiny runs for tests: a handful of tiles, a model that compiles in seconds, and the real command on both."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,8 +8,15 @@ import runpy
 import subprocess
 import sys
 
+import jax
 import numpy as np
+from flax import nnx
 from PIL import Image
+
+from ktda_jax import state
+from ktda_jax.models.ktda import KTDAConfig
+from ktda_jax.models.vit import ViT
+from ktda_jax.state import TrainState
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 CLASSES = 5
@@ -74,10 +82,37 @@ def arguments(root: pathlib.Path, workdir: pathlib.Path, overrides: dict | None 
     ]
 
 
+def random_state(program) -> TrainState:
+    """Some state of a program on the host, at step 0; compiling the real initialisation takes longer than a step."""
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.abstract)
+    params = _random(program.abstract.params)
+    stats = {path: value + path.endswith("var") for path, value in zeros.batch_stats.items()}
+    return dataclasses.replace(zeros, params=params, batch_stats=stats, ema=zeros.ema and params)
+
+
+def random_teacher(config) -> dict[str, np.ndarray]:
+    if not config.distill:
+        return {}
+    teacher = KTDAConfig.from_dict({**config.model, "num_classes": CLASSES}).teacher
+    types = dict(dtype=np.float32, param_dtype=np.float32)
+    return _random(state.abstract(lambda: ViT(teacher, **types, rngs=nnx.Rngs(0)))[1])
+
+
+def _random(shapes) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    arrays = {path: 0.1 * rng.standard_normal(x.shape).astype(np.float32) for path, x in shapes.items()}
+    return {path: value + path.endswith("scale") for path, value in arrays.items()}
+
+
+def compile_quickly(jitted, *args):
+    """The compiled program; XLA's CPU compiler takes half the time without its own optimisations."""
+    return jitted.lower(*args).compile({"xla_backend_optimization_level": 0})
+
+
 def start(*flags: str, devices: int = 1, cache: pathlib.Path | None = None, **environment: str) -> subprocess.Popen:
     """`python -m ktda_jax.main FLAGS` in a process of its own; `cache` spares repeated compilation."""
     settings = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
-    settings["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    settings["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     if cache is not None:
         settings |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
     return subprocess.Popen(

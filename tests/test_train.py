@@ -100,7 +100,7 @@ def test_the_best_checkpoint_is_kept_and_reported(toy, tiles, tmp_path):
 def test_averaged_parameters_are_the_ones_evaluated(toy, tiles, tmp_path):
     toy(quality={99: 0.8}, ema=99.0)
     result = train.train_and_evaluate(runs.config(tiles), tmp_path)
-    assert result.metrics.summary["aAcc"] == pytest.approx(80)
+    assert result.metrics.summary["aAcc"] == pytest.approx(80, abs=0.1)
 
 
 def test_a_score_of_nothing_is_never_the_best(toy, tiles, tmp_path):
@@ -112,11 +112,8 @@ def test_a_score_of_nothing_is_never_the_best(toy, tiles, tmp_path):
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4])  # 3 is also validated
 def test_a_stop_at_any_step_resumes_as_if_nothing_had_happened(toy, tiles, tmp_path, capsys, step):
-    config = runs.config(tiles)
-    train.train_and_evaluate(config, tmp_path / "whole")
-    before = signal.getsignal(signal.SIGTERM)
-
-    toy_program = toy()
+    config, before = runs.config(tiles), signal.getsignal(signal.SIGTERM)
+    program = toy()
     train.train_and_evaluate(config, tmp_path / "whole")
     toy(at={step: functools.partial(os.kill, os.getpid(), signal.SIGTERM)})
     assert train.train_and_evaluate(config, tmp_path / "stopped") is None
@@ -127,7 +124,7 @@ def test_a_stop_at_any_step_resumes_as_if_nothing_had_happened(toy, tiles, tmp_p
     toy()
     train.train_and_evaluate(config, tmp_path / "stopped")
     assert f"resuming at step {step}" in capsys.readouterr().out
-    whole, stopped = (final_state(tmp_path / name, toy_program) for name in ("whole", "stopped"))
+    whole, stopped = (final_state(tmp_path / name, program) for name in ("whole", "stopped"))
     assert whole.params == stopped.params and int(whole.step) == int(stopped.step) == 6
     texts = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped")]
     assert texts[0] == texts[1]
@@ -152,14 +149,10 @@ def test_a_loss_that_is_not_finite_ends_training_and_is_not_saved(toy, tiles, tm
 
 
 def test_checkpoints_between_evaluations(toy, tiles, tmp_path):
-    toy(at={6: functools.partial(os.kill, os.getpid(), signal.SIGKILL)} and {6: _boom})
-    with pytest.raises(ZeroDivisionError):
+    toy(at={6: functools.partial(pytest.fail, "an error of any kind")})
+    with pytest.raises(pytest.fail.Exception):
         train.train_and_evaluate(runs.config(tiles, {"checkpoint_every": 5}), tmp_path)
-    assert kept(tmp_path) == {3, 5}
-
-
-def _boom():
-    raise ZeroDivisionError
+    assert kept(tmp_path) == {3, 5}  # complete, although the error came right after
 
 
 def corrupt(tiles, name):
@@ -203,7 +196,7 @@ def test_evaluation_on_another_split(toy, tiles, tmp_path, capsys):
     toy()
     train.train_and_evaluate(runs.config(tiles), tmp_path)
     train.evaluate_workdir(runs.config(tiles, {"data.test_split": "train"}), tmp_path)
-    assert "train split, step 3:" in capsys.readouterr().out  # equal scores: the earlier one
+    assert "train split, step 6:" in capsys.readouterr().out  # of equal scores the later one
     assert [row["split"] for row in runs.rows(tmp_path) if "split" in row] == ["val", "train"]
 
 
@@ -217,40 +210,35 @@ def real_batch(config):
     return {"image": image, "label": label}
 
 
-EVERY_TERM = {"loss", "decode", "aux", "distill", "acc", "grad_norm"}
-
-
 @pytest.mark.parametrize(
-    "overrides, missing, module",
+    "overrides, missing, modules",
     [
-        ({}, set(), None),
-        ({"model.aux_channels": 0}, {"aux"}, "auxiliary_head"),
-        ({"distill": False}, {"distill"}, None),
-        ({"distill": False, "model.fam": False}, {"distill"}, "fam"),
-        ({"model.fmm.enabled": False}, set(), "fmm"),
-        ({"model.fmm.form": "transformer"}, set(), None),
-        ({"distill": False, "model.fam": False, "model.fmm.enabled": False}, {"distill"}, "neck"),
+        ({}, set(), set()),
+        ({"model.aux_channels": 0}, {"aux"}, {"auxiliary_head"}),
+        ({"distill": False}, {"distill"}, set()),
+        ({"distill": False, "model.fam": False}, {"distill"}, {"fam", "neck"}),
+        ({"model.fmm.enabled": False}, set(), {"fmm"}),
+        ({"model.fmm.form": "transformer"}, set(), set()),
     ],
 )
-def test_what_is_left_out_leaves_its_term_and_parameters_out(overrides, missing, module):
+def test_what_is_left_out_leaves_its_term_and_parameters_out(overrides, missing, modules):
     config = runs.config("unused", overrides)
     program = build(config)
     batch = jax.eval_shape(lambda: real_batch(config))
-    _, terms = jax.eval_shape(program.train_step, program.abstract, batch, jax.eval_shape(program.teacher))
-    assert terms.keys() == EVERY_TERM - missing
-    modules = {path.split("/")[0] for path in program.abstract.params}
-    assert module not in modules
-    assert modules <= {"student", "fam", "neck", "fmm", "decode_head", "auxiliary_head"}
+    _, terms = jax.eval_shape(program.train_step, program.abstract, batch, runs.random_teacher(config))
+    assert terms.keys() == {"loss", "decode", "aux", "distill", "acc", "grad_norm"} - missing
+    every = {"student", "fam", "neck", "fmm", "decode_head", "auxiliary_head"}
+    assert {path.split("/")[0] for path in program.abstract.params} == every - modules
 
 
 def first_step(overrides, batch=None):
     """(state before, state after, terms) of one real step."""
-    config = runs.config("unused", overrides)
+    config = runs.config("unused", {"schedule.warmup": 0, **overrides})
     program = build(config)
-    before = program.init()
-    kept = jax.tree.map(np.asarray, before)  # the step takes its argument's memory
+    kept, teacher = runs.random_state(program), runs.random_teacher(config)
+    before = sharding.place(kept, program.shardings)
     batch = sharding.to_global(program.mesh, batch or real_batch(config))
-    after, terms = program.train_step(before, batch, program.teacher())
+    after, terms = runs.compile_quickly(program.train_step, before, batch, teacher)(before, batch, teacher)
     return kept, jax.device_get(after), {k: float(v) for k, v in terms.items()}
 
 
@@ -258,8 +246,9 @@ def test_options_of_the_step_together():
     """bfloat16 keeps float32 parameters, clipping bounds the gradient, the average follows the parameters."""
     before, after, terms = first_step(
         {
-            "dtype": "bfloat16", "clip_norm": 1e-2, "ema": 0.75, "loss.kl_axis": "channel", "schedule.warmup": 0,
-            "loss.class_weights": (1.0, 2.0, 1.0, 1.0, 1.0), "loss.avg_non_ignore": True,
+            "dtype": "bfloat16", "clip_norm": 1e-2, "ema": 0.75, "loss.kl_axis": "channel",
+            "model.student.depths": (0, 0, 0, 0), "loss.avg_non_ignore": True,
+            "loss.class_weights": (1.0, 2.0, 1.0, 1.0, 1.0),
         }
     )  # fmt: skip
     assert all(np.isfinite(v) for v in terms.values()) and terms["grad_norm"] > 1e-2
@@ -283,7 +272,7 @@ def test_two_micro_batches_are_one_batch_but_for_batch_norm():
     of the whole batch. Then all losses and gradients agree; the running averages, updated twice, do not."""
     config = runs.config("unused")
     rows = {k: np.repeat(v[:2], 2, axis=0) for k, v in real_batch(config).items()}
-    quiet = {"model.student.drop_path": 0.0, "model.dropout": 0.0}
+    quiet = {"model.student.depths": (0, 0, 0, 0), "model.dropout": 0.0}
     _, one, terms = first_step(quiet, rows)
     _, two, accumulated = first_step({**quiet, "grad_accum": 2}, rows)
     for name, value in terms.items():
@@ -313,6 +302,6 @@ def _moments(current):
     ],
 )
 def test_every_ablation_trains(overrides):
-    before, after, terms = first_step({"schedule.warmup": 0, **overrides})
+    before, after, terms = first_step(overrides)
     assert all(np.isfinite(v) for v in terms.values())
     assert any(not np.array_equal(after.params[path], old) for path, old in before.params.items())
