@@ -14,14 +14,14 @@ MIN_SIZE = 2**13  # smaller arrays stay whole: gathering them would cost more th
 
 def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
     """A mesh over the devices of all processes; -1 takes what is left. One process may use fewer devices."""
-    devices = jax.device_count()
+    devices, given = jax.device_count(), f"data={data}, fsdp={fsdp}"
     if fsdp == -1:
         fsdp = devices // max(data, 1)
     if data == -1:
         data = devices // max(fsdp, 1)
     used = data * fsdp
     if data < 1 or fsdp < 1 or used > devices or (used < devices and jax.process_count() > 1):
-        raise ValueError(f"config.mesh (data={data}, fsdp={fsdp}) does not fit {devices} devices")
+        raise ValueError(f"config.mesh ({given}) does not fit {devices} devices")
     # Auto axes: under Explicit ones a sharded convolution kernel is an error.
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:used])
 

@@ -112,8 +112,12 @@ class Writer:
             self._rows = self._events = None
 
     def _open(self) -> None:
-        from tensorboardX import SummaryWriter  # here, since most verbs never write
+        # Here, since most verbs never write; without torch, which tensorboardX imports where it is installed.
+        absent = sys.modules.setdefault("torch", None) is None
+        from tensorboardX import SummaryWriter
 
+        if absent:
+            del sys.modules["torch"]
         self._workdir.mkdir(parents=True, exist_ok=True)
         _drop_cut_line(self._rows_path)
         purge = None if self._resumed_at is None else self._resumed_at + 1

@@ -7,6 +7,7 @@ import pathlib
 import runpy
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -130,6 +131,19 @@ def finish(process: subprocess.Popen) -> tuple[str, str]:
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return out, err
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    """Returns as soon as `condition()` holds while the process is at work."""
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+
+
+def reached(workdir: pathlib.Path, step: int) -> bool:
+    """Whether a running process has reported `step`."""
+    path = workdir / "metrics.jsonl"
+    return path.exists() and f'"step": {step},' in path.read_text()
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:

@@ -1,6 +1,7 @@
 """Shardings by rule, and that no mesh and no number of processes changes what is computed."""
 
 import re
+import signal
 import socket
 
 import jax
@@ -60,7 +61,7 @@ def test_rows_go_to_devices_in_order_and_arrays_come_back_whole():
     array = sharding.to_global(mesh, {"x": rows})["x"]
     assert [s.data.shape for s in array.addressable_shards] == [(2, 3)] * 8
     np.testing.assert_array_equal(array, rows)
-    kernel = np.random.default_rng(0).random((64, 256))
+    kernel = np.random.default_rng(0).random((64, 256), np.float32)
     placed = sharding.place({"k": kernel}, sharding.tree_shardings(mesh, {"k": kernel}))["k"]
     assert {s.data.shape for s in placed.addressable_shards} == {(64, 64)}
     np.testing.assert_array_equal(placed, kernel)
@@ -125,26 +126,31 @@ def test_a_mesh_gives_the_losses_of_one_device(one_device, tiles, small_arrays_a
     assert not [w for w in recwarn if "donated buffers were not usable" in str(w.message)]
 
 
-def test_two_processes_are_one(tiles, tmp_path):
-    """Real processes, one device each, that meet on localhost; against one process with two devices."""
-    settings = {"total_steps": 3, "mesh.fsdp": 2, "ema": 0.9}
+def start_two(tiles, workdir, settings):
+    """Real processes, one device each, that meet on localhost."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
+    flags = (*runs.arguments(tiles, workdir, settings), f"--coordinator={address}", "--num_processes=2")
+    return [runs.start(*flags, f"--process_id={k}") for k in range(2)]
+
+
+def test_two_processes_are_one(tiles, tmp_path):
+    """Against one process with two devices, parameters split over both."""
+    settings = {"total_steps": 3, "mesh.fsdp": 2, "ema": 0.9, "model.student.depths": (0, 0, 0, 0)}
     one = runs.start(*runs.arguments(tiles, tmp_path / "one", settings), devices=2)
     runs.finish(one)
-    flags = (*runs.arguments(tiles, tmp_path / "two", settings), f"--coordinator={address}", "--num_processes=2")
-    processes = [runs.start(*flags, f"--process_id={k}") for k in range(2)]
-    (out, _), (quiet, _) = [runs.finish(process) for process in processes]
-
+    (out, _), (quiet, _) = [runs.finish(process) for process in start_two(tiles, tmp_path / "two", settings)]
     assert "2 cpu device(s)" in out and "val split, step 3:" in out
-    assert not [line for line in quiet.splitlines() if "Gloo" not in line]
+    assert not [line for line in quiet.splitlines() if "Gloo" not in line]  # process 0 speaks for all
+
     rows = [runs.rows(tmp_path / name) for name in ("one", "two")]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == [1, 2, 3, 3, 3]
     for ours, theirs in zip(*rows, strict=True):
-        for name, value in ours.items():
-            assert theirs[name] == pytest.approx(value, rel=1e-5), name
-    program = build(runs.config(tiles, settings))
+        assert ours.pop("split", None) == theirs.pop("split", None)
+        assert theirs == pytest.approx(ours, rel=1e-5)
+    config = runs.config(tiles, settings)
+    program = build(config)
     states = []
     for name in ("one", "two"):
         with Checkpoints(tmp_path / name / "checkpoints") as checkpoints:
@@ -152,3 +158,17 @@ def test_two_processes_are_one(tiles, tmp_path):
     assert states[0][1] == states[1][1]  # the data position
     for ours, theirs in zip(*(jax.tree.leaves(state) for state, _ in states), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_at_the_same_step(tiles, tmp_path):
+    settings = {"total_steps": 400, "eval_every": 400, "model.student.depths": (0, 0, 0, 0)}
+    processes = start_two(tiles, tmp_path, settings)
+    runs.wait_for(lambda: runs.reached(tmp_path, 5), processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    (out, _), _ = [runs.finish(process) for process in processes]
+    (step,) = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
+    assert f"stopped by a signal at step {step};" in out and step % 10 == 0 and step < 400
+    processes = start_two(tiles, tmp_path, settings | {"log_every": 1})
+    (out, _), _ = [runs.finish(process) for process in processes]
+    assert f"resuming at step {step}" in out and runs.steps(tmp_path, "train/loss") == list(range(1, 401))

@@ -1,0 +1,314 @@
+"""The command itself: killed and resumed bit for bit, quiet, and one line for every kind of bad input."""
+
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+import runpy
+import shutil
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from ktda_jax import config as configs
+from ktda_jax import weights
+from ktda_jax.checkpoint import Checkpoints
+from ktda_jax.program import build
+
+SETTINGS = {"total_steps": 24, "eval_every": 6, "checkpoint_every": 2, "ema": 0.9}
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    return runs.make_tiles(tmp_path_factory.mktemp("tiles"))
+
+
+@pytest.fixture(scope="module")
+def command(tiles, tmp_path_factory):
+    """command(workdir) starts the same command each time; compiled programs are shared."""
+    cache = tmp_path_factory.mktemp("cache")
+    return lambda workdir, *flags: runs.start(*runs.arguments(tiles, workdir, SETTINGS), *flags, cache=cache)
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """(workdir, stdout, stderr) of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, *runs.finish(command(workdir))
+
+
+# Resuming ---------------------------------------------------------------------------------------------------------
+
+
+def saved_state(workdir, tiles):
+    """The latest checkpoint: step, all arrays by path, data position."""
+    program = build(runs.config(tiles, SETTINGS))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        step = checkpoints.latest_step()
+        state, position = checkpoints.restore(step, program.abstract, program.shardings)
+    return step, {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}, position
+
+
+def assert_same_run(ours, theirs, tiles):
+    (step, arrays, position), (other, others, elsewhere) = saved_state(ours, tiles), saved_state(theirs, tiles)
+    assert step == other == SETTINGS["total_steps"] and position == elsewhere
+    for part in (".params", ".batch_stats", ".opt_state", ".ema"):
+        assert any(path.startswith(part) for path in arrays)
+    assert arrays.keys() == others.keys()
+    for path, value in arrays.items():
+        assert value.tobytes() == others[path].tobytes(), path
+    assert (ours / "metrics.jsonl").read_text() == (theirs / "metrics.jsonl").read_text()
+
+
+def being_written(workdir) -> bool:
+    """A checkpoint after step 4 is on its way to the disk."""
+    names = [path.name for path in workdir.glob("checkpoints/*")]
+    return runs.reached(workdir, 5) and any(not name.isdigit() for name in names)
+
+
+def test_killed_while_saving_then_stopped_then_finished_is_the_same_run(whole, command, tiles, tmp_path):
+    first = command(tmp_path)
+    runs.wait_for(functools.partial(being_written, tmp_path), first)
+    first.send_signal(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL and first.stdout.read().count("step/s") < 3
+
+    second = command(tmp_path)
+    runs.wait_for(functools.partial(runs.reached, tmp_path, 13), second)
+    second.send_signal(signal.SIGTERM)
+    out, err = runs.finish(second)
+    stopped = int(re.search(r"stopped by a signal at step (\d+); run the same command to go on", out)[1])
+    assert re.search(r"resuming at step [24]\b", out) and 13 <= stopped < 24 and err == ""
+
+    out, _ = runs.finish(command(tmp_path))
+    assert f"resuming at step {stopped}" in out
+    assert_same_run(whole[0], tmp_path, tiles)
+    assert runs.steps(tmp_path, "train/loss") == list(range(1, 25))
+    assert runs.steps(tmp_path, "val/mIoU") == [6, 12, 18, 24]
+    assert all(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())  # no half-written ones left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_kills_at_random_times_change_nothing(whole, command, tiles, tmp_path, seed):
+    rng, kills = np.random.default_rng(seed), 0
+    while True:
+        process = command(tmp_path)
+        try:
+            process.wait(rng.uniform(3, 12))
+            break
+        except Exception:
+            process.kill()
+            kills += 1
+    assert process.returncode == 0 and kills
+    assert_same_run(whole[0], tmp_path, tiles)
+
+
+def table(out: str) -> str:
+    """The part of the output that reports scores, less the folder's name."""
+    return out[out.index("val split") : out.index("figures in")]
+
+
+def test_finished_runs_report_again_and_train_nothing(whole, command):
+    workdir, out, _ = whole
+    before = (workdir / "metrics.jsonl").read_text()
+    saved = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*") if path.is_file()}
+    again, _ = runs.finish(command(workdir))
+    assert table(again) == table(out) and "resuming at step 24" in again
+    evaluated, _ = runs.finish(command(workdir, "--mode=eval", "--config.data.test_split=train"))
+    assert table(evaluated.replace("train split", "val split")) != table(out)
+    assert (workdir / "figures" / "train_confusion.png").exists()
+    rows = runs.rows(workdir)
+    assert [row["split"] for row in rows if "split" in row] == ["val", "train"]
+    kept = (line for line in (workdir / "metrics.jsonl").read_text().splitlines() if '"split": "train"' not in line)
+    assert "\n".join(kept) + "\n" == before
+    assert {path: path.stat().st_mtime_ns for path in saved} == saved
+
+
+def test_a_normal_run_is_quiet(whole):
+    _, out, err = whole
+    assert err == ""
+    assert not [line for line in out.splitlines() if re.match(r"[WIE]\d{4} |.*Warning", line)]
+
+
+def test_the_best_checkpoint_is_the_one_reported(whole):
+    workdir, out, _ = whole
+    scores = {row["step"]: row["val/mIoU"] for row in runs.rows(workdir) if "val/mIoU" in row}
+    (final,) = [row for row in runs.rows(workdir) if "final/mIoU" in row and row["split"] == "val"]
+    assert final["final/mIoU"] == pytest.approx(max(scores.values()), abs=1e-9) == pytest.approx(scores[final["step"]])
+    assert {int(path.name) for path in (workdir / "checkpoints").iterdir()} == {final["step"], 24}
+    assert f"val split, step {final['step']}:" in out
+
+
+# Bad input --------------------------------------------------------------------------------------------------------
+
+
+def run_forked(arguments, devices, report):
+    """What `python -m ktda_jax.main` does, in a fork of a process that has imported the libraries already."""
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(report / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    seconds = []
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            seconds.append(duration)
+            (report / "compiled").write_text(json.dumps(seconds))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    sys.argv = ["ktda_jax.main", *map(str, arguments)]
+    runpy.run_module("ktda_jax.main", run_name="__main__")
+
+
+@pytest.fixture
+def refusal(tiles, tmp_path):
+    """refusal(flags..., settings) -> the line on stderr of a command that must fail, before it compiles anything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ktda_jax.train", "ktda_jax.figures"])
+
+    def run(*flags, devices=1, workdir=None, root=None, compiles=False, **settings):
+        settings = {name.replace("__", "."): value for name, value in settings.items()}
+        arguments = runs.arguments(root or tiles, workdir or tmp_path / "run", SETTINGS | settings)
+        process = context.Process(target=run_forked, args=([*arguments, *flags], devices, tmp_path))
+        process.start()
+        process.join(120)
+        lines = (tmp_path / "err").read_text().splitlines()
+        assert process.exitcode == 1, lines
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        slow = [s for s in json.loads(_read(tmp_path / "compiled", "[]")) if s > 0.5]
+        assert compiles or not slow
+        return lines[0]
+
+    return run
+
+
+def _read(path: pathlib.Path, default: str) -> str:
+    return path.read_text() if path.exists() else default
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--config.nosuch=1", "config.nosuch is not a setting"),
+        ("--config.data.croop=3", 'config.data.croop is not a setting. Did you mean "crop"'),
+        ("--config.batch_size=four", "flag --config.batch_size=four: invalid literal for int()"),
+        ("--nosuch=1", "Unknown command line flag 'nosuch'"),
+        ("--config=configs/grass.py:tyni", "config argument 'tyni' is unknown; known: tiny, upstream"),
+        ("--config=configs/gras.py", "No such file or directory: 'configs/gras.py'"),
+        ("--mode=test", "--mode=test: value should be one of <train|eval>"),
+        ("--coordinator=localhost:1", "needs --num_processes and --process_id"),
+        ("configs/grass.py", "unexpected argument 'configs/grass.py'; settings are given as --config.KEY=VALUE"),
+    ],
+)
+def test_mistyped_commands(refusal, flag, message):
+    assert message in refusal(flag)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"data__root": "/nowhere"}, "/nowhere/img_dir/train"),
+        ({"data__root": None}, "config.data.root is not set"),
+        ({"data__val_split": "vla"}, "img_dir/vla"),
+        ({"data__crop": (128, 128)}, "6 of 6 images are smaller than the crop of 128 x 128"),
+        ({"data__on_corrupt": "ignore"}, "on_corrupt is 'ignore'"),
+        ({"model__grid": (3, 3)}, "config.model.grid is (3, 3), but the teacher sees a 64x64 crop as 4x4 patches"),
+        ({"model__student__preset": "huge"}, "config.model.student.preset is 'huge'; known: tiny, small"),
+        ({"model__fmm__form": "conv"}, "model.fmm.form is 'conv'"),
+        ({"batch_size": 3, "devices": 2}, "config.batch_size is 3, which 2 devices do not divide"),
+        ({"mesh__fsdp": 3, "devices": 2}, "config.mesh (data=-1, fsdp=3) does not fit 2 devices"),
+        ({"loss__kl_axis": "height"}, "config.loss.kl_axis is 'height'; choose one of width, channel, position"),
+        ({"weights__student": "/nowhere.safetensors"}, "config.weights.student: no file /nowhere.safetensors"),
+        ({"weights__teacher": "/nowhere.safetensors"}, "config.weights.teacher: no file /nowhere.safetensors"),
+        ({"total_steps": 0}, "config.total_steps is 0"),
+    ],
+)
+def test_settings_that_cannot_work(refusal, settings, message):
+    assert message in refusal(**settings)
+
+
+def truncate(root):
+    path = root / "img_dir" / "train" / "t1.png"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def rename(root):
+    for path in (root / "ann_dir" / "train").iterdir():
+        path.rename(path.with_name(f"label_{path.name}"))
+
+
+def write_odd(root, *, label_size=72, value=0):
+    image, label = np.zeros((72, 72, 3)), np.full((label_size, 72), value)
+    runs.write_tile(root, "train", "odd", image, label)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (truncate, "1 of 6 tiles cannot be read"),
+        (rename, "no image in"),
+        (functools.partial(write_odd, value=5), "label values outside 0..4 that are not 255 in 1 of 7 tiles: odd"),
+        (functools.partial(write_odd, label_size=64), "odd (image 72 x 72, label 64 x 72)"),
+        (lambda root: shutil.rmtree(root / "ann_dir"), "ann_dir/train"),
+    ],
+)
+def test_data_that_cannot_be_used(refusal, tmp_path, spoil, message):
+    root = runs.make_tiles(tmp_path / "tiles")
+    spoil(root)
+    assert message in refusal(root=root)
+    assert not (tmp_path / "run").exists()  # nothing is begun that would have to be cleared away
+
+
+def test_weights_of_another_shape(refusal, tmp_path):
+    weights.save(tmp_path / "w.safetensors", {"norms/0/scale": np.ones(3, np.float32)})
+    line = refusal(weights__student=tmp_path / "w.safetensors")
+    assert "w.safetensors does not fit the model: missing" in line
+
+
+def test_another_workdir(refusal, whole):
+    line = refusal("--config.seed=7", workdir=whole[0])
+    assert line.endswith("(saved 42, now 7); use another --workdir, or the saved settings") and "seed" in line
+
+
+def test_evaluation_needs_a_checkpoint_of_this_model(refusal, whole, tmp_path):
+    assert "no checkpoints in" in refusal("--mode=eval")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert "no checkpoint in" in refusal("--mode=eval")
+    line = refusal("--mode=eval", workdir=whole[0], model__head_channels=24)
+    assert "does not fit the model: shapes differ: decode_head/" in line and "instead of" in line
+
+
+def test_a_loss_that_is_not_finite_names_term_and_step(refusal, tmp_path):
+    # Settings that compile fastest; the first step's huge update spoils the second one's losses.
+    line = refusal(
+        compiles=True, total_steps=4, optimizer__lr=1e30, schedule__warmup=0, distill=False, ema=None,
+        model__student__depths=(0, 0, 0, 0), model__aux_channels=0,
+    )  # fmt: skip
+    assert re.search(r"not finite at step 2: .*decode is nan.*; no checkpoint was written yet\. Lower config", line)
+    configs.compare(tmp_path / "run", runs.config("elsewhere"))  # the workdir may be used again
+
+
+# Imports ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_tensorflow_and_no_torch(tiles, tmp_path, monkeypatch):
+    """A toy of a run that goes through data, checkpoints, writers and figures, in a fresh interpreter."""
+    code = (
+        "import sys, pathlib, io; sys.path.insert(0, 'tests')\n"
+        "import ktda_jax.main, ktda_jax.train, ktda_jax.writers, ktda_jax.data.tfds_source\n"
+        f"writer = ktda_jax.writers.Writer({str(tmp_path)!r}, total_steps=1, stream=io.StringIO())\n"
+        "with writer: writer.write(1, {'x': 1.0})\n"
+        "print([m for m in ('torch', 'tensorflow', 'tensorboard') if m in sys.modules])\n"
+    )
+    import subprocess
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=runs.REPOSITORY)
+    assert done.stdout.strip() == "[]", done.stderr
+    assert list(tmp_path.glob("events.*"))
