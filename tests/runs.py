@@ -74,12 +74,12 @@ def config(root: pathlib.Path, overrides: dict | None = None):
 
 
 def arguments(root: pathlib.Path, workdir: pathlib.Path, overrides: dict | None = None) -> list[str]:
-    """The command line that means `config(root, overrides)`."""
+    """The command line that means `config(root, overrides)`, on all devices; None leaves a setting as it is."""
     settings = {"data.root": root, **TINY, **(overrides or {})}
     return [
         f"--config={REPOSITORY / 'configs' / 'grass.py'}:tiny",
         f"--workdir={workdir}",
-        *(f"--config.{key}={value}" for key, value in settings.items()),
+        *(f"--config.{key}={value}" for key, value in settings.items() if value is not None),
     ]
 
 

@@ -9,8 +9,8 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -32,9 +32,20 @@ def tiles(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def command(tiles, tmp_path_factory):
-    """command(workdir) starts the same command each time; compiled programs are shared."""
-    cache = tmp_path_factory.mktemp("cache")
-    return lambda workdir, *flags: runs.start(*runs.arguments(tiles, workdir, SETTINGS), *flags, cache=cache)
+    """command(workdir) starts the same command each time; compiled programs are shared.
+
+    It finds a torch and a tensorflow that leave a mark when imported.
+    """
+    folder = tmp_path_factory.mktemp("command")
+    for name in ("torch", "tensorflow"):
+        (folder / f"{name}.py").write_text(f"open({str(folder / f'{name}.imported')!r}, 'w'); raise ImportError")
+
+    def start(workdir, *flags):
+        flags = (*runs.arguments(tiles, workdir, SETTINGS), *flags)
+        return runs.start(*flags, cache=folder, PYTHONPATH=str(folder))
+
+    start.folder = folder
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +114,7 @@ def test_kills_at_random_times_change_nothing(whole, command, tiles, tmp_path, s
         try:
             process.wait(rng.uniform(3, 12))
             break
-        except Exception:
+        except subprocess.TimeoutExpired:
             process.kill()
             kills += 1
     assert process.returncode == 0 and kills
@@ -135,6 +146,14 @@ def test_a_normal_run_is_quiet(whole):
     _, out, err = whole
     assert err == ""
     assert not [line for line in out.splitlines() if re.match(r"[WIE]\d{4} |.*Warning", line)]
+
+
+def test_neither_torch_nor_tensorflow_is_imported(command, whole):
+    """tensorboardX, for one, imports torch wherever it finds it."""
+    assert not list(command.folder.glob("*.imported"))
+    environment = {**os.environ, "PYTHONPATH": str(command.folder)}
+    subprocess.run([sys.executable, "-c", "import torch"], env=environment, capture_output=True)
+    assert [path.stem for path in command.folder.glob("*.imported")] == ["torch"]  # the mark works
 
 
 def test_the_best_checkpoint_is_the_one_reported(whole):
@@ -219,8 +238,8 @@ def test_mistyped_commands(refusal, flag, message):
         ({"data__val_split": "vla"}, "img_dir/vla"),
         ({"data__crop": (128, 128)}, "6 of 6 images are smaller than the crop of 128 x 128"),
         ({"data__on_corrupt": "ignore"}, "on_corrupt is 'ignore'"),
-        ({"model__grid": (3, 3)}, "config.model.grid is (3, 3), but the teacher sees a 64x64 crop as 4x4 patches"),
-        ({"model__student__preset": "huge"}, "config.model.student.preset is 'huge'; known: tiny, small"),
+        ({"model__grid": (3, 3)}, "config.model.grid is (3, 3), but the teacher sees a 64x64 crop as 5x5 patches"),
+        ({"model__teacher__heads": 3}, "config.model.teacher.heads is 3, which does not divide 16"),
         ({"model__fmm__form": "conv"}, "model.fmm.form is 'conv'"),
         ({"batch_size": 3, "devices": 2}, "config.batch_size is 3, which 2 devices do not divide"),
         ({"mesh__fsdp": 3, "devices": 2}, "config.mesh (data=-1, fsdp=3) does not fit 2 devices"),
@@ -254,8 +273,11 @@ def write_odd(root, *, label_size=72, value=0):
     [
         (truncate, "1 of 6 tiles cannot be read"),
         (rename, "no image in"),
-        (functools.partial(write_odd, value=5), "label values outside 0..4 that are not 255 in 1 of 7 tiles: odd"),
-        (functools.partial(write_odd, label_size=64), "odd (image 72 x 72, label 64 x 72)"),
+        (
+            functools.partial(write_odd, value=5),
+            "label values outside 0..4 that are not 255 in 1 of 7 tiles: img_dir/train/odd.png",
+        ),
+        (functools.partial(write_odd, label_size=64), "ann_dir/train/odd.png (image 72 x 72, label 64 x 72)"),
         (lambda root: shutil.rmtree(root / "ann_dir"), "ann_dir/train"),
     ],
 )
@@ -293,22 +315,3 @@ def test_a_loss_that_is_not_finite_names_term_and_step(refusal, tmp_path):
     )  # fmt: skip
     assert re.search(r"not finite at step 2: .*decode is nan.*; no checkpoint was written yet\. Lower config", line)
     configs.compare(tmp_path / "run", runs.config("elsewhere"))  # the workdir may be used again
-
-
-# Imports ----------------------------------------------------------------------------------------------------------
-
-
-def test_no_tensorflow_and_no_torch(tiles, tmp_path, monkeypatch):
-    """A toy of a run that goes through data, checkpoints, writers and figures, in a fresh interpreter."""
-    code = (
-        "import sys, pathlib, io; sys.path.insert(0, 'tests')\n"
-        "import ktda_jax.main, ktda_jax.train, ktda_jax.writers, ktda_jax.data.tfds_source\n"
-        f"writer = ktda_jax.writers.Writer({str(tmp_path)!r}, total_steps=1, stream=io.StringIO())\n"
-        "with writer: writer.write(1, {'x': 1.0})\n"
-        "print([m for m in ('torch', 'tensorflow', 'tensorboard') if m in sys.modules])\n"
-    )
-    import subprocess
-
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=runs.REPOSITORY)
-    assert done.stdout.strip() == "[]", done.stderr
-    assert list(tmp_path.glob("events.*"))
