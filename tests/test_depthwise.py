@@ -37,10 +37,7 @@ def torch_value_and_grads(x, kernel, dy):
     y = torch.nn.functional.conv2d(x, kernel, padding=padding, groups=x.shape[1])
     y.backward(torch.tensor(np.asarray(dy)).permute(0, 3, 1, 2))
     to_nhwc, to_hwio = (0, 2, 3, 1), (2, 3, 1, 0)
-    return [
-        a.detach().permute(*axes).numpy()
-        for a, axes in ((y, to_nhwc), (x.grad, to_nhwc), (kernel.grad, to_hwio))
-    ]
+    return [a.detach().permute(*axes).numpy() for a, axes in ((y, to_nhwc), (x.grad, to_nhwc), (kernel.grad, to_hwio))]
 
 
 # Widths around the tile of 8 columns, images smaller than the kernel, other odd kernels.

@@ -97,9 +97,7 @@ def test_the_global_batch_does_not_depend_on_the_processes(source, processes):
     whole = take(train_iterator(source, crop=16, batch_size=4, seed=7), 6)
     parts = [
         take(
-            train_iterator(
-                source, crop=16, batch_size=4, seed=7, process_index=index, process_count=processes
-            ),
+            train_iterator(source, crop=16, batch_size=4, seed=7, process_index=index, process_count=processes),
             6,
         )
         for index in range(processes)

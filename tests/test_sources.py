@@ -109,9 +109,7 @@ def test_grey_labels_of_few_bits_keep_their_numbers(tmp_path, bits):
     header = struct.pack(">IIBBBBB", 8 // bits, 1, bits, 0, 0, 0, 0)  # one byte of pixels
     pixels = zlib.compress(bytes([0, 0b00_01_10_11]))
     path = tmp_path / "label.png"
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
     assert read_label(str(path)).tolist() == {2: [[0, 1, 2, 3]], 4: [[0b0001, 0b1011]]}[bits]
 
 

@@ -35,7 +35,7 @@ class ConvNeXtConfig:
     def __post_init__(self):
         for name in ("depths", "channels"):
             if len(getattr(self, name)) != 4:
-                raise ValueError(f"config.model.student.{name} is {getattr(self, name)}; give one number per stage, four")
+                raise ValueError(f"config.model.student.{name} is {getattr(self, name)}; give four, one per stage")
 
 
 class Block(nnx.Module):
