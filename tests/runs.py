@@ -110,10 +110,17 @@ def compile_quickly(jitted, *args):
     return jitted.lower(*args).compile({"xla_backend_optimization_level": 0})
 
 
-def start(*flags: str, devices: int = 1, cache: pathlib.Path | None = None, **environment: str) -> subprocess.Popen:
-    """`python -m ktda_jax.main FLAGS` in a process of its own; `cache` spares repeated compilation."""
+def start(
+    *flags: str, devices: int = 1, quickly: bool = True, cache: pathlib.Path | None = None, **environment: str
+) -> subprocess.Popen:
+    """`python -m ktda_jax.main FLAGS` in a process of its own.
+
+    `quickly` compiles as `compile_quickly` does; `cache` spares repeated compilation.
+    """
     settings = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
-    settings["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    settings["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    if quickly:
+        settings["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
     if cache is not None:
         settings |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
     return subprocess.Popen(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from typing import NamedTuple
 
 import golden
@@ -270,10 +271,11 @@ def test_base_model_has_the_published_parameters():
         (dict(student=dict(depth=3)), "config.model.student.depth is not a setting; known: depths"),
         (dict(teacher=dict(width=8)), "config.model.teacher lacks depth, heads"),
         (dict(fmm=dict(form="cnn")), "config.model.fmm.form is 'cnn'; choose 'transformer' or 'mlp'"),
+        (dict(student=dict(preset="tiny", depths=(1, 1))), "config.model.student.depths is (1, 1); give four numbers"),
         (dict(neck=1), "config.model.neck is not a setting"),
     ],
 )
 def test_unknown_settings_are_named(values, message):
     base = dict(num_classes=2, student=dict(preset="tiny"), teacher=dict(preset="small"))
-    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         KTDAConfig.from_dict(base | values)

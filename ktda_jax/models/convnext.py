@@ -32,11 +32,6 @@ class ConvNeXtConfig:
     bands: int = 3
     remat: bool = False  # recompute each block in the backward pass
 
-    def __post_init__(self):
-        for name in ("depths", "channels"):
-            if len(getattr(self, name)) != 4:
-                raise ValueError(f"config.model.student.{name} is {getattr(self, name)}; give four, one per stage")
-
 
 class Block(nnx.Module):
     """Depthwise 7x7, LayerNorm, two pointwise layers; layer scale (V1) or GRN (V2); residual."""

@@ -40,6 +40,12 @@ class KTDAConfig:
     aux_channels: int = 256  # 0: no auxiliary head
     dropout: float = 0.1
 
+    def __post_init__(self):
+        for name in ("depths", "channels"):
+            values = getattr(self.student, name)
+            if len(values) != 4:
+                raise ValueError(f"config.model.student.{name} is {values}; give four numbers, one per stage")
+
     @classmethod
     def from_dict(cls, config) -> "KTDAConfig":
         """From the nested mapping of a config file, where `preset` names a size and `None` means unset."""
