@@ -121,6 +121,20 @@ def test_kills_at_random_times_change_nothing(whole, command, tiles, tmp_path, s
     assert_same_run(whole[0], tmp_path, tiles)
 
 
+@pytest.mark.slow
+def test_a_kill_changes_nothing_as_users_compile(tiles, tmp_path):
+    """The same with XLA's optimisations, and compiling anew after the kill."""
+    whole, killed = (runs.arguments(tiles, tmp_path / name, SETTINGS) for name in ("whole", "killed"))
+    runs.finish(runs.start(*whole, quickly=False))
+    process = runs.start(*killed, quickly=False)
+    runs.wait_for(functools.partial(runs.reached, tmp_path / "killed", 11), process)
+    process.kill()
+    process.wait()
+    out, _ = runs.finish(runs.start(*killed, quickly=False))
+    assert "resuming at step" in out
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", tiles)
+
+
 def table(out: str) -> str:
     """The part of the output that reports scores, less the folder's name."""
     return out[out.index("val split") : out.index("figures in")]
