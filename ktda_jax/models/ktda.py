@@ -51,13 +51,12 @@ class KTDAConfig:
         """From the nested mapping of a config file, where `preset` names a size and `None` means unset."""
         config = {k: v for k, v in dict(config).items() if v is not None}
         fmm = dict(config.pop("fmm", {}))
-        if not fmm.pop("enabled", True):
-            config["fmm"] = None
-        else:
-            config["fmm"] = _build(FMMConfig, "fmm", fmm, {})
+        enabled = fmm.pop("enabled", True)
+        config["fmm"] = _build(FMMConfig, "fmm", fmm, {})
         config["student"] = _build(ConvNeXtConfig, "student", config["student"], convnext.PRESETS)
         config["teacher"] = _build(ViTConfig, "teacher", config["teacher"], vit.PRESETS)
-        return _build(cls, "", config, {})
+        built = _build(cls, "", config, {})
+        return built if enabled else dataclasses.replace(built, fmm=None)
 
 
 def _build(cls, name: str, values, presets: dict):
