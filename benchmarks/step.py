@@ -61,7 +61,7 @@ def main(_):
     }
     if STEPS.value:
         start = time.perf_counter()
-        step = program.train_step.lower(current, rows, teacher).compile()
+        step = program.compile_step(current, rows, teacher)
         report["compile_s"] = round(time.perf_counter() - start, 1)
         report["temporary_gb"] = round(step.memory_analysis().temp_size_in_bytes / 1e9, 2)
 

@@ -87,6 +87,9 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
             batch = next(batches)
             skipped += int(batch.pop("skipped", 0))
             batch = sharding.to_global(mesh, {k: batch[k] for k in ("image", "label")})
+            if step == start:
+                writer.message("compiling the training step")
+                program.compile_step(current, batch, teacher)
             with jax.transfer_guard("disallow"):
                 current, terms = program.train_step(current, batch, teacher)
             step += 1

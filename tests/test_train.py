@@ -68,7 +68,7 @@ def toy(monkeypatch):
         program = Program(
             mesh=mesh, graphdef=None, optimizer=None, schedule=lambda step: 0.1, abstract=start,
             shardings=sharding.tree_shardings(mesh, start), init=init, teacher=dict, train_step=train_step,
-            eval_step=eval_step,
+            eval_step=eval_step, compile_step=lambda *args: None,
         )  # fmt: skip
         monkeypatch.setattr(train, "build", lambda config: program)
         return program
