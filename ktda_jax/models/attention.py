@@ -68,7 +68,7 @@ def _chunked(query, key, value):
 
 
 def _chunked_forward(query, key, value):
-    out, lse = _over_heads(_head_forward, query, key, value)
+    out, lse = _over_heads(_head_forward, query, key, value, in_place=1)
     return out, (query, key, value, out, lse)
 
 
@@ -77,22 +77,35 @@ def _chunked_backward(residuals, dout):
     wide = _wide(query.dtype)
     # Sum over keys of weight times its gradient, (B, N, heads, 1): the softmax's share of the backward.
     delta = jnp.einsum("bnhd,bnhd->bnh", dout, out, preferred_element_type=wide)[..., None]
-    return _over_heads(_head_backward, query, key, value, lse, dout, delta)
+    return _over_heads(_head_backward, query, key, value, lse, dout, delta, in_place=3)
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _over_heads(one_head, *arrays):
-    """Applies one_head(*arrays, chunk=...), which sees (B, N, D), to every head of (B, N, heads, D)."""
+def _over_heads(one_head, *arrays, in_place):
+    """Applies one_head(*arrays, chunk=...), which sees (B, N, D), to every head of (B, N, heads, D).
+
+    Its first `in_place` results look like its first arguments, and the loop writes them over those: XLA's CPU
+    backend would fill new arrays with zeros long before the loop runs (three of 134 MB for a cloud block).
+    """
 
     def run(looped, chunk, *arrays):
         arrays = tuple(jnp.moveaxis(x, 2, 0) for x in arrays)  # (heads, B, N, D)
 
-        def function(arrays):
-            return one_head(*arrays, chunk=chunk)
+        def body(stacks, xs):
+            head, others = xs
+            mine = (lax.dynamic_index_in_dim(x, head, keepdims=False) for x in stacks)
+            results = one_head(*mine, *others, chunk=chunk)
+            new = (lax.dynamic_update_index_in_dim(x, r, head, 0) for x, r in zip(stacks, results, strict=False))
+            return tuple(new), results[in_place:]
 
-        results = lax.map(function, arrays) if looped else jax.vmap(function)(arrays)
+        if looped:
+            heads = jnp.arange(arrays[0].shape[0])
+            stacks, others = lax.scan(body, arrays[:in_place], (heads, arrays[in_place:]))
+            results = (*stacks, *others)
+        else:
+            results = jax.vmap(functools.partial(one_head, chunk=chunk))(*arrays)
         return tuple(jnp.moveaxis(x, 0, 2) for x in results)
 
     return lax.platform_dependent(

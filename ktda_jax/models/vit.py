@@ -55,9 +55,10 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, norm: nnx.LayerNorm) -> jax.Array:
         """x: (B, N, C), normed here so that the normed copy need not be kept."""
         batch, tokens, width = x.shape
-        qkv = norm_linear(norm, self.qkv, x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        query, key, value = (qkv[:, :, k] for k in range(3))
-        return self.proj(attention(query, key, value).reshape(batch, tokens, width))
+        # Split, not indexed: the gradient is then one concatenation, not the sum of three padded arrays.
+        qkv = jnp.split(norm_linear(norm, self.qkv, x), 3, axis=-1)
+        heads = (part.reshape(batch, tokens, self.heads, width // self.heads) for part in qkv)
+        return self.proj(attention(*heads).reshape(batch, tokens, width))
 
 
 class MLP(nnx.Module):
