@@ -50,7 +50,7 @@ def get_config(argument: str = "") -> ConfigDict:
         student=dict(preset="base", depths=config_dict.placeholder(tuple), channels=config_dict.placeholder(tuple),
                      drop_path=0.4, remat=False),
         teacher=dict(preset="base", width=config_dict.placeholder(int), depth=config_dict.placeholder(int),
-                     heads=config_dict.placeholder(int), image_size=(256, 256), registers=0),
+                     heads=config_dict.placeholder(int), image_size=(256, 256)),
         fam=True,
         fmm=dict(enabled=True, form="transformer", blocks=4, heads=8, mlp_ratio=4.0, remat=False),
         grid=config_dict.placeholder(tuple),  # of the FAM's output; None: the teacher's
@@ -59,7 +59,12 @@ def get_config(argument: str = "") -> ConfigDict:
         dropout=0.1,
     )  # fmt: skip
     config.distill = True
-    config.weights = dict(student=config_dict.placeholder(str), teacher=config_dict.placeholder(str))
+    config.weights = dict(  # folders of ktda_jax.convert, or source files, or hf://ORG/NAME
+        student=config_dict.placeholder(str),
+        teacher=config_dict.placeholder(str),
+        model=config_dict.placeholder(str),  # a whole KTDA model, to go on from or to evaluate
+        new_classifier=False,  # of `model`: leave its classifiers out, for other classes
+    )
     config.loss = dict(
         alpha=0.5,  # of KL against MSE
         temperature=1.0,

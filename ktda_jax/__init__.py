@@ -1,1 +1,12 @@
 """KTDA: fine-grained remote sensing segmentation in JAX."""
+
+
+def load_pretrained(path, **options):
+    """A model for prediction: `load_pretrained("weights/grass").predict("tile.tif").labels`.
+
+    path: a folder of `python -m ktda_jax.convert`, a published .pth, or hf://ORG/NAME. options: dtype (float32),
+    teacher_heads and fmm_heads where no description tells them. ValueError says in a line what is wrong.
+    """
+    from ktda_jax import pretrained  # only here: the data builders import this package without JAX
+
+    return pretrained.load_pretrained(path, **options)

@@ -106,12 +106,8 @@ def build(config) -> Program:
         options = {k: v for k, v in config.optimizer.items() if k != "lr"}
         optimizer = optim.adamw(schedule, clip_norm=config.clip_norm, **options)
         common = dict(dtype=dtype, param_dtype=param_dtype)
-        graphdef, params, _ = state.abstract(lambda: KTDA(model_config, **common, rngs=nnx.Rngs(0)))
-        student = {k.removeprefix("student/"): v for k, v in params.items() if k.startswith("student/")}
-        loaded = {}
-        if config.weights.student is not None:
-            tensors = weights.load(config.weights.student, student, "student")
-            loaded = {f"student/{k}": v for k, v in tensors.items()}
+        graphdef, params, stats = state.abstract(lambda: KTDA(model_config, **common, rngs=nnx.Rngs(0)))
+        loaded = _loaded(config, model_config, params, stats)
         teacher_graphdef, teacher = _teacher(config, model_config, common, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -119,7 +115,8 @@ def build(config) -> Program:
     def init(loaded) -> TrainState:
         rngs = nnx.Rngs(params=jax.random.key(config.seed))
         _, params, stats = state.split(KTDA(model_config, **common, rngs=rngs))
-        params |= loaded
+        params |= {k: v for k, v in loaded.items() if k in params}
+        stats |= {k: v for k, v in loaded.items() if k in stats}
         ema = None if config.ema is None else params
         return TrainState(state.step_zero(), params, stats, optimizer.init(params), ema)
 
@@ -186,6 +183,25 @@ def _check_grid(config, model: KTDAConfig) -> None:
         )
 
 
+def _loaded(config, model: KTDAConfig, params: state.Arrays, stats: state.Arrays) -> dict:
+    """Parameters and statistics that do not start at random."""
+    chosen = config.weights
+    if chosen.model is not None:
+        if chosen.student is not None:
+            raise ValueError("config.weights.model brings its own student; leave config.weights.student out")
+        expected = {**params, **stats}
+        if chosen.new_classifier:
+            expected = {k: v for k, v in expected.items() if "/conv_seg/" not in k}
+        return weights.load(chosen.model, expected, "model", model, new_classifier=chosen.new_classifier)
+    if chosen.new_classifier:
+        raise ValueError("config.weights.new_classifier says what not to take from config.weights.model; give that too")
+    if chosen.student is None:
+        return {}
+    student = {k.removeprefix("student/"): v for k, v in params.items() if k.startswith("student/")}
+    tensors = weights.load(chosen.student, student, "student", model.student)
+    return {f"student/{k}": v for k, v in tensors.items()}
+
+
 def _teacher(
     config, model: KTDAConfig, common: dict, mesh: Mesh
 ) -> tuple[nnx.GraphDef | None, Callable[[], state.Arrays]]:
@@ -195,7 +211,7 @@ def _teacher(
     graphdef, expected, _ = state.abstract(lambda: ViT(model.teacher, **common, rngs=nnx.Rngs(0)))
     shardings = sharding.tree_shardings(mesh, expected)
     if config.weights.teacher is not None:
-        arrays = weights.load(config.weights.teacher, expected, "teacher")
+        arrays = weights.load(config.weights.teacher, expected, "teacher", model.teacher)
         return graphdef, lambda: sharding.place(arrays, shardings)
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
 

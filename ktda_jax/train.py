@@ -61,8 +61,8 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
             f"tiles, {mesh.size} {jax.default_backend()} device(s), compute in {configs.compute_dtype(config)}"
             + (f", resuming at step {start}" if start else "")
         )
-        for part, path in config.weights.items():
-            if path is None and not start and (part != "teacher" or config.distill):
+        for part, needed in (("student", config.weights.model is None), ("teacher", config.distill)):
+            if needed and config.weights[part] is None and not start:
                 writer.message(f"warning: the {part} starts from random weights; set config.weights.{part}")
         teacher = program.teacher()
         pending, skipped = None, 0
@@ -131,15 +131,21 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
     workdir = pathlib.Path(workdir)
     configs.check(config)
     split = config.data.test_split or config.data.val_split
-    if not (workdir / "checkpoints").is_dir():
-        raise ConfigError(f"no checkpoints in {workdir}; train first, or give --workdir of a trained run")
+    trained = (workdir / "checkpoints").is_dir()
+    if not trained and config.weights.model is None:
+        raise ConfigError(
+            f"no checkpoints in {workdir}; train first, give --workdir of a trained run, or config.weights.model"
+        )
     program = program or build(config)
     batches, _ = eval_source(config, split)
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        step = checkpoints.best_step()
-        if step is None:
-            raise ConfigError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
-        current, _ = _restore(checkpoints, step, program)
+    if trained:
+        with Checkpoints(workdir / "checkpoints") as checkpoints:
+            step = checkpoints.best_step()
+            if step is None:
+                raise ConfigError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
+            current, _ = _restore(checkpoints, step, program)
+    else:
+        step, current = 0, program.init()  # the weights of config.weights.model as they came
     info = configs.classes_of(config)
     params = current.params if current.ema is None else current.ema
     result = evaluate.evaluate(

@@ -1,37 +1,185 @@
-"""Weights for a start: safetensors files that hold our flat paths ('stages/0/0/norm/scale')."""
+"""Weights outside of training: our folder (`model.safetensors` and `model.json`), and what a config's path may be."""
 
+import dataclasses
+import hashlib
+import json
 import pathlib
+import shutil
+import uuid
+from collections.abc import Mapping
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from ktda_jax.models import convnext, vit
+from ktda_jax.models.convnext import ConvNeXtConfig
+from ktda_jax.models.fmm import FMMConfig
+from ktda_jax.models.ktda import KTDAConfig
+from ktda_jax.models.layers import resize
+from ktda_jax.models.vit import ViTConfig
 from ktda_jax.state import Arrays, check_shapes
 
+TENSORS, DESCRIPTION = "model.safetensors", "model.json"
+KINDS = {"ktda": KTDAConfig, "student": ConvNeXtConfig, "teacher": ViTConfig}
+# Settings of training and of one input size; all others decide what the weights compute.
+_FREE = ("image_size", "drop_path", "layer_scale", "remat")
 
-def load(path: str, expected: Arrays, what: str) -> dict[str, np.ndarray]:
-    """Tensors of `expected`'s names and shapes; ValueError names the file and all that does not fit."""
-    file = pathlib.Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"config.weights.{what}: no file {file}; give a .safetensors file, or None to start anew")
-    if file.suffix != ".safetensors":
-        raise ValueError(f"config.weights.{what}: {file} is not a .safetensors file in ktda_jax's own layout")
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Arrays by our flat paths. A ktda's hold its statistics too, and its teacher, if any, under 'teacher/'."""
+
+    kind: str  # ktda, student or teacher
+    config: KTDAConfig | ConvNeXtConfig | ViTConfig
+    arrays: Arrays
+    source: dict[str, Any]
+    classes: tuple[str, ...] | None = None
+    palette: tuple[tuple[int, int, int], ...] | None = None
+
+
+def save(path: str | pathlib.Path, weights: Weights) -> None:
+    """Writes the folder `path` aside and renames it; ValueError if there is something already."""
+    from safetensors.numpy import save_file
+
+    path = pathlib.Path(path)
+    check_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir()
+        # safetensors writes the buffer as it lies in memory, which for a transposed view is another array.
+        save_file({k: np.asarray(v, order="C") for k, v in weights.arrays.items()}, temporary / TENSORS)
+        with open(temporary / TENSORS, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        description = {
+            "format": 1,
+            "kind": weights.kind,
+            "architecture": dataclasses.asdict(weights.config),
+            "classes": weights.classes,
+            "palette": weights.palette,
+            "source": weights.source,
+            "sha256": digest,
+        }
+        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(path: pathlib.Path) -> None:
+    if path.exists():
+        raise ValueError(f"{path} exists; choose another place, or remove it")
+
+
+def read(path: str | pathlib.Path, **options) -> Weights:
+    """Weights of our folder, or converted from any source that `ktda_jax.convert` knows; ValueError names the path."""
+    folder = pathlib.Path(path).expanduser()
+    if not (folder / DESCRIPTION).is_file():
+        from ktda_jax import convert  # only here: torch may be needed
+
+        return convert.load(str(path), **options)
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"config.weights.{what}: cannot read {file} ({error})") from error
-    check_shapes(tensors, expected, str(file))
-    logging.info("%s: %d tensors from %s", what, len(tensors), file)
-    return {k: v.astype(expected[k].dtype) for k, v in tensors.items()}
+        description = json.loads((folder / DESCRIPTION).read_text())
+        config = _config(KINDS[description["kind"]], description["architecture"])
+        arrays = load_file(folder / TENSORS)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"cannot read the weights in {folder}: {str(error).splitlines()[0]}; are they whole?"
+        ) from error
+    classes, palette = description.get("classes"), description.get("palette")
+    return Weights(
+        kind=description["kind"], config=config, arrays=arrays, source=description["source"],
+        classes=classes and tuple(classes), palette=palette and tuple(map(tuple, palette)),
+    )  # fmt: skip
 
 
-def save(path: str | pathlib.Path, arrays: Arrays) -> None:
-    """Writes flat arrays for `load`; aside first, then renamed."""
-    from safetensors.numpy import save_file
+def _config(cls, values: Mapping[str, Any]):
+    """A dataclass from its JSON form."""
+    nested = {"student": ConvNeXtConfig, "teacher": ViTConfig, "fmm": FMMConfig}
+    built = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = _config(nested[name], value)
+        built[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**built)
 
-    file = pathlib.Path(path)
-    temporary = file.with_suffix(".tmp")
-    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary)
-    temporary.replace(file)
+
+def load(path: str, expected: Arrays, what: str, config, *, new_classifier: bool = False) -> dict[str, np.ndarray]:
+    """What config.weights.`what` gives for `config`: arrays of `expected`'s names and shapes.
+
+    `what` is student, teacher or model. A whole KTDA model also serves as student or as teacher. ValueError names the
+    path, and the settings that disagree.
+    """
+    where = f"config.weights.{what}"
+    options = {}
+    if isinstance(config, ViTConfig):
+        options = {"teacher_heads": config.heads}
+    elif isinstance(config, KTDAConfig):
+        options = {"teacher_heads": config.teacher.heads, "fmm_heads": config.fmm and config.fmm.heads}
+    try:
+        weights = read(path, **options)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    kind = "ktda" if what == "model" else what
+    arrays, found = weights.arrays, weights.config
+    if weights.kind != kind:
+        if weights.kind != "ktda":
+            raise ValueError(f"{where}: {path} holds a {weights.kind}, not a {kind}")
+        arrays = {k.removeprefix(f"{what}/"): v for k, v in arrays.items() if k.startswith(f"{what}/")}
+        found = getattr(found, what)
+        if not arrays:
+            raise ValueError(f"{where}: the model in {path} came without its {what}")
+    if new_classifier:
+        arrays = {k: v for k, v in arrays.items() if "/conv_seg/" not in k}
+        found = dataclasses.replace(found, num_classes=config.num_classes)
+    _compare(where, path, found, config)
+    arrays = {k: v for k, v in arrays.items() if not k.endswith("num_batches_tracked")}
+    if what == "model":
+        arrays = {k: v for k, v in arrays.items() if not k.startswith("teacher/")}
+    if isinstance(found, ViTConfig) and "pos_embed" in arrays:
+        arrays["pos_embed"] = _fit_positions(arrays["pos_embed"], config)
+    check_shapes(arrays, expected, f"{where}: {path}")
+    logging.info("%s: %d tensors from %s", what, len(arrays), path)
+    return {k: v.astype(expected[k].dtype) for k, v in arrays.items()}
+
+
+def _fit_positions(array: np.ndarray, config: ViTConfig) -> np.ndarray:
+    """The embedding at the configured grid, resized in float32, as the published code does when it loads weights."""
+    method = "bicubic_antialias" if config.antialias else "bicubic"
+    return np.asarray(resize(jnp.asarray(array, jnp.float32), config.grid, method=method)).astype(array.dtype)
+
+
+def _compare(where: str, path: str, found, wanted) -> None:
+    """Raises one line that lists every setting in which a file and a config disagree."""
+    differ = _differences(found, wanted, "config.model" if isinstance(wanted, KTDAConfig) else "")
+    if not differ:
+        return
+    if isinstance(wanted, KTDAConfig):
+        listed = ", ".join(f"{name} {theirs} (config: {ours})" for name, theirs, ours in differ)
+        hint = "set these, or take other weights"
+        if [name for name, *_ in differ] == ["config.model.num_classes"]:
+            hint = "set --config.weights.new_classifier=True to start with classifiers of your own classes"
+        raise ValueError(f"{where}: the model in {path} has {listed}; {hint}")
+    part = "teacher" if isinstance(wanted, ViTConfig) else "student"
+    listed = ", ".join(f"{name} {theirs} (config: {ours})" for name, theirs, ours in differ)
+    presets = (vit if part == "teacher" else convnext).PRESETS
+    fits = [name for name, values in presets.items() if not _differences(found, type(found)(**values), "")]
+    hint = f"set --config.model.{part}.preset={fits[0]}" if fits else f"set config.model.{part} to agree"
+    raise ValueError(f"{where}: the {part} in {path} has {listed}; {hint}, or take other weights")
+
+
+def _differences(found, wanted, prefix: str) -> list[tuple[str, Any, Any]]:
+    differ = []
+    for field in dataclasses.fields(found):
+        theirs, ours = getattr(found, field.name), getattr(wanted, field.name)
+        name = ".".join(filter(None, (prefix, field.name)))
+        if dataclasses.is_dataclass(theirs) and dataclasses.is_dataclass(ours):
+            differ += _differences(theirs, ours, name)
+        elif field.name not in (*_FREE, "grid", "dropout") and theirs != ours:
+            differ.append((name, theirs, ours))
+    return differ

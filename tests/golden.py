@@ -10,6 +10,7 @@ from flax import nnx
 
 from ktda_jax import state
 from ktda_jax.convert import mmseg
+from ktda_jax.convert.architecture import under
 from ktda_jax.models.convnext import ConvNeXtConfig
 from ktda_jax.models.fmm import FMMConfig
 from ktda_jax.models.ktda import KTDA, KTDAConfig
@@ -47,9 +48,11 @@ def config(name: str, **overrides) -> KTDAConfig:
     )
 
 
-def ours(tensors, expected, table=mmseg.STUDENT_AND_HEADS) -> dict[str, np.ndarray]:
-    """Upstream tensors under our paths and in our layout."""
-    return mmseg.from_upstream(tensors, {k: v.ndim for k, v in expected.items()}, table)
+def ours(tensors, expected) -> dict[str, np.ndarray]:
+    """Upstream tensors under our paths and in our layout: those that `expected` names."""
+    found, unknown = mmseg.from_upstream(tensors)
+    assert not unknown
+    return {k: v for k, v in found.items() if k in expected}
 
 
 def models(name: str, dtype=jnp.float32, **overrides) -> tuple[KTDA, ViT]:
@@ -64,8 +67,7 @@ def models(name: str, dtype=jnp.float32, **overrides) -> tuple[KTDA, ViT]:
     model = state.merge(graphdef, *({k: jnp.asarray(found[k], dtype) for k in part} for part in (params, stats)))
 
     graphdef, params, _ = state.abstract(lambda: ViT(configuration.teacher, **common, rngs=nnx.Rngs(0)))
-    found = ours(tensors, params, mmseg.TEACHER)
-    found |= mmseg.position_embedding(tensors[mmseg.POSITION], configuration.teacher.grid)
+    found = under(mmseg.from_upstream(tensors)[0], "teacher/")
     state.check_shapes(found, params, name)
     return model, state.merge(graphdef, {k: jnp.asarray(found[k], dtype) for k in params}, {})
 

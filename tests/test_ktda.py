@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from ktda_jax import losses, optim, state
 from ktda_jax.convert import mmseg
+from ktda_jax.convert.table import to_our_layout
 from ktda_jax.models.convnext import ConvNeXtConfig
 from ktda_jax.models.fmm import FMMConfig
 from ktda_jax.models.ktda import KTDA, KTDAConfig, normalize
@@ -259,7 +260,7 @@ def test_base_model_has_the_published_parameters():
         path = mmseg.our_path(row["name"])
         assert path is not None, row["name"]
         zeros = np.broadcast_to(np.float32(0), row["shape"])
-        shapes[path] = mmseg.to_our_layout(zeros, path, params[path].ndim).shape
+        shapes[path] = to_our_layout(zeros, path).shape
     assert shapes == {k: v.shape for k, v in params.items()}
     assert round(state.count(params) / 1e6, 1) == 260.1
 

@@ -20,6 +20,7 @@ import runs
 from ktda_jax import config as configs
 from ktda_jax import weights
 from ktda_jax.checkpoint import Checkpoints
+from ktda_jax.models.convnext import ConvNeXtConfig
 from ktda_jax.program import build
 
 SETTINGS = {"total_steps": 24, "eval_every": 6, "checkpoint_every": 2, "ema": 0.9}
@@ -258,8 +259,8 @@ def test_mistyped_commands(refusal, flag, message):
         ({"batch_size": 3, "devices": 2}, "config.batch_size is 3, which 2 devices do not divide"),
         ({"mesh__fsdp": 3, "devices": 2}, "config.mesh (data=-1, fsdp=3) does not fit 2 devices"),
         ({"loss__kl_axis": "height"}, "config.loss.kl_axis is 'height'; choose one of width, channel, position"),
-        ({"weights__student": "/nowhere.safetensors"}, "config.weights.student: no file /nowhere.safetensors"),
-        ({"weights__teacher": "/nowhere.safetensors"}, "config.weights.teacher: no file /nowhere.safetensors"),
+        ({"weights__student": "/nowhere"}, "config.weights.student: no file or folder /nowhere"),
+        ({"weights__teacher": "/nowhere"}, "config.weights.teacher: no file or folder /nowhere"),
         ({"total_steps": 0}, "config.total_steps is 0"),
     ],
 )
@@ -303,9 +304,12 @@ def test_data_that_cannot_be_used(refusal, tmp_path, spoil, message):
 
 
 def test_weights_of_another_shape(refusal, tmp_path):
-    weights.save(tmp_path / "w.safetensors", {"norms/0/scale": np.ones(3, np.float32)})
-    line = refusal(weights__student=tmp_path / "w.safetensors")
-    assert "w.safetensors does not fit the model: missing" in line
+    other = ConvNeXtConfig(depths=(1, 1, 1, 1), channels=(8, 8, 16, 32))
+    weights.save(tmp_path / "w", weights.Weights("student", other, {"norms/0/scale": np.ones(8, np.float32)}, {}))
+    line = refusal(weights__student=tmp_path / "w")
+    assert (
+        "the student in" in line and "has depths (1, 1, 1, 1) (config: (0, 0, 1, 1)), channels (8, 8, 16, 32)" in line
+    )
 
 
 def test_another_workdir(refusal, whole):

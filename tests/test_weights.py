@@ -1,56 +1,154 @@
-"""Safetensors files of our own paths: a round trip, and a message for each way a file can be wrong."""
+"""Our weights folder: a round trip, what a config takes from it, and a message for each way it can be wrong."""
+
+import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from ktda_jax import weights
+from ktda_jax import state, weights
+from ktda_jax.models.convnext import ConvNeXt, ConvNeXtConfig
+from ktda_jax.models.ktda import KTDA, KTDAConfig
+from ktda_jax.models.vit import MEAN, ViT, ViTConfig
+from ktda_jax.weights import Weights
 
-ARRAYS = {"stages/0/0/norm/scale": np.arange(4, dtype=np.float32), "head/kernel": np.ones((2, 3), np.float32)}
-EXPECTED = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), ARRAYS)
+TEACHER = ViTConfig(width=16, depth=4, heads=2, image_size=(56, 56))
+STUDENT = ConvNeXtConfig(depths=(1, 1, 1, 1), channels=(8, 8, 16, 16))
+WHOLE = KTDAConfig(num_classes=5, student=STUDENT, teacher=TEACHER, head_channels=8, aux_channels=8)
 
 
-def test_what_is_saved_is_loaded(tmp_path):
-    weights.save(tmp_path / "w.safetensors", ARRAYS)
-    loaded = weights.load(str(tmp_path / "w.safetensors"), EXPECTED, "student")
-    assert loaded.keys() == ARRAYS.keys()
-    for path, value in ARRAYS.items():
-        np.testing.assert_array_equal(loaded[path], value)
-    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]  # nothing left aside
+def expected(kind: str, config):
+    build = {"teacher": ViT, "student": ConvNeXt, "ktda": KTDA}[kind]
+    _, params, stats = state.abstract(lambda: build(config, rngs=nnx.Rngs(0)))
+    return {**params, **stats}
+
+
+def made(kind: str, config) -> Weights:
+    rng = np.random.default_rng(0)
+    shapes = expected(kind, config)
+    if kind == "ktda":
+        shapes |= {f"teacher/{k}": v for k, v in expected("teacher", config.teacher).items()}
+    return Weights(kind, config, {k: rng.normal(size=v.shape).astype(np.float32) for k, v in shapes.items()}, {})
+
+
+def test_what_is_saved_is_read(tmp_path):
+    whole = dataclasses.replace(made("ktda", WHOLE), classes=tuple("abcde"), palette=((1, 2, 3),) * 5)
+    weights.save(tmp_path / "w", whole)
+    found = weights.read(tmp_path / "w")
+    assert (found.kind, found.config, found.classes, found.palette) == ("ktda", WHOLE, whole.classes, whole.palette)
+    assert found.arrays.keys() == whole.arrays.keys()
+    for path, value in whole.arrays.items():
+        np.testing.assert_array_equal(found.arrays[path], value)
+    assert [p.name for p in tmp_path.iterdir()] == ["w"]  # nothing left aside
 
 
 def test_transposed_views_are_saved_by_value(tmp_path):
     """safetensors writes the buffer as it lies in memory, which for a transposed view is another array."""
-    kernel = np.arange(6, dtype=np.float32).reshape(3, 2).T
-    weights.save(tmp_path / "w.safetensors", {"kernel": kernel})
-    expected = {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
-    np.testing.assert_array_equal(weights.load(str(tmp_path / "w.safetensors"), expected, "student")["kernel"], kernel)
+    student = made("student", STUDENT)
+    view = np.ascontiguousarray(student.arrays["stages/0/0/pointwise_conv1/kernel"].T).T
+    student.arrays["stages/0/0/pointwise_conv1/kernel"] = view
+    weights.save(tmp_path / "w", student)
+    np.testing.assert_array_equal(weights.read(tmp_path / "w").arrays["stages/0/0/pointwise_conv1/kernel"], view)
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights.json, "dumps", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        weights.save(tmp_path / "w", made("student", STUDENT))
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(tmp_path):
+    weights.save(tmp_path / "w", made("student", STUDENT))
+    with pytest.raises(ValueError, match="w exists; choose another place"):
+        weights.save(tmp_path / "w", made("student", STUDENT))
+
+
+def test_a_whole_model_serves_as_student_teacher_and_model(tmp_path):
+    whole = made("ktda", WHOLE)
+    weights.save(tmp_path / "w", whole)
+    for what, config in (("student", STUDENT), ("teacher", TEACHER)):
+        shapes = expected(what, config)
+        loaded = weights.load(str(tmp_path / "w"), shapes, what, config)
+        assert loaded.keys() == shapes.keys()
+        for path, value in loaded.items():
+            np.testing.assert_array_equal(value, whole.arrays[f"{what}/{path}"])
+    assert (
+        weights.load(str(tmp_path / "w"), expected("ktda", WHOLE), "model", WHOLE).keys()
+        == expected("ktda", WHOLE).keys()
+    )
+
+
+def test_classifiers_of_other_classes(tmp_path):
+    """19 classes into 5: refused, with the setting that leaves the classifiers out."""
+    weights.save(tmp_path / "w", made("ktda", dataclasses.replace(WHOLE, num_classes=19)))
+    shapes = expected("ktda", WHOLE)
+    with pytest.raises(ValueError, match=r"num_classes 19 \(config: 5\); set --config.weights.new_classifier=True"):
+        weights.load(str(tmp_path / "w"), shapes, "model", WHOLE)
+    rest = {k: v for k, v in shapes.items() if "/conv_seg/" not in k}
+    assert len(rest) == len(shapes) - 4
+    assert weights.load(str(tmp_path / "w"), rest, "model", WHOLE, new_classifier=True).keys() == rest.keys()
 
 
 def test_the_model_decides_the_dtype(tmp_path):
-    weights.save(tmp_path / "w.safetensors", {k: v.astype(np.float16) for k, v in ARRAYS.items()})
-    loaded = weights.load(str(tmp_path / "w.safetensors"), EXPECTED, "student")
-    assert all(v.dtype == np.float32 for v in loaded.values())
+    weights.save(tmp_path / "w", made("student", STUDENT))
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, jnp.float16) for k, v in expected("student", STUDENT).items()}
+    assert {v.dtype for v in weights.load(str(tmp_path / "w"), shapes, "student", STUDENT).values()} == {np.dtype("f2")}
+
+
+def test_positions_are_resized_to_the_configured_grid(tmp_path):
+    teacher = made("teacher", TEACHER)
+    weights.save(tmp_path / "w", teacher)
+    config = dataclasses.replace(TEACHER, image_size=(28, 70))
+    found = weights.load(str(tmp_path / "w"), expected("teacher", config), "teacher", config)["pos_embed"]
+    assert found.shape == (1, 2, 5, 16)
+    import torch
+
+    given = torch.tensor(teacher.arrays["pos_embed"]).permute(0, 3, 1, 2)
+    theirs = torch.nn.functional.interpolate(given, size=(2, 5), mode="bicubic", align_corners=False)
+    np.testing.assert_allclose(found, theirs.permute(0, 2, 3, 1).numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    "change, message",
     [
-        ("none.safetensors", None, "config.weights.teacher: no file"),
-        ("w.pth", b"torch", "is not a .safetensors file"),
-        ("w.safetensors", b"short", "cannot read"),
+        (dict(width=32), r"config.weights.teacher: the teacher in .*w has width 16 \(config: 32\)"),
+        (dict(heads=4), r"has heads 2 \(config: 4\); set config.model.teacher to agree"),
+        (dict(mean=(1.0, 2.0, 3.0)), rf"has mean \({MEAN[0]}, .*\) \(config: \(1.0, 2.0, 3.0\)\)"),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+def test_a_teacher_of_another_kind_is_refused(tmp_path, change, message):
+    """Heads and image statistics change no shape, so nothing else would notice."""
+    weights.save(tmp_path / "w", made("teacher", TEACHER))
+    config = dataclasses.replace(TEACHER, **change)
     with pytest.raises(ValueError, match=message) as error:
-        weights.load(str(tmp_path / name), EXPECTED, "teacher")
-    assert name in str(error.value) and "\n" not in str(error.value)
+        weights.load(str(tmp_path / "w"), expected("teacher", config), "teacher", config)
+    assert "\n" not in str(error.value)
 
 
-def test_weights_of_another_model_are_refused(tmp_path):
-    weights.save(tmp_path / "w.safetensors", {**ARRAYS, "head/kernel": np.ones((2, 5), np.float32)})
-    with pytest.raises(ValueError, match=r"w\.safetensors does not fit .* head/kernel \(2, 5\) instead of \(2, 3\)"):
-        weights.load(str(tmp_path / "w.safetensors"), EXPECTED, "student")
+def test_a_preset_that_fits_is_named(tmp_path):
+    tiny = ConvNeXtConfig(depths=(2, 2, 6, 2), channels=(40, 80, 160, 320), v2=True)
+    weights.save(tmp_path / "w", made("student", tiny))
+    with pytest.raises(ValueError, match="set --config.model.student.preset=v2_atto, or take other weights"):
+        weights.load(str(tmp_path / "w"), expected("student", STUDENT), "student", STUDENT)
+
+
+def test_wrong_kinds_and_broken_folders(tmp_path):
+    weights.save(tmp_path / "w", made("student", STUDENT))
+    with pytest.raises(ValueError, match="config.weights.teacher: .*w holds a student, not a teacher"):
+        weights.load(str(tmp_path / "w"), expected("teacher", TEACHER), "teacher", TEACHER)
+    with pytest.raises(ValueError, match="config.weights.student: no file or folder"):
+        weights.load(str(tmp_path / "none"), {}, "student", STUDENT)
+    tensors = tmp_path / "w" / weights.TENSORS
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="cannot read the weights in .*are they whole") as error:
+        weights.read(tmp_path / "w")
+    assert "\n" not in str(error.value)
+    description = json.loads((tmp_path / "w" / weights.DESCRIPTION).read_text())
+    del description["architecture"]["depths"]
+    (tmp_path / "w" / weights.DESCRIPTION).write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="depths"):
+        weights.read(tmp_path / "w")

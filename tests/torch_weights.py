@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ktda_jax import state
-from ktda_jax.convert.mmseg import to_our_layout
+from ktda_jax.convert.table import to_our_layout
 
 torch.set_num_threads(1)  # these sizes are too small to share among threads
 
@@ -47,8 +47,7 @@ def ours(tensors, renames, expected) -> dict[str, np.ndarray]:
         if leaf == "weight":
             leaf = "scale" if tensor.ndim == 1 else "kernel"
         path = "/".join([*parts, LEAVES.get(leaf, leaf)])
-        shape = getattr(expected.get(path), "shape", tensor.shape)
-        found[path] = to_our_layout(tensor.detach().numpy().copy(), "/" + path, len(shape))
+        found[path] = to_our_layout(tensor.detach().numpy().copy(), "/" + path)
     return found
 
 

@@ -1,82 +1,71 @@
-"""Names of the published mmsegmentation checkpoints, as a table onto our module paths."""
+"""KTDA checkpoints of the published code (mmsegmentation 1.2.2), both ways."""
 
-import re
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
 
-_NORM = {"weight": "scale", "bias": "bias"}
-_LAYER = {"weight": "kernel", "bias": "bias"}
-_BN = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
-_LEAF = r"(weight|bias)$"
-_BN_LEAF = r"(weight|bias|running_mean|running_var)$"
+from ktda_jax.convert import convnext, vit
+from ktda_jax.convert.table import BN, LAYER, NORM, POINT, Row, convert, convert_back, find
 
-# (upstream name, our path with {} for the groups before the leaf, names of the leaf)
-STUDENT_AND_HEADS = [
-    (r"backbone\.downsample_layers\.(0)\.0\." + _LEAF, "student/downsample/{}/conv", _LAYER),
-    (r"backbone\.downsample_layers\.(0)\.1\." + _LEAF, "student/downsample/{}/ln", _NORM),
-    (r"backbone\.downsample_layers\.([1-3])\.0\." + _LEAF, "student/downsample/{}/ln", _NORM),
-    (r"backbone\.downsample_layers\.([1-3])\.1\." + _LEAF, "student/downsample/{}/conv", _LAYER),
-    (r"backbone\.stages\.(\d)\.(\d+)\.(gamma)$", "student/stages/{}/{}", {"gamma": "gamma"}),
-    (r"backbone\.stages\.(\d)\.(\d+)\.norm\." + _LEAF, "student/stages/{}/{}/norm", _NORM),
-    (r"backbone\.stages\.(\d)\.(\d+)\.(depthwise_conv|pointwise_conv[12])\." + _LEAF,
-     "student/stages/{}/{}/{}", _LAYER),
-    (r"backbone\.norm([0-3])\." + _LEAF, "student/norms/{}", _NORM),
-    (r"fam\.convert\.(\d)\." + _LEAF, "fam/convert/{}", _LAYER),
-    (r"neck\.(lateral_convs|convs)\.(\d)\.conv\." + _LEAF, "neck/{}/{}", _LAYER),
-    (r"fmm\.adapters\.(\d)\.(\d+)\.(norm[12])\." + _LEAF, "fmm/adapters/{}/{}/{}", _NORM),
-    (r"fmm\.adapters\.(\d)\.(\d+)\.(attn|mlp)\.(\w+)\." + _LEAF, "fmm/adapters/{}/{}/{}/{}", _LAYER),
-    (r"(decode_head|auxiliary_head)\.conv_seg\." + _LEAF, "{}/conv_seg", _LAYER),
-    (r"decode_head\.psp_modules\.(\d)\.1\.conv\." + _LEAF, "decode_head/psp/{}/conv", _LAYER),
-    (r"decode_head\.psp_modules\.(\d)\.1\.bn\." + _BN_LEAF, "decode_head/psp/{}/bn", _BN),
-    (r"decode_head\.(bottleneck|fpn_bottleneck)\.conv\." + _LEAF, "decode_head/{}/conv", _LAYER),
-    (r"decode_head\.(bottleneck|fpn_bottleneck)\.bn\." + _BN_LEAF, "decode_head/{}/bn", _BN),
-    (r"(decode_head|auxiliary_head)\.(\w*convs)\.(\d)\.conv\." + _LEAF, "{}/{}/{}/conv", _LAYER),
-    (r"(decode_head|auxiliary_head)\.(\w*convs)\.(\d)\.bn\." + _BN_LEAF, "{}/{}/{}/bn", _BN),
-]  # fmt: skip
-TEACHER = [
-    (r"teach_backbone\.(cls_token)$", "", {"cls_token": "cls_token"}),
-    (r"teach_backbone\.patch_embed\.projection\." + _LEAF, "patch_embed", _LAYER),
-    (r"teach_backbone\.layers\.(\d+)\.ln([12])\." + _LEAF, "layers/{}/norm{}", _NORM),
-    (r"teach_backbone\.layers\.(\d+)\.attn\.(qkv|proj)\." + _LEAF, "layers/{}/attn/{}", _LAYER),
-    (r"teach_backbone\.layers\.(\d+)\.attn\.gamma1\.(weight)$", "layers/{}", {"weight": "scale1"}),
-    (r"teach_backbone\.layers\.(\d+)\.ffn\.layers\.0\.0\." + _LEAF, "layers/{}/mlp/fc1", _LAYER),
-    (r"teach_backbone\.layers\.(\d+)\.ffn\.layers\.1\." + _LEAF, "layers/{}/mlp/fc2", _LAYER),
-    (r"teach_backbone\.layers\.(\d+)\.ffn\.gamma2\.(weight)$", "layers/{}", {"weight": "scale2"}),
-    (r"teach_backbone\.ln1\." + _LEAF, "norm", _NORM),
+HEADS = [
+    Row("fam.convert.{}", "fam/convert/{}", POINT),
+    Row("neck.lateral_convs.{}.conv", "neck/lateral_convs/{}", POINT),
+    Row("neck.convs.{}.conv", "neck/convs/{}", LAYER),
+    Row("fmm.adapters.{}.{}.norm1", "fmm/adapters/{}/{}/norm1", NORM),
+    Row("fmm.adapters.{}.{}.norm2", "fmm/adapters/{}/{}/norm2", NORM),
+    Row("fmm.adapters.{}.{}.attn.{}", "fmm/adapters/{}/{}/attn/{}", LAYER),
+    Row("fmm.adapters.{}.{}.mlp.{}", "fmm/adapters/{}/{}/mlp/{}", LAYER),
+    Row("{}.conv_seg", "{}/conv_seg", POINT),
+    Row("decode_head.psp_modules.{}.1.conv", "decode_head/psp/{}/conv", POINT),
+    Row("decode_head.psp_modules.{}.1.bn", "decode_head/psp/{}/bn", BN),
+    Row("decode_head.bottleneck.conv", "decode_head/bottleneck/conv", LAYER),
+    Row("decode_head.bottleneck.bn", "decode_head/bottleneck/bn", BN),
+    Row("decode_head.fpn_bottleneck.conv", "decode_head/fpn_bottleneck/conv", LAYER),
+    Row("decode_head.fpn_bottleneck.bn", "decode_head/fpn_bottleneck/bn", BN),
+    Row("decode_head.lateral_convs.{}.conv", "decode_head/lateral_convs/{}/conv", POINT),
+    Row("decode_head.lateral_convs.{}.bn", "decode_head/lateral_convs/{}/bn", BN),
+    Row("decode_head.fpn_convs.{}.conv", "decode_head/fpn_convs/{}/conv", LAYER),
+    Row("decode_head.fpn_convs.{}.bn", "decode_head/fpn_convs/{}/bn", BN),
+    Row("auxiliary_head.convs.{}.conv", "auxiliary_head/convs/{}/conv", LAYER),
+    Row("auxiliary_head.convs.{}.bn", "auxiliary_head/convs/{}/bn", BN),
 ]
-POSITION = "teach_backbone.pos_embed"
 
 
-def our_path(name: str, table=STUDENT_AND_HEADS) -> str | None:
-    """The path of an upstream name, 'student/stages/0/0/norm/scale', or None where the table has no row."""
-    for pattern, template, leaves in table:
-        match = re.match(pattern, name)
-        if match:
-            *groups, leaf = match.groups()
-            return "/".join(filter(None, (template.format(*groups), leaves[leaf])))
-    return None
+def _under(prefix: str, path: str, table: list[Row]) -> list[Row]:
+    return [
+        Row(f"{prefix}.{r.theirs}".removesuffix("."), f"{path}/{r.ours}".removesuffix("/"), r.leaves) for r in table
+    ]
 
 
-def to_our_layout(array: np.ndarray, path: str, ndim: int) -> np.ndarray:
-    """torch's (out, in, ...) to (..., in, out); a 1x1 convolution becomes a matrix where ours is one."""
-    if not path.endswith("/kernel"):
-        return array
-    if array.ndim == 4 and ndim == 2:
-        array = array[:, :, 0, 0]
-    return np.moveaxis(array, (0, 1), (-1, -2))
+TABLE = [*_under("backbone", "student", convnext.MMPRETRAIN), *HEADS]
+TEACHER = _under("teach_backbone", "teacher", vit.MMPRETRAIN)
 
 
-def from_upstream(tensors: Mapping[str, np.ndarray], ndims: Mapping[str, int], table) -> dict[str, np.ndarray]:
-    """Upstream tensors that `table` knows, by our path and in our layout; `ndims` gives ours by path."""
-    found = {}
-    for name, array in tensors.items():
-        path = our_path(name, table)
-        if path is not None:
-            found[path] = to_our_layout(array, path, ndims.get(path, array.ndim))
-    return found
+def our_path(name: str) -> str | None:
+    """The path of a trainable upstream parameter, 'student/stages/0/0/norm/scale', or None."""
+    hit = find(name, TABLE)
+    return hit and hit[1]
 
 
-def position_embedding(array: np.ndarray, grid: tuple[int, int]) -> dict[str, np.ndarray]:
-    """(1, 1 + gh * gw, C) of a ViT with a class token -> our two parameters."""
-    return {"pos_embed_cls": array[:, :1], "pos_embed": array[:, 1:].reshape(1, *grid, array.shape[-1])}
+def from_upstream(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """A whole checkpoint by our paths, the teacher under 'teacher/'; and the names that nothing knows."""
+    found, unknown = convert(tensors, [*TABLE, *TEACHER], lambda name: False)
+    teacher = {k.removeprefix("teacher/"): v for k, v in found.items() if k.startswith("teacher/")}
+    found = {k: v for k, v in found.items() if not k.startswith("teacher/")}
+    return found | {f"teacher/{k}": v for k, v in vit.split_position(teacher).items()}, unknown
+
+
+def to_upstream(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of `from_upstream`, bit for bit."""
+    arrays = dict(arrays)
+    if "teacher/pos_embed" in arrays:
+        position = arrays.pop("teacher/pos_embed")
+        position = position.reshape(1, -1, position.shape[-1])
+        arrays["teacher/position"] = np.concatenate([arrays.pop("teacher/pos_embed_cls"), position], axis=1)
+    return convert_back(arrays, [*TABLE, *TEACHER])
+
+
+def batch_norms(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Paths of the step counters that torch keeps beside running statistics; we only hand them on."""
+    return list(itertools.compress(arrays, (path.endswith("num_batches_tracked") for path in arrays)))

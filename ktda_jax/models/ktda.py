@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from ktda_jax.models import convnext, vit
@@ -21,10 +20,8 @@ from ktda_jax.models.fam import FAM
 from ktda_jax.models.fmm import FMM, FMMConfig
 from ktda_jax.models.heads import FCNHead, UPerHead
 from ktda_jax.models.neck import MultiLevelNeck
-from ktda_jax.models.vit import ViT, ViTConfig
+from ktda_jax.models.vit import MEAN, STD, ViT, ViTConfig
 
-MEAN = np.array([123.675, 116.28, 103.53])  # RGB, of uint8 values
-STD = np.array([58.395, 57.12, 57.375])
 AUX_LEVEL = 2
 
 
@@ -84,10 +81,10 @@ class Outputs(NamedTuple):
     teacher: list[jax.Array] | None  # the same shapes, when a teacher was given
 
 
-def normalize(images: jax.Array, dtype) -> jax.Array:
-    """images: uint8 or float 0..255 (B, H, W, bands) -> zero mean, unit variance of ImageNet, in `dtype`."""
+def normalize(images: jax.Array, dtype, mean=MEAN, std=STD) -> jax.Array:
+    """images: uint8 or float 0..255 (B, H, W, bands) -> zero mean, unit variance, by default ImageNet's, in `dtype`."""
     wide = jnp.promote_types(dtype, jnp.float32)
-    return ((images.astype(wide) - jnp.asarray(MEAN, wide)) / jnp.asarray(STD, wide)).astype(dtype)
+    return ((images.astype(wide) - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)).astype(dtype)
 
 
 class KTDA(nnx.Module):
@@ -131,5 +128,8 @@ class KTDA(nnx.Module):
         # The auxiliary head only shapes the loss; evaluation does not pay for it.
         if self.auxiliary_head is not None and train:
             aux_logits = self.auxiliary_head(features[AUX_LEVEL], train=train, key=keys[2])
-        taps = None if teacher is None else jax.lax.stop_gradient(teacher(x))
+        taps = None
+        if teacher is not None:
+            seen = normalize(images, self.dtype, teacher.config.mean, teacher.config.std)
+            taps = jax.lax.stop_gradient(teacher(seen))
         return Outputs(logits, aux_logits, aligned, taps)

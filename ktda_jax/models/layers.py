@@ -57,18 +57,32 @@ def _cubic_taps(position: float, size: int, a: float = -0.75) -> list[tuple[int,
 
 
 def resize_matrix(source: int, target: int, *, method: str, scale: float | None = None) -> np.ndarray:
-    """(target, source) float64 weights of `torch.nn.functional.interpolate(align_corners=False, antialias=False)`.
+    """(target, source) float64 weights of `torch.nn.functional.interpolate(align_corners=False)`.
 
-    `scale` is source pixels per target pixel. torch takes source / target when called with a size and
-    1 / scale_factor when called with a factor; they differ where the factor does not divide (19 -> 9).
+    `method`: bilinear, bicubic, or bicubic_antialias (antialias=True, whose cubic has another a). `scale` is source
+    pixels per target pixel: torch takes source / target when called with a size and 1 / scale_factor when called
+    with a factor; they differ where the factor does not divide (19 -> 9).
     """
-    taps = {"bilinear": _linear_taps, "bicubic": _cubic_taps}[method]
     scale = source / target if scale is None else scale
+    if method == "bicubic_antialias":
+        return _antialias_matrix(source, target, scale)
+    taps = {"bilinear": _linear_taps, "bicubic": _cubic_taps}[method]
     matrix = np.zeros((target, source))
     for row in range(target):
         for column, weight in taps((row + 0.5) * scale - 0.5, source):
             matrix[row, column] += weight
     return matrix
+
+
+def _antialias_matrix(source: int, target: int, scale: float, a: float = -0.5) -> np.ndarray:
+    """A cubic filter as wide as a target pixel where that covers several source pixels, as Pillow's."""
+    wide = max(scale, 1.0)
+    centres = scale * (np.arange(target) + 0.5)
+    x = np.abs((np.arange(source) + 0.5 - centres[:, None]) / wide)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    matrix = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    return matrix / matrix.sum(1, keepdims=True)
 
 
 def pool_matrix(source: int, target: int) -> np.ndarray:
@@ -87,7 +101,7 @@ def _separable(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array
 
 
 def resize(x: jax.Array, size: tuple[int, int], *, method: str = "bilinear", scale: float | None = None) -> jax.Array:
-    """x: (B, H, W, C) -> (B, *size, C), as torch's interpolate without align_corners or antialias."""
+    """x: (B, H, W, C) -> (B, *size, C), as torch's interpolate without align_corners; see `resize_matrix`."""
     height, width = x.shape[1:3]
     if (height, width) == tuple(size) and scale in (None, 1.0):
         return x

@@ -1,0 +1,73 @@
+"""`python -m ktda_jax.convert --input=FILE --output=FOLDER`: published weights into our folder, or back.
+
+python -m ktda_jax.convert --source=ktda --input=grass.pth --output=weights/grass --dataset=grass
+python -m ktda_jax.convert --source=hf --input=hf://facebook/dinov2-base --output=weights/dinov2_base
+python -m ktda_jax.convert --to=upstream --input=weights/grass --output=grass.pth
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+
+from absl import app, flags
+
+SOURCE = flags.DEFINE_string("source", "auto", "ktda, hf, meta, timm or mmpretrain; auto goes by the names.")
+INPUT = flags.DEFINE_string("input", None, "A .pth or .safetensors file, a Hugging Face folder, or hf://ORG/NAME.")
+OUTPUT = flags.DEFINE_string("output", None, "The folder to write; with --to=upstream the .pth file.")
+TO = flags.DEFINE_enum("to", "jax", ["jax", "upstream"], "upstream: the way back, for the published PyTorch code.")
+DATASET = flags.DEFINE_string("dataset", None, "grass, l8_biome, ...: names and colours of the model's classes.")
+TEACHER_HEADS = flags.DEFINE_integer("teacher_heads", None, "Attention heads, which no tensor tells; by width.")
+FMM_HEADS = flags.DEFINE_integer("fmm_heads", None, "The same for the FMM; 8 as published.")
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"error: {error}")
+    if len(rest) > 1:
+        sys.exit(f"error: unexpected argument {rest[1]!r}; all options are flags, see --help")
+    for name in ("input", "output"):
+        if not flags.FLAGS[name].value:
+            sys.exit(f"error: give --{name}; see --help")
+    return rest
+
+
+def main(_: list[str]) -> None:
+    from ktda_jax import convert, weights
+    from ktda_jax.data.datasets import dataset_info
+
+    start, output = time.monotonic(), pathlib.Path(OUTPUT.value).expanduser()
+    try:
+        weights.check_free(output)
+        info = dataset_info(DATASET.value) if DATASET.value else None
+        if (pathlib.Path(INPUT.value) / weights.DESCRIPTION).is_file():
+            found = weights.read(INPUT.value)
+        else:
+            found = convert.load(
+                INPUT.value, SOURCE.value, teacher_heads=TEACHER_HEADS.value, fmm_heads=FMM_HEADS.value
+            )
+        if info is not None:
+            classes = getattr(found.config, "num_classes", None)
+            if classes != len(info.classes):
+                raise ValueError(
+                    f"--dataset={info.name} has {len(info.classes)} classes, {INPUT.value} {classes or 'none'}"
+                )
+            found = dataclasses.replace(found, classes=info.classes, palette=info.palette)
+        if TO.value == "upstream":
+            convert.to_upstream(found, output)
+        else:
+            weights.save(output, found)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    values = sum(array.size for array in found.arrays.values())
+    new = found.source.get("initialised")
+    print(
+        f"{found.kind}, {len(found.arrays)} tensors, {values / 1e6:.1f} M values -> {output} "
+        f"({time.monotonic() - start:.0f} s)" + (f"; not in the source, hence new: {', '.join(new)}" if new else "")
+    )
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)

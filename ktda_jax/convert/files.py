@@ -1,0 +1,173 @@
+"""Weight files of other projects: .safetensors (without torch), .pth, and Hugging Face ids."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+HUB = "hf://"
+_WRAPPERS = ("state_dict", "model", "module", "teacher", "model_ema")
+# What mmengine and old numpy put beside the tensors; read as inert objects, so that nothing of a file is executed.
+_INERT = ("mmengine.logging.history_buffer.HistoryBuffer", "mmengine.logging.message_hub.MessageHub")
+
+
+class WeightsError(ValueError):
+    """A weights file that cannot be used; shown as one line."""
+
+
+def locate(path: str) -> tuple[pathlib.Path, dict]:
+    """The local file or folder of `path`, and where it came from.
+
+    `hf://ORG/NAME`, with `@REVISION` if wanted, is downloaded into Hugging Face's cache, which also serves offline.
+    """
+    if not str(path).startswith(HUB):
+        found = pathlib.Path(path).expanduser()
+        if not found.exists():
+            raise WeightsError(f"no file or folder {found}; give a weights file, a converted folder or hf://ORG/NAME")
+        return found, {"path": str(found)}
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = path.removeprefix(HUB).partition("@")
+    try:
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=["*.safetensors", "*.json"])
+        if not list(pathlib.Path(folder).glob("*.safetensors")):
+            folder = snapshot_download(name, revision=revision or None, allow_patterns=["*.bin", "*.pth", "*.json"])
+    except LocalEntryNotFoundError as error:
+        raise WeightsError(
+            f"{path} is not in the Hugging Face cache and cannot be downloaded; check the network, or download it "
+            f"elsewhere and give its folder ({_line(error)})"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise WeightsError(f"cannot download {path}: {_line(error)}") from error
+    folder = pathlib.Path(folder)
+    return folder, {"path": path, "revision": folder.name}  # snapshots are named by their commit
+
+
+def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict, list[pathlib.Path]]:
+    """Tensors by name (views of the file where possible), the settings that lie beside them, and the files read."""
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted([*path.glob("*.bin"), *path.glob("*.pth")])
+        if not files:
+            raise WeightsError(f"{path} holds no .safetensors, .bin or .pth file")
+        if len(files) > 1 and not list(path.glob("*.index.json")):
+            raise WeightsError(f"{path} holds {len(files)} weight files ({files[0].name}, ...); give one of them")
+        beside = _settings(path)
+    else:
+        files, beside = [path], _settings(path.parent) if path.suffix == ".safetensors" else {}
+    tensors = {}
+    for file in files:
+        tensors |= _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+    return tensors, beside, files
+
+
+def sha256(file: pathlib.Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _settings(folder: pathlib.Path) -> dict:
+    """Hugging Face's config.json and preprocessor_config.json, where there are any."""
+    found = {}
+    for name in ("config.json", "preprocessor_config.json"):
+        file = folder / name
+        if file.is_file():
+            try:
+                content = json.loads(file.read_text())
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise WeightsError(f"{file} is not JSON ({_line(error)})") from error
+            found |= content if isinstance(content, dict) else {}
+    return found
+
+
+def _safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
+    try:
+        with safe_open(file, framework="np") as opened:
+            for name in opened.keys():
+                if opened.get_slice(name).get_dtype() in ("BF16", "F8_E4M3", "F8_E5M2"):
+                    import ml_dtypes  # noqa: F401  registers bfloat16 with numpy; jax brings it
+                tensors[name] = as_float(opened.get_tensor(name))
+    except (SafetensorError, OSError, TypeError) as error:
+        raise WeightsError(f"cannot read {file}: {_line(error)}; is it whole?") from error
+    return tensors
+
+
+def _pickled(file: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise WeightsError(f"reading {file} needs torch: pip install 'ktda-jax[convert]'") from error
+    import pickle
+
+    inert = [(type(name.rpartition(".")[2], (), {"__module__": __name__}), name) for name in _INERT]
+    try:
+        with torch.serialization.safe_globals([*inert, *_numpy_globals()]):
+            content = _load(torch, file)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(f"{file} is not a plain checkpoint, and is not run: {_line(error)}") from error
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:
+        raise WeightsError(f"cannot read {file}: {_line(error)}; is it whole?") from error
+    tensors = {k: v for k, v in _unwrap(content).items() if isinstance(v, torch.Tensor)}
+    if not tensors:
+        raise WeightsError(f"{file} holds no tensors by name; give a checkpoint or a state dict")
+    return {
+        name: as_float((t.float() if t.is_floating_point() and t.dtype != torch.float64 else t).numpy())
+        for name, t in tensors.items()
+    }
+
+
+def _load(torch, file: pathlib.Path):
+    options = dict(map_location="cpu", weights_only=True)
+    try:
+        return torch.load(file, mmap=True, **options)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):
+            raise
+        return torch.load(file, **options)  # written by torch before 1.6
+
+
+def _numpy_globals() -> list:
+    """What a checkpoint's training record is made of: arrays and scalars, no code."""
+    functions = {"_reconstruct": np.zeros(1).__reduce__()[0], "scalar": np.float32(0).__reduce__()[0]}
+    kinds = [np.dtype(kind) for kind in ("f4", "f8", "i4", "i8", "u1", "?")]
+    return [
+        np.ndarray, np.dtype, *(type(kind) for kind in kinds),
+        *((function, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")
+          for name, function in functions.items()),
+    ]  # fmt: skip
+
+
+def _unwrap(content) -> dict:
+    """The state dict in a checkpoint, without the prefixes of wrappers around the model."""
+    while isinstance(content, Mapping):
+        inner = next((content[k] for k in _WRAPPERS if isinstance(content.get(k), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    return dict(content) if isinstance(content, Mapping) else {}
+
+
+def strip_prefixes(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Names without what wrappers put before all of them ('module.', 'dinov2.', 'backbone.' of a lone backbone)."""
+    for prefix in ("module.", "_orig_mod.", "model.", "module."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): array for name, array in tensors.items()}
+    return tensors
+
+
+def as_float(array: np.ndarray) -> np.ndarray:
+    """Half precision as float32, which holds it exactly; float32, float64 and integers as they are."""
+    if array.dtype.itemsize == 2 and array.dtype.kind in "fV":
+        return array.astype(np.float32)
+    return array
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error, shortened."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) < 200 else text[:197] + "..."

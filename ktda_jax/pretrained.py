@@ -1,0 +1,72 @@
+"""A trained model for prediction in Python: `ktda_jax.load_pretrained`."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ktda_jax import state, weights
+from ktda_jax.data.sources import read_image
+from ktda_jax.models.ktda import KTDA
+from ktda_jax.models.layers import at_least_float32, resize
+
+LARGEST = 2048  # pixels a side: attention over the whole image
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    labels: np.ndarray  # uint8 (H, W), or (B, H, W)
+    probabilities: np.ndarray  # float32 (H, W, classes), or (B, H, W, classes)
+
+
+class Segmenter:
+    """A KTDA model with its weights. `classes` and `palette` are None where the weights came without names."""
+
+    def __init__(self, found: weights.Weights, dtype=jnp.float32):
+        if found.kind != "ktda":
+            raise ValueError(f"these weights are a {found.kind}; prediction needs a whole KTDA model")
+        self.config, self.classes, self.palette, self.source = found.config, found.classes, found.palette, found.source
+        graphdef, params, stats = state.abstract(lambda: KTDA(found.config, dtype=dtype, rngs=nnx.Rngs(0)))
+        ours = {k: v for k, v in found.arrays.items() if k in params or k in stats}
+        state.check_shapes(ours, {**params, **stats}, "the weights")
+        self._params = {k: jnp.asarray(ours[k], v.dtype) for k, v in params.items()}
+        self._stats = {k: jnp.asarray(ours[k], v.dtype) for k, v in stats.items()}
+        self._run = jax.jit(functools.partial(_run, graphdef))
+
+    def logits(self, images: np.ndarray) -> jax.Array:
+        """images: uint8 or float 0..255 (B, H, W, 3) -> float32 (B, h, w, classes) at the head's resolution."""
+        return self._run(self._params, self._stats, images)[0]
+
+    def predict(self, image: np.ndarray | str | pathlib.Path) -> Prediction:
+        """image: 8-bit RGB, an array (H, W, 3) or (B, H, W, 3) or an image file -> labels and probabilities.
+
+        ValueError names what does not fit. Sizes up to 2048 px a side; larger scenes are cut into windows.
+        """
+        if isinstance(image, str | pathlib.Path):
+            image = read_image(str(image))
+        image = np.asarray(image)
+        bands = self.config.student.bands
+        if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != bands:
+            raise ValueError(
+                f"the image is {image.dtype} of shape {image.shape}; give uint8 (H, W, {bands}) or (B, H, W, {bands})"
+            )
+        if not 32 <= min(image.shape[-3:-1]) <= max(image.shape[-3:-1]) <= LARGEST:
+            raise ValueError(f"the image is {image.shape[-3]} x {image.shape[-2]} pixels; give 32 to {LARGEST} a side")
+        batch = image if image.ndim == 4 else image[None]
+        labels, probabilities = jax.device_get(self._run(self._params, self._stats, batch)[1:])
+        return Prediction(labels, probabilities) if image.ndim == 4 else Prediction(labels[0], probabilities[0])
+
+
+def _run(graphdef, params, stats, images):
+    logits = at_least_float32(state.merge(graphdef, params, stats)(images).logits)
+    full = resize(logits, images.shape[1:3])
+    return logits, jnp.argmax(full, -1).astype(jnp.uint8), jax.nn.softmax(full, -1)
+
+
+def load_pretrained(path: str | pathlib.Path, *, dtype=jnp.float32, **options) -> Segmenter:
+    """See `ktda_jax.load_pretrained`."""
+    return Segmenter(weights.read(path, **options), dtype)

@@ -1,0 +1,268 @@
+"""Whole KTDA checkpoints through the command line: golden logits, the way back bit for bit, and what is refused."""
+
+import json
+import os
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+
+import golden
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+import ktda_jax
+from ktda_jax import convert, weights
+from ktda_jax.convert.files import WeightsError
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+CHECKPOINT = golden.GOLDENS / "grass_tiny.pth"
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "ktda_jax.convert", *arguments],
+        cwd=REPOSITORY, env={**os.environ, "JAX_PLATFORMS": "cpu", **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> pathlib.Path:
+    """The golden checkpoint converted by the command."""
+    folder = tmp_path_factory.mktemp("converted") / "grass"
+    done = command(
+        "--source=ktda", f"--input={CHECKPOINT}", f"--output={folder}", "--teacher_heads=2", "--dataset=grass"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ktda, ") and str(folder) in done.stdout
+    return folder
+
+
+@pytest.mark.parametrize("name", ["grass_tiny", "grass_tiny_resized"])
+def test_golden_logits(name, tmp_path):
+    out = tmp_path / "w"
+    weights.save(out, convert.load(str(golden.GOLDENS / f"{name}.pth"), "ktda", teacher_heads=2))
+    model = ktda_jax.load_pretrained(out)
+    arrays = golden.arrays(name)
+    expected = np.moveaxis(arrays["eval/decode_logits"], 1, -1)
+    assert golden.relative(model.logits(arrays["image_rgb_uint8"]), expected) < 1e-4
+    predicted = model.predict(arrays["image_rgb_uint8"])
+    assert (predicted.labels == arrays["eval/pred"]).mean() >= 0.9999
+    full = np.moveaxis(arrays["eval/full_logits"], 1, -1)
+    softmax = np.exp(full - full.max(-1, keepdims=True))
+    np.testing.assert_allclose(predicted.probabilities, softmax / softmax.sum(-1, keepdims=True), atol=1e-4)
+
+
+def test_the_description(whole):
+    description = json.loads((whole / "model.json").read_text())
+    assert description["kind"] == "ktda" and description["classes"][0] == "low"
+    assert description["architecture"]["student"]["depths"] == [1, 1, 2, 1]
+    assert description["architecture"]["teacher"]["heads"] == 2
+    from ktda_jax.convert.files import sha256
+
+    assert description["sha256"] == sha256(whole / "model.safetensors")
+    assert description["source"]["sha256"] == {"grass_tiny.pth": sha256(CHECKPOINT)}
+
+
+def test_round_trip_is_bit_exact(whole, tmp_path):
+    done = command("--to=upstream", f"--input={whole}", f"--output={tmp_path / 'back.pth'}")
+    assert done.returncode == 0, done.stderr
+    given = torch.load(CHECKPOINT, weights_only=True)["state_dict"]
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"]
+    assert back.keys() == given.keys()
+    for name, tensor in given.items():
+        assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor), name
+    assert [p.name for p in tmp_path.iterdir()] == ["back.pth"]
+
+
+class HistoryBuffer:
+    """What mmengine keeps beside the weights; its package is not there when a user converts."""
+
+    def __init__(self):
+        self.values = np.array([1.0, 2.0])
+        self.last = np.float64(3.0)
+
+
+def test_checkpoints_as_mmengine_writes_them(tmp_path, monkeypatch):
+    """Prefixes of data parallelism, SyncBN's counters, and a training record with a class of mmengine's in it."""
+    import types
+
+    tensors = {f"module.{k}": v for k, v in torch.load(CHECKPOINT, weights_only=True)["state_dict"].items()}
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    monkeypatch.setattr(HistoryBuffer, "__module__", module.__name__)
+    for name in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    module.HistoryBuffer = HistoryBuffer
+    record = {"meta": {"epoch": 1}, "message_hub": {"log_scalars": {"loss": HistoryBuffer()}}, "state_dict": tensors}
+    torch.save(record, tmp_path / "iter_10.pth")
+    monkeypatch.delitem(sys.modules, module.__name__)
+    found = convert.load(str(tmp_path / "iter_10.pth"), teacher_heads=2)
+    expected = convert.load(str(CHECKPOINT), teacher_heads=2)
+    assert found.config == expected.config and found.arrays.keys() == expected.arrays.keys()
+
+
+def test_torch_is_not_needed_for_safetensors(tmp_path):
+    tensors = {k: v.numpy() for k, v in torch.load(CHECKPOINT, weights_only=True)["state_dict"].items()}
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "m.safetensors")
+    code = (
+        "import sys; sys.modules['torch'] = None; from ktda_jax import convert;"
+        f"print(convert.load({str(tmp_path / 'm.safetensors')!r}, teacher_heads=2).kind)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.strip() == "ktda", done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace(str(tmp_path / "m.safetensors"), str(CHECKPOINT))],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "needs torch: pip install 'ktda-jax[convert]'" in done.stderr
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/ktda_jax_was_here",)
+
+
+def truncated(folder):
+    (folder / "x.pth").write_bytes(CHECKPOINT.read_bytes()[:100_000])
+    return folder / "x.pth", "cannot read .*x.pth.*is it whole"
+
+
+def truncated_safetensors(folder):
+    save_file({"a": np.ones(1000, np.float32)}, folder / "x.safetensors")
+    content = (folder / "x.safetensors").read_bytes()
+    (folder / "x.safetensors").write_bytes(content[:-100])
+    return folder / "x.safetensors", "cannot read .*x.safetensors.*is it whole"
+
+
+def code(folder):
+    torch.save({"state_dict": {"a": Evil()}}, folder / "x.pth")
+    return folder / "x.pth", "is not a plain checkpoint, and is not run"
+
+
+def bare_pickle(folder):
+    (folder / "x.pth").write_bytes(pickle.dumps(Evil()))
+    return folder / "x.pth", "is not a plain checkpoint, and is not run|cannot read"
+
+
+def changed(folder, change):
+    checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    change(checkpoint["state_dict"])
+    torch.save(checkpoint, folder / "x.pth")
+    return folder / "x.pth"
+
+
+def another_model(folder):
+    torch.save({"layer4.0.conv1.weight": torch.ones(2)}, folder / "x.pth")
+    return folder / "x.pth", "is none of the known layouts .*its 1 tensors begin with layer4.0.conv1.weight"
+
+
+def many_faults(folder):
+    def change(tensors):
+        del tensors["neck.convs.2.conv.bias"]
+        tensors["fam.convert.1.weight"] = torch.ones(16, 17, 1, 1)
+        tensors["decode_head.extra.weight"] = torch.ones(3)
+
+    path = changed(folder, change)
+    return path, (
+        r"missing neck/convs/2/bias; unexpected decode_head.extra.weight; shapes differ: fam/convert/1/kernel "
+        r"\(17, 16\) instead of \(16, 16\)"
+    )
+
+
+def no_head(folder):
+    return changed(folder, lambda t: t.pop("decode_head.conv_seg.weight")), "no tensor for decode_head/conv_seg/kernel"
+
+
+def odd_positions(folder):
+    def change(tensors):
+        tensors["teach_backbone.pos_embed"] = torch.ones(1, 8, 16)
+
+    return changed(folder, change), "a position embedding of 8 tokens is no square grid"
+
+
+def nothing(folder):
+    return folder / "x.pth", "no file or folder .*x.pth"
+
+
+def a_text_file(folder):
+    (folder / "x.pth").write_text("hello")
+    return folder / "x.pth", "x.pth"
+
+
+FAULTS = [
+    truncated, truncated_safetensors, code, bare_pickle, another_model, many_faults, no_head, odd_positions, nothing,
+    a_text_file,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", FAULTS)
+def test_what_cannot_be_converted_is_said_in_one_line(make, tmp_path):
+    pathlib.Path("/tmp/ktda_jax_was_here").unlink(missing_ok=True)
+    path, message = make(tmp_path)
+    with pytest.raises(WeightsError, match=message) as error:
+        convert.load(str(path), teacher_heads=2)
+    assert "\n" not in str(error.value) and path.name in str(error.value)
+    assert not pathlib.Path("/tmp/ktda_jax_was_here").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--input=x.pth"], "give --output"),
+        ([f"--input={CHECKPOINT}", "--output=OUT", "--source=jax"], "--source is 'jax'; known: auto, ktda"),
+        ([f"--input={CHECKPOINT}", "--output=OUT", "--source=timm"], "is in the layout ktda, not timm"),
+        ([f"--input={CHECKPOINT}", "--output=OUT"], "width 16: give --teacher_heads"),
+        ([f"--input={CHECKPOINT}", "--output=OUT", "--teacher_heads=3"], "a divisor of it \\(got 3\\)"),
+        (
+            [f"--input={CHECKPOINT}", "--output=OUT", "--teacher_heads=2", "--dataset=l8_biome"],
+            "l8_biome has 4 classes",
+        ),
+        ([f"--input={CHECKPOINT}", "--output=OUT", "--teacher_heads=2", "--dataset=moss"], "unknown data set 'moss'"),
+        ([f"--input={CHECKPOINT}", f"--output={REPOSITORY}"], "exists; choose another place"),
+    ],
+)
+def test_the_command_says_what_is_wrong_and_leaves_nothing(arguments, message, tmp_path):
+    done = command(*(a.replace("OUT", str(tmp_path / "out")) for a in arguments))
+    assert done.returncode == 1 and done.stderr.startswith("error: "), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert re.search(message, done.stderr), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_whole_models_go_back(tmp_path):
+    found = convert.load(str(CHECKPOINT), teacher_heads=2)
+    teacher = weights.Weights("teacher", found.config.teacher, {}, {})
+    with pytest.raises(WeightsError, match="--to=upstream writes whole KTDA models; this is a teacher"):
+        convert.to_upstream(teacher, tmp_path / "x.pth")
+    assert not list(tmp_path.iterdir())
+
+
+def cached_repository(root: pathlib.Path, file: pathlib.Path, revision: str) -> None:
+    """Hugging Face's cache as a download leaves it."""
+    folder = root / "models--someone--ktda"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(revision)
+    snapshot = folder / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").write_bytes(file.read_bytes())
+
+
+def test_hub_ids_come_from_the_cache_when_offline(tmp_path):
+    tensors = {k: v.numpy() for k, v in torch.load(CHECKPOINT, weights_only=True)["state_dict"].items()}
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "m.safetensors")
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    cached_repository(tmp_path / "hub", tmp_path / "m.safetensors", revision)
+    offline = dict(HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "hub"))
+    for name in ("hf://someone/ktda", f"hf://someone/ktda@{revision}"):
+        out = tmp_path / str(len(name))
+        done = command(f"--input={name}", f"--output={out}", "--teacher_heads=2", **offline)
+        assert done.returncode == 0, done.stderr
+        source = json.loads((out / "model.json").read_text())["source"]
+        assert source["path"] == name and source["revision"] == revision
+    done = command("--input=hf://someone/else", f"--output={tmp_path / 'none'}", **offline)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "hf://someone/else is not in the Hugging Face cache and cannot be downloaded" in done.stderr

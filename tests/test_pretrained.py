@@ -1,0 +1,58 @@
+"""Three lines of Python: load, predict an array or a file, get labels and probabilities."""
+
+import golden
+import numpy as np
+import pytest
+from PIL import Image
+
+import ktda_jax
+from ktda_jax import convert
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ktda_jax.load_pretrained(golden.GOLDENS / "grass_tiny.pth", teacher_heads=2)
+
+
+def image(height=64, width=64, seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_an_array_and_a_file_give_the_same(model, tmp_path):
+    Image.fromarray(image()).save(tmp_path / "tile.tif")
+    one, other = model.predict(image()), model.predict(tmp_path / "tile.tif")
+    np.testing.assert_array_equal(one.labels, other.labels)
+    assert one.labels.shape == (64, 64) and one.labels.dtype == np.uint8
+    assert one.probabilities.shape == (64, 64, 5) and one.probabilities.dtype == np.float32
+    np.testing.assert_allclose(one.probabilities.sum(-1), 1, atol=1e-5)
+    np.testing.assert_array_equal(one.probabilities.argmax(-1), one.labels)
+
+
+def test_batches_and_sizes_that_are_no_multiple(model):
+    batch = np.stack([image(75, 98, seed) for seed in range(2)])
+    both = model.predict(batch)
+    assert both.labels.shape == (2, 75, 98)
+    np.testing.assert_allclose(model.predict(batch[1]).probabilities, both.probabilities[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (np.zeros((64, 64, 3), np.float32), "the image is float32 of shape"),
+        (np.zeros((64, 64), np.uint8), "give uint8"),
+        (np.zeros((64, 64, 4), np.uint8), "give uint8"),
+        (np.zeros((16, 64, 3), np.uint8), "16 x 64 pixels; give 32 to 2048 a side"),
+        ("/nowhere.png", "/nowhere.png"),
+    ],
+)
+def test_what_cannot_be_predicted(model, bad, message):
+    with pytest.raises(ValueError, match=message):
+        model.predict(bad)
+
+
+def test_a_teacher_alone_predicts_nothing(tmp_path):
+    from ktda_jax import pretrained, weights
+
+    whole = convert.load(str(golden.GOLDENS / "grass_tiny.pth"), teacher_heads=2)
+    with pytest.raises(ValueError, match="these weights are a teacher; prediction needs a whole KTDA model"):
+        pretrained.Segmenter(weights.Weights("teacher", whole.config.teacher, {}, {}))
