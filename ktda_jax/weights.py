@@ -116,11 +116,15 @@ def load(path: str, expected: Arrays, what: str, config, *, new_classifier: bool
     path, and the settings that disagree.
     """
     where = f"config.weights.{what}"
+    from ktda_jax.convert.architecture import HEADS  # only here: convert imports this module
+
+    # No tensor tells the number of heads. Published widths have one of their own, which the config must then match.
+    teacher = config.teacher if isinstance(config, KTDAConfig) else config
     options = {}
-    if isinstance(config, ViTConfig):
-        options = {"teacher_heads": config.heads}
-    elif isinstance(config, KTDAConfig):
-        options = {"teacher_heads": config.teacher.heads, "fmm_heads": config.fmm and config.fmm.heads}
+    if isinstance(teacher, ViTConfig) and teacher.width not in HEADS:
+        options["teacher_heads"] = teacher.heads
+    if isinstance(config, KTDAConfig) and config.fmm is not None:
+        options["fmm_heads"] = config.fmm.heads
     try:
         weights = read(path, **options)
     except ValueError as error:

@@ -241,6 +241,46 @@ def test_only_whole_models_go_back(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_a_base_size_checkpoint(tmp_path):
+    """346 M random values under the published names, in under 60 s and 6 GB; then it predicts."""
+    rows = json.loads((golden.GOLDENS / "parameters_base.json").read_text())
+    tensors = {row["name"]: 0.02 * torch.randn(row["shape"]) for row in rows}
+    for row in rows:
+        if row["name"].endswith(".bn.weight"):
+            stem = row["name"].removesuffix("weight")
+            tensors[stem + "running_mean"], tensors[stem + "running_var"] = (
+                torch.zeros(row["shape"]),
+                torch.ones(row["shape"]),
+            )
+            tensors[stem + "num_batches_tracked"] = torch.tensor(23_000)
+    teacher = {"cls_token": (1, 1, 768), "pos_embed": (1, 362, 768), "patch_embed.projection.weight": (768, 3, 14, 14),
+               "patch_embed.projection.bias": (768,), "ln1.weight": (768,), "ln1.bias": (768,)}  # fmt: skip
+    for layer in range(12):
+        shapes = {"attn.gamma1.weight": (768,), "ffn.gamma2.weight": (768,)}
+        sizes = {"attn.qkv": (2304, 768), "attn.proj": (768, 768), "ffn.layers.0.0": (3072, 768)}
+        for name, shape in {**sizes, "ffn.layers.1": (768, 3072), "ln1": (768,), "ln2": (768,)}.items():
+            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+        teacher |= {f"layers.{layer}.{name}": shape for name, shape in shapes.items()}
+    tensors |= {f"teach_backbone.{name}": 0.02 * torch.randn(shape) for name, shape in teacher.items()}
+    torch.save({"state_dict": tensors}, tmp_path / "base.pth")
+    code = (
+        "import sys, runpy, resource, time; start = time.time()\n"
+        "sys.argv = ['convert', *sys.argv[1:]]\n"
+        "try: runpy.run_module('ktda_jax.convert', run_name='__main__')\n"
+        "finally: print(time.time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"--input={tmp_path / 'base.pth'}", f"--output={tmp_path / 'base'}"],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "345.9 M values" in done.stdout, done.stderr
+    seconds, peak = map(float, done.stdout.splitlines()[-1].split())
+    assert seconds < 60 and peak < 6e9
+    prediction = ktda_jax.load_pretrained(tmp_path / "base").predict(np.zeros((256, 256, 3), np.uint8))
+    assert prediction.probabilities.shape == (256, 256, 5) and np.isfinite(prediction.probabilities).all()
+
+
 def cached_repository(root: pathlib.Path, file: pathlib.Path, revision: str) -> None:
     """Hugging Face's cache as a download leaves it."""
     folder = root / "models--someone--ktda"
@@ -257,7 +297,8 @@ def test_hub_ids_come_from_the_cache_when_offline(tmp_path):
     revision = "0123456789abcdef0123456789abcdef01234567"
     cached_repository(tmp_path / "hub", tmp_path / "m.safetensors", revision)
     offline = dict(HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "hub"))
-    for name in ("hf://someone/ktda", f"hf://someone/ktda@{revision}"):
+    names = ("hf://someone/ktda", f"hf://someone/ktda@{revision}", f"hf://someone/ktda/model.safetensors@{revision}")
+    for name in names:
         out = tmp_path / str(len(name))
         done = command(f"--input={name}", f"--output={out}", "--teacher_heads=2", **offline)
         assert done.returncode == 0, done.stderr

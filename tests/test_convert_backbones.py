@@ -1,5 +1,7 @@
 """Every published layout of teacher and student, converted, against transformers' torch classes on random weights."""
 
+import os
+import pathlib
 import re
 
 import jax
@@ -12,9 +14,11 @@ from flax import nnx
 from safetensors.torch import save_file
 from torch_weights import error, nchw, random, randomize
 
-from ktda_jax import convert, state
+from ktda_jax import convert, state, weights
+from ktda_jax.data.sources import read_image
 from ktda_jax.models.convnext import ConvNeXt
-from ktda_jax.models.vit import ViT
+from ktda_jax.models.ktda import normalize
+from ktda_jax.models.vit import PRESETS, ViT, ViTConfig
 
 VIT = dict(
     hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=14, mlp_ratio=2,
@@ -58,10 +62,10 @@ def vit_outputs(model, x, prefix) -> list[np.ndarray]:
     return [t[:, prefix:].reshape(shape).numpy() for t in tokens]
 
 
-def run(weights, x) -> list[np.ndarray]:
-    build = {"teacher": ViT, "student": ConvNeXt}[weights.kind]
-    graphdef, _, _ = state.abstract(lambda: build(weights.config, rngs=nnx.Rngs(0)))
-    arrays = {k: jnp.asarray(v) for k, v in weights.arrays.items()}
+def run(found, x) -> list[np.ndarray]:
+    build = {"teacher": ViT, "student": ConvNeXt}[found.kind]
+    graphdef, _, _ = state.abstract(lambda: build(found.config, rngs=nnx.Rngs(0)))
+    arrays = {k: jnp.asarray(v) for k, v in found.arrays.items()}
     return jax.jit(lambda arrays, x: state.merge(graphdef, arrays, {})(x))(arrays, jnp.asarray(x, jnp.float32))
 
 
@@ -175,13 +179,13 @@ def test_teacher(case, tmp_path):
     model = random_model(build)
     tensors = {k: v.contiguous() for k, v in rename(model.state_dict()).items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    weights = convert.load(str(tmp_path / "model.safetensors"), source, teacher_heads=4)
-    prefix = 1 + weights.config.registers
-    assert weights.kind == "teacher" and weights.config.taps == (0, 1, 2, 3)
+    found = convert.load(str(tmp_path / "model.safetensors"), source, teacher_heads=4)
+    prefix = 1 + found.config.registers
+    assert found.kind == "teacher" and found.config.taps == (0, 1, 2, 3)
     patch = model.config.patch_size
     for height, width in ((4 * patch, 4 * patch), (3 * patch, 7 * patch)):  # its own size and another
         x = random(2, height, width, 3).astype(np.float32)
-        for ours, theirs in zip(run(weights, x), vit_outputs(model, x, prefix), strict=True):
+        for ours, theirs in zip(run(found, x), vit_outputs(model, x, prefix), strict=True):
             assert error(ours, theirs) < 1e-4
 
 
@@ -245,16 +249,34 @@ CONVNEXTS = {
 def test_student(source, build, tmp_path):
     model = random_model(build)
     torch.save(CONVNEXTS[source](model.state_dict()), tmp_path / "model.pth")
-    weights = convert.load(str(tmp_path / "model.pth"), source)
-    assert weights.kind == "student" and weights.config.v2 == (build is convnext_v2)
-    assert weights.source["initialised"] == [f"norms/{k}/{leaf}" for k in range(3) for leaf in ("scale", "bias")]
+    found = convert.load(str(tmp_path / "model.pth"), source)
+    assert found.kind == "student" and found.config.v2 == (build is convnext_v2)
+    assert found.source["initialised"] == [f"norms/{k}/{leaf}" for k in range(3) for leaf in ("scale", "bias")]
     for size in ((64, 64), (96, 160)):
         x = random(2, *size, 3).astype(np.float32)
         with torch.no_grad():
             outputs = model(nchw(x).float(), output_hidden_states=True).hidden_states[1:]
-        ours = run(weights, x)
+        ours = run(found, x)
         for k, (a, b) in enumerate(zip(ours, outputs, strict=True)):
-            scale, bias = (weights.arrays[f"norms/{k}/{leaf}"] for leaf in ("scale", "bias"))
+            scale, bias = (found.arrays[f"norms/{k}/{leaf}"] for leaf in ("scale", "bias"))
             b = np.moveaxis(b.numpy(), 1, -1)
             b = (b - b.mean(-1, keepdims=True)) / np.sqrt(b.var(-1, keepdims=True) + 1e-6) * scale + bias
             assert error(a, b) < 1e-4, k
+
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared"
+SMALL = os.environ.get("KTDA_DINOV2_SMALL", "")  # what shared/tools/dinov2_small_from_wheel.py wrote
+
+
+@pytest.mark.skipif(not (SHARED.is_dir() and SMALL), reason="needs ../shared and $KTDA_DINOV2_SMALL")
+@pytest.mark.parametrize("tile", ["grass", "cloud"])
+def test_really_pretrained_dinov2(tile):
+    """The taps of the published teacher code on a real tile; both resizes of the position embedding are in it."""
+    config = ViTConfig(**PRESETS["small"], image_size=(256, 256))
+    graphdef, expected, _ = state.abstract(lambda: ViT(config, rngs=nnx.Rngs(0)))
+    arrays = {k: jnp.asarray(v) for k, v in weights.load(SMALL, expected, "teacher", config).items()}
+    with np.load(SHARED / "golden" / "dinov2_small_teacher.npz") as golden:
+        image = normalize(read_image(str(SHARED / "real_samples" / str(golden[f"{tile}/file"])))[None], jnp.float32)
+        every = 4 if tile == "cloud" else 1
+        for k, tap in enumerate(jax.jit(lambda a, x: state.merge(graphdef, a, {})(x))(arrays, image)):
+            assert error(tap[0, ::every, ::every], np.moveaxis(golden[f"{tile}/{k}"], 0, -1)) < 1e-4

@@ -10,11 +10,14 @@ import pytest
 import runs
 from flax import nnx
 
-from ktda_jax import evaluate, sharding, state
+import ktda_jax
+from ktda_jax import evaluate, sharding, state, train, weights
 from ktda_jax.data import pipeline
 from ktda_jax.data.datasets import IGNORE, dataset_info
 from ktda_jax.data.sources import FolderSource
 from ktda_jax.metrics import summarize
+from ktda_jax.models.ktda import KTDAConfig
+from ktda_jax.program import build
 
 CROP = (32, 48)
 
@@ -112,3 +115,18 @@ def test_the_report_holds_the_table_the_figures_and_strict_json(source, tmp_path
     saved = json.loads((workdir / "figures" / "val.json").read_text(), parse_constant=pytest.fail)
     assert saved["confusion"] == result.confusion.tolist()
     assert saved["summary"]["mIoU"] == result.metrics.summary["mIoU"]
+
+
+def test_weights_from_elsewhere_are_evaluated_as_they_are(tmp_path):
+    """--mode=eval with config.weights.model, against a confusion matrix of load_pretrained's predictions."""
+    root = runs.make_tiles(tmp_path / "data", train=1, val=5, size=64)  # the crop's size: nothing is resized
+    first = build(runs.config(root))
+    state_ = runs.random_state(first)
+    config = KTDAConfig.from_dict({**runs.config(root).model, "num_classes": runs.CLASSES})
+    weights.save(tmp_path / "w", weights.Weights("ktda", config, {**state_.params, **state_.batch_stats}, {}))
+    result = train.evaluate_workdir(runs.config(root, {"weights.model": str(tmp_path / "w")}), tmp_path / "run")
+    model, confusion = ktda_jax.load_pretrained(tmp_path / "w"), np.zeros((runs.CLASSES, runs.CLASSES), np.int64)
+    for tile in FolderSource(root, "val", num_classes=runs.CLASSES):
+        np.add.at(confusion, (tile["label"], model.predict(tile["image"]).labels), 1)
+    np.testing.assert_array_equal(result.confusion, confusion)
+    assert "final/mIoU" in runs.rows(tmp_path / "run")[-1]

@@ -129,6 +129,24 @@ def test_a_teacher_of_another_kind_is_refused(tmp_path, change, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("described", [True, False])
+def test_heads_of_published_files_are_not_taken_from_the_config(tmp_path, described):
+    """A config with 3 heads would give other features from the same tensors, and no shape says so."""
+    import transformers
+    from safetensors.torch import save_file
+
+    settings = dict(hidden_size=384, num_hidden_layers=4, num_attention_heads=6, mlp_ratio=1, image_size=28)
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**settings))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    if described:
+        (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 6}))
+    config = ViTConfig(width=384, depth=4, heads=3, mlp_ratio=1.0, image_size=(28, 28))
+    with pytest.raises(ValueError, match=r"config.weights.teacher: the teacher in .* has heads 6 \(config: 3\)"):
+        weights.load(str(tmp_path), expected("teacher", config), "teacher", config)
+    config = dataclasses.replace(config, heads=6)
+    assert weights.load(str(tmp_path), expected("teacher", config), "teacher", config)
+
+
 def test_a_preset_that_fits_is_named(tmp_path):
     tiny = ConvNeXtConfig(depths=(2, 2, 6, 2), channels=(40, 80, 160, 320), v2=True)
     weights.save(tmp_path / "w", made("student", tiny))

@@ -47,7 +47,10 @@ def vit(arrays: Arrays, *, heads: int | None = None, beside: Mapping = {}) -> Vi
     swiglu = _shape(arrays, "layers/0/mlp/fc1/kernel")[1] == 2 * hidden
     registers = arrays["register_tokens"].shape[1] if "register_tokens" in arrays else 0
     rope = "pos_embed" not in arrays
-    heads = heads or beside.get("num_attention_heads") or HEADS.get(width)
+    said = beside.get("num_attention_heads")
+    if heads and said and heads != said:
+        raise WeightsError(f"{heads} heads were asked for, but its config.json says {said}")
+    heads = heads or said or HEADS.get(width)
     if heads is None or width % heads:
         raise WeightsError(f"a transformer of width {width}: give --teacher_heads, a divisor of it (got {heads})")
     activation = beside.get("hidden_act", "silu" if swiglu else "gelu")

@@ -20,21 +20,27 @@ class WeightsError(ValueError):
 def locate(path: str) -> tuple[pathlib.Path, dict]:
     """The local file or folder of `path`, and where it came from.
 
-    `hf://ORG/NAME`, with `@REVISION` if wanted, is downloaded into Hugging Face's cache, which also serves offline.
+    `hf://ORG/NAME`, or one file of it as `hf://ORG/NAME/FILE`, with `@REVISION` at the end if wanted, is downloaded
+    into Hugging Face's cache, which also serves offline.
     """
     if not str(path).startswith(HUB):
         found = pathlib.Path(path).expanduser()
         if not found.exists():
             raise WeightsError(f"no file or folder {found}; give a weights file, a converted folder or hf://ORG/NAME")
         return found, {"path": str(found)}
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = path.removeprefix(HUB).partition("@")
+    name, file = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    options = dict(revision=revision or None)
     try:
-        folder = snapshot_download(name, revision=revision or None, allow_patterns=["*.safetensors", "*.json"])
+        if file:
+            found = pathlib.Path(hf_hub_download(name, file, **options))
+            return found, {"path": path, "revision": found.parts[-1 - len(file.split("/"))]}
+        folder = snapshot_download(name, allow_patterns=["*.safetensors", "*.json"], **options)
         if not list(pathlib.Path(folder).glob("*.safetensors")):
-            folder = snapshot_download(name, revision=revision or None, allow_patterns=["*.bin", "*.pth", "*.json"])
+            folder = snapshot_download(name, allow_patterns=["*.bin", "*.pth", "*.json"], **options)
     except LocalEntryNotFoundError as error:
         raise WeightsError(
             f"{path} is not in the Hugging Face cache and cannot be downloaded; check the network, or download it "
@@ -53,7 +59,9 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict, list[pathlib.
         if not files:
             raise WeightsError(f"{path} holds no .safetensors, .bin or .pth file")
         if len(files) > 1 and not list(path.glob("*.index.json")):
-            raise WeightsError(f"{path} holds {len(files)} weight files ({files[0].name}, ...); give one of them")
+            raise WeightsError(
+                f"{path} holds {len(files)} weight files ({', '.join(f.name for f in files[:4])}); give one of them"
+            )
         beside = _settings(path)
     else:
         files, beside = [path], _settings(path.parent) if path.suffix == ".safetensors" else {}
