@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -114,7 +115,8 @@ def _pickled(file: pathlib.Path) -> dict[str, np.ndarray]:
 
     inert = [(type(name.rpartition(".")[2], (), {"__module__": __name__}), name) for name in _INERT]
     try:
-        with torch.serialization.safe_globals([*inert, *_numpy_globals()]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([*inert, *_numpy_globals()]):
+            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read raises
             content = _load(torch, file)
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{file} is not a plain checkpoint, and is not run: {_line(error)}") from error
