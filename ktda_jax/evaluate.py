@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from ktda_jax import figures, sharding
+from ktda_jax import figures, sharding, sheets
 from ktda_jax.data.datasets import IGNORE, DatasetInfo
 from ktda_jax.metrics import Metrics, best_constant, confusion_matrix, format_table, summarize
 from ktda_jax.models.layers import at_least_float32, resize
@@ -82,7 +82,7 @@ def write_report(result: Evaluation, workdir: pathlib.Path, name: str, info: Dat
     folder = workdir / "figures"
     figures.save_confusion(folder / f"{name}_confusion.png", result.confusion, info.classes)
     samples = [_same_size(s) for s in result.samples]
-    figures.save_triptychs(
+    sheets.save_triptychs(
         folder / f"{name}_samples.png",
         *([s[key] for s in samples] for key in ("image", "label", "prediction")),
         info.classes,

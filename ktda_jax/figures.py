@@ -1,4 +1,4 @@
-"""Pictures of a run: confusion matrix, image / label / prediction sheets and training curves.
+"""Pictures of a run and of its data: confusion matrix, training curves, class shares.
 
 Figures are built without pyplot, so nothing global is changed and no display is needed, and written to a
 temporary name first: a figure that exists is complete.
@@ -12,16 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from ktda_jax.metrics import IGNORE, summarize
+from ktda_jax.metrics import summarize
 
 DPI = 150
 CHARACTER = 0.085  # inches that a character of 10 pt takes, on the safe side
 TEXT, FAINT, RULE = "#222222", "#8a8a8a", "#d9d9d9"
-WRONG = (214, 39, 40)  # red of the error map
-STRIPES = ((238, 238, 238), (170, 170, 170))  # the two greys of ignored pixels; no class looks striped
 LOSS_TERMS = ("loss", "decode", "aux", "distill")  # as ktda_jax.losses names them
 LINES = ("#1b1b1b", "#2f6fb0", "#d9822b", "#3a9a5b", "#a0508f", "#8c6d46", "#5aa7b5")
 
@@ -79,102 +76,30 @@ def save_confusion(path: str | os.PathLike, confusion: np.ndarray, classes: Sequ
         fontsize=9,
         color=FAINT,
     )
-    _save(figure, path, bbox_inches="tight", pad_inches=0.15)
+    save_figure(figure, path, bbox_inches="tight", pad_inches=0.15)
 
 
-def save_triptychs(
+def save_shares(
     path: str | os.PathLike,
-    images: Sequence[np.ndarray],
-    labels: Sequence[np.ndarray],
-    predictions: Sequence[np.ndarray],
+    pixels: dict[str, np.ndarray],
     classes: Sequence[str],
     palette: Sequence[tuple[int, int, int]],
-    names: Sequence[str] | None = None,
-    scores: Sequence[float] | None = None,
 ) -> None:
-    """A row per tile: image, label, prediction and where they differ, with the classes in a legend.
-
-    images: N of uint8 (H, W, 3); labels, predictions: N of integer (H, W); ignored label pixels are striped.
-    scores: mIoU of each tile in percent, shown with its name. A handful of tiles makes a readable sheet.
-    """
-    if not len(images) == len(labels) == len(predictions) or not len(images):
-        raise ValueError(f"{len(images)} images, {len(labels)} labels and {len(predictions)} predictions")
-    if len(classes) != len(palette):
-        raise ValueError(f"{len(classes)} classes and {len(palette)} palette colours")
-    side, header, rows = 2.3, 0.35, len(images)  # inches
-    entries = [
-        Patch(facecolor=np.array(color) / 255, edgecolor=FAINT, linewidth=0.5, label=name)
-        for name, color in zip(classes, palette, strict=True)
-    ]
-    light, dark = (np.array(grey) / 255 for grey in STRIPES)
-    entries.append(Patch(facecolor=light, edgecolor=dark, hatch="/////", linewidth=0.5, label="ignored"))
-    red = np.array(WRONG) / 255
-    entries.append(Patch(facecolor=red, edgecolor=FAINT, linewidth=0.5, label="wrong class"))
-    columns = _legend_columns([entry.get_label() for entry in entries], 4 * side)
-    legend = 0.35 + 0.22 * -(-len(entries) // columns)
-
-    caption = 0.45  # inches at the left, for the tile's name
-    width, height = 4 * side + caption + 0.1, rows * side + header + legend
-    figure = Figure(figsize=(width, height))
-    grid = figure.add_gridspec(
-        rows,
-        4,
-        left=caption / width,
-        right=1 - 0.1 / width,
-        top=1 - header / height,
-        bottom=legend / height,
-        wspace=0.03,
-        hspace=0.03,
-    )
-    for row in range(rows):
-        image, label, prediction = (np.asarray(x[row]) for x in (images, labels, predictions))
-        panels = {
-            "image": image,
-            "label": paint(label, palette),
-            "prediction": paint(prediction, palette),
-            "errors": paint_errors(image, label, prediction),
-        }
-        for column, (title, panel) in enumerate(panels.items()):
-            axes = figure.add_subplot(grid[row, column])
-            # Class colours are shown as they are; only the photograph may be smoothed.
-            axes.imshow(panel, interpolation="antialiased" if title == "image" else "nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
-            if row == 0:
-                axes.set_title(title, fontsize=12, color=TEXT, pad=6)
-            if column == 0:
-                text = _caption(row, names, scores)
-                axes.set_ylabel(text, fontsize=9, color=TEXT, labelpad=5, linespacing=1.4)
-    figure.legend(
-        handles=entries,
-        loc="upper center",
-        bbox_to_anchor=(0.5, (legend - 0.08) / height),
-        ncols=columns,
-        fontsize=10,
-        frameon=False,
-        handlelength=1.3,
-        handleheight=1.1,
-        columnspacing=1.4,
-        labelcolor=TEXT,
-    )
-    _save(figure, path)
-
-
-def paint(ids: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Class ids (H, W) in their colours, uint8 (H, W, 3); ids without a colour, such as 255, are striped."""
-    known = (ids >= 0) & (ids < len(palette))
-    colors = np.asarray(palette, np.uint8)[np.where(known, ids, 0)]
-    return np.where(known[..., None], colors, _stripes(ids.shape))
-
-
-def paint_errors(image: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """The image in pale grey with wrong pixels red and ignored ones striped, uint8 (H, W, 3)."""
-    grey = image.astype(np.float64).mean(-1, keepdims=True).repeat(3, -1)
-    pale = 255 - (255 - grey) * 0.45
-    wrong = 0.8 * np.array(WRONG) + 0.2 * grey
-    out = np.where((label != prediction)[..., None], wrong, pale).astype(np.uint8)
-    return np.where((label == IGNORE)[..., None], _stripes(label.shape), out)
+    """Bars of each class's share of the labelled pixels, a group per split. pixels: split -> int64 (C,)."""
+    figure = Figure(figsize=(1.6 + 1.1 * len(classes) * max(1, 0.6 * len(pixels)), 3.4), layout="constrained")
+    axes, width = figure.add_subplot(), 0.8 / len(pixels)
+    for index, (split, counts) in enumerate(pixels.items()):
+        shares = 100 * counts / max(counts.sum(), 1)
+        places = np.arange(len(classes)) + (index - (len(pixels) - 1) / 2) * width
+        colors = np.array(palette) / 255
+        bars = axes.bar(places, shares, 0.92 * width, color=colors, edgecolor=FAINT, linewidth=0.6)
+        axes.bar_label(bars, [f"{split}\n{share:.3g} %" for share in shares], fontsize=8, color=TEXT, padding=2)
+    axes.set_xticks(range(len(classes)), classes, fontsize=10, color=TEXT)
+    axes.set_ylabel("share of labelled pixels, %", fontsize=10, color=TEXT)
+    axes.margins(y=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=0, labelcolor=TEXT)
+    save_figure(figure, path)
 
 
 def save_curves(path: str | os.PathLike, metrics_jsonl_path: str | os.PathLike) -> None:
@@ -208,7 +133,7 @@ def save_curves(path: str | os.PathLike, metrics_jsonl_path: str | os.PathLike) 
     figure.align_ylabels()
     all_axes[-1].set_xlabel("step", fontsize=10, color=TEXT)
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=(1, 2, 5, 10)))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_losses(axes: Axes, curves: dict[str, np.ndarray]) -> None:
@@ -272,32 +197,6 @@ def _read_curves(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndar
     return {key: tuple(np.array(sorted(pairs), np.float64).T) for key, pairs in points.items()}
 
 
-def _stripes(shape: tuple[int, int]) -> np.ndarray:
-    """Diagonal stripes in two greys, uint8 (H, W, 3), about 24 across whatever the resolution."""
-    rows, columns = np.indices(shape)
-    period = max(2, min(shape) // 24)
-    return np.array(STRIPES, np.uint8)[((rows + columns) // max(1, period // 2)) % 2]
-
-
-def _legend_columns(names: Sequence[str], width: float) -> int:
-    """Entries per line that fit into `width` inches, with the lines equally full."""
-    symbol = 0.5
-    if sum(symbol + CHARACTER * len(name) for name in names) <= width:
-        return len(names)  # on one line every entry has a width of its own
-    fit = max(1, int(width / (symbol + CHARACTER * max(map(len, names)))))
-    return -(-len(names) // -(-len(names) // fit))
-
-
-def _caption(row: int, names: Sequence[str] | None, scores: Sequence[float] | None) -> str:
-    lines = []
-    if names is not None:
-        name = pathlib.PurePath(names[row]).name
-        lines.append(name if len(name) <= 27 else f"{name[:10]}…{name[-16:]}")
-    if scores is not None:
-        lines.append(f"mIoU {scores[row]:.1f}" if np.isfinite(scores[row]) else "no labelled pixels")
-    return "\n".join(lines)
-
-
 def _short_count(count: int) -> str:
     """4 characters or so: 987, 12.3k, 4.5M."""
     for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
@@ -306,7 +205,7 @@ def _short_count(count: int) -> str:
     return str(int(count))
 
 
-def _save(figure: Figure, path: str | os.PathLike, **options: object) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike, **options: object) -> None:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")

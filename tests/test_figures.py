@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ktda_jax import figures
+from ktda_jax import figures, sheets
 
 CLASSES = ("Clear", "Cloud Shadow", "Thin Cloud", "Cloud")
 PALETTE = ((79, 253, 199), (221, 53, 223), (251, 255, 41), (77, 2, 115))
@@ -60,13 +60,13 @@ def test_triptychs_show_the_palette_as_it_is(tmp_path, size):
     predictions = np.where(labels == 0, 3, labels).astype(np.int32)
     labels[0, : size // 4] = 255
     path = tmp_path / "sheet.png"
-    figures.save_triptychs(path, images, labels, predictions, CLASSES, PALETTE)
+    sheets.save_triptychs(path, images, labels, predictions, CLASSES, PALETTE)
     picture = pixels(path)
     area = (2.3 * figures.DPI) ** 2  # of one panel, in pixels
     for index, color in enumerate(PALETTE):
         share = (labels == index).mean() + (predictions == index).mean()
         assert count(picture, color) == pytest.approx(3 * share * area, rel=0.1), CLASSES[index]
-    for grey in figures.STRIPES:
+    for grey in sheets.STRIPES:
         assert count(picture, grey) > 0.3 * area / 4  # a quarter of a tile, in the label and the error panel
     assert picture.shape[1] > 4 * 2.3 * figures.DPI and picture.shape[0] > 3 * 2.3 * figures.DPI
 
@@ -76,8 +76,8 @@ def test_triptychs_with_many_long_names_and_missing_scores(tmp_path):
     palette = [tuple(color) for color in np.random.default_rng(1).integers(0, 256, (20, 3)).tolist()]
     names, scores = ["/data/val/" + "long_tile_name_" * 9 + "7.tif", "b.tif"], [51.2, float("nan")]
     few, many = tmp_path / "few.png", tmp_path / "many.png"
-    figures.save_triptychs(many, images, labels, labels, LONG, palette, names=names, scores=scores)
-    figures.save_triptychs(few, images, labels % 4, labels % 4, CLASSES, PALETTE, names=names, scores=scores)
+    sheets.save_triptychs(many, images, labels, labels, LONG, palette, names=names, scores=scores)
+    sheets.save_triptychs(few, images, labels % 4, labels % 4, CLASSES, PALETTE, names=names, scores=scores)
     assert pixels(many).shape[0] > pixels(few).shape[0] + 0.2 * 8 * figures.DPI  # the legend got its room
     assert pixels(many).shape[1] == pixels(few).shape[1]
 
@@ -85,27 +85,27 @@ def test_triptychs_with_many_long_names_and_missing_scores(tmp_path):
 def test_triptychs_refuse_what_does_not_belong_together(tmp_path):
     images, labels = tiles(2, 8, 4)
     with pytest.raises(ValueError, match="1 labels"):
-        figures.save_triptychs(tmp_path / "a.png", images, labels[:1], labels, CLASSES, PALETTE)
+        sheets.save_triptychs(tmp_path / "a.png", images, labels[:1], labels, CLASSES, PALETTE)
     with pytest.raises(ValueError, match="3 palette"):
-        figures.save_triptychs(tmp_path / "a.png", images, labels, labels, CLASSES, PALETTE[:3])
+        sheets.save_triptychs(tmp_path / "a.png", images, labels, labels, CLASSES, PALETTE[:3])
     assert not list(tmp_path.iterdir())
 
 
 def test_paint():
     ids = np.array([[0, 3], [255, 1]], np.uint8)
-    painted = figures.paint(ids, PALETTE)
+    painted = sheets.paint(ids, PALETTE)
     assert painted.dtype == np.uint8
     assert tuple(painted[0, 0]) == PALETTE[0] and tuple(painted[0, 1]) == PALETTE[3]
-    assert tuple(painted[1, 0]) in figures.STRIPES
+    assert tuple(painted[1, 0]) in sheets.STRIPES
 
 
 def test_paint_errors_ignores_255():
     image = np.full((2, 2, 3), 100, np.uint8)
-    out = figures.paint_errors(image, np.array([[0, 1], [255, 2]], np.uint8), np.array([[0, 2], [1, 2]]))
+    out = sheets.paint_errors(image, np.array([[0, 1], [255, 2]], np.uint8), np.array([[0, 2], [1, 2]]))
     right, wrong, ignored = out[0, 0], out[0, 1], out[1, 0]
     assert right[0] == right[1] == right[2] and (out[1, 1] == right).all()
     assert int(wrong[0]) > 2 * int(wrong[1])
-    assert tuple(ignored) in figures.STRIPES
+    assert tuple(ignored) in sheets.STRIPES
 
 
 @pytest.mark.parametrize("steps", [2, 400])

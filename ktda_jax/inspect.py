@@ -1,0 +1,147 @@
+"""`python -m ktda_jax.inspect --config=...`: is the data what it should be? Tables, figures, suggestions.
+
+Reads every tile of every split that the config names, writes `inspection.json`, `classes.png` and `samples.png` into
+`--output`, prints the tables, and exits with 1 if something is wrong with the data.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+from absl import app, flags
+
+from ktda_jax import figures, sheets
+from ktda_jax import main as command  # its --config, and its one-line errors
+from ktda_jax.data import augment, inspect
+from ktda_jax.data.datasets import IGNORE
+from ktda_jax.data.sources import DataError, check_split, read_tile
+
+OUTPUT = flags.DEFINE_string("output", None, "Where to write; default inspection/<data set>.")
+SAMPLES = flags.DEFINE_integer("samples", 6, "Random training tiles in the sheet.", lower_bound=1)
+AUGMENTED = 3  # draws of the augmentation beside each
+
+
+def run(config, output: pathlib.Path, samples: int) -> list[str]:
+    """Inspects all splits; returns what is wrong with them."""
+    from ktda_jax import config as configs
+    from ktda_jax.inputs import open_source
+
+    configs.check(config)
+    info, data = configs.classes_of(config), config.data
+    names = list(dict.fromkeys(filter(None, (data.train_split, data.val_split, data.test_split))))
+    sources, counts, problems = {}, {}, []
+    for split in names:
+        try:
+            source = open_source(config, split)
+            crop = tuple(data.crop) if split == data.train_split else None
+            counts[split] = inspect.count(source, num_threads=data.num_threads)
+            sources[split] = source
+            check_split(source, crop=crop, num_threads=data.num_threads)
+        except DataError as error:
+            problems.append(str(error))
+    if not counts:
+        return problems
+    groups = inspect.doubles(counts)
+    across = [group for group in groups if len({name.split("/")[0] for name in group}) > 1]
+    if across:
+        some = "; ".join(" = ".join(group) for group in across[:3])
+        problems.append(f"{len(across)} image(s) stand in two splits, so scores flatter: {some}")
+    train = counts.get(data.train_split, next(iter(counts.values())))
+    classes = len(info.classes)
+    suggested = {
+        "inverse_frequency": inspect.inverse_frequency(train.pixels[:classes]),
+        "effective_number": inspect.effective_number(train.tiles_with[:classes]),
+    }
+    print(_tables(info.classes, counts, suggested, [g for g in groups if g not in across]))
+    output.mkdir(parents=True, exist_ok=True)
+    shares = {split: found.pixels[:classes] for split, found in counts.items()}
+    figures.save_shares(output / "classes.png", shares, info.classes, info.palette)
+    if data.train_split in sources:
+        _sheet(output / "samples.png", sources[data.train_split], config, info, samples)
+    configs.write_json(output / "inspection.json", _report(info.classes, counts, groups, suggested, problems))
+    print(f"written to {output}")
+    return problems
+
+
+def _tables(classes, counts, suggested, within) -> str:
+    width = max(map(len, (*classes, "ignored (255)")))
+    lines = ["", f"{'class':{width}}" + "".join(f"{split:>24}" for split in counts)]
+    for row, name in [*enumerate(classes), (IGNORE, "ignored (255)")]:
+        cells = ""
+        for found in counts.values():
+            labelled = found.pixels.sum() if row == IGNORE else found.pixels[: len(classes)].sum()
+            share = 100 * found.pixels[row] / max(labelled, 1)
+            cells += f"{found.pixels[row]:>16,} {share:6.2f}%"
+        lines.append(f"{name:{width}}{cells}")
+    lines.append(f"{'tiles':{width}}" + "".join(f"{found.tiles:>24,}" for found in counts.values()))
+    for split, found in counts.items():
+        sizes = ", ".join(f"{h} x {w} ({n})" for (h, w), n in sorted(found.sizes.items(), key=lambda s: -s[1])[:4])
+        more = f" and {len(found.sizes) - 4} more" if len(found.sizes) > 4 else ""
+        lines.append(f"sizes in {split}: {sizes}{more}")
+    if within:
+        some = "; ".join(" = ".join(group) for group in within[:3])
+        lines.append(f"{len(within)} image(s) stand several times in one split: {some}")
+    lines.append("class weights to try (--config.loss.class_weights), from the training split:")
+    for name, values in suggested.items():
+        lines.append(f"  {name.replace('_', ' '):18} ({','.join(f'{v:.3g}' for v in values)})")
+    return "\n".join(lines)
+
+
+def _report(classes, counts, groups, suggested, problems) -> dict:
+    return {
+        "classes": list(classes),
+        "splits": {
+            split: {
+                "tiles": found.tiles,
+                "pixels": found.pixels[: len(classes)].tolist(),
+                "ignored": int(found.pixels[IGNORE]),
+                "tiles_with_class": found.tiles_with[: len(classes)].tolist(),
+                "sizes": {f"{h}x{w}": n for (h, w), n in sorted(found.sizes.items())},
+                "unreadable": found.unreadable,
+            }
+            for split, found in counts.items()
+        },
+        "doubles": groups,
+        "class_weights": {name: [round(float(v), 6) for v in values] for name, values in suggested.items()},
+        "problems": problems,
+    }
+
+
+def _sheet(path: pathlib.Path, source, config, info, samples: int) -> None:
+    """Random tiles: image, label, both, and what training sees of them."""
+    rng, rows, names = np.random.default_rng(config.seed), [], []
+    for index in rng.permutation(len(source)):
+        try:
+            tile = read_tile(source, int(index))
+            image, label = tile["image"], tile["label"]
+            row = [image, sheets.paint(label, info.palette), sheets.overlay(image, label, info.palette)]
+            for _ in range(AUGMENTED):
+                seen, truth = augment.random_crop(image, label, tuple(config.data.crop), rng)
+                seen, truth = augment.random_flip(seen, truth, rng, config.data.flip)
+                row.append(augment.photometric_distortion(seen, rng) if config.data.photometric else seen)
+        except (DataError, ValueError):  # already reported
+            continue
+        rows.append(row)
+        names.append(tile["name"])
+        if len(rows) == samples:
+            break
+    if rows:
+        titles = ["image", "label", "overlay", *["as trained on"] * AUGMENTED]
+        sheets.save_sheet(path, rows, titles, names, info.classes, info.palette)
+
+
+def main(_: list[str]) -> None:
+    from ktda_jax.config import ConfigError
+
+    config = command.CONFIG.value
+    try:
+        problems = run(config, pathlib.Path(OUTPUT.value or f"inspection/{config.data.name}"), SAMPLES.value)
+    except (ConfigError, DataError) as error:
+        sys.exit(f"error: {error}")
+    if problems:
+        sys.exit("\n".join(f"error: {problem}" for problem in problems))
+    print("nothing wrong found")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=command._parse)
