@@ -14,7 +14,7 @@ Score:     published mIoU 51.49, aAcc 83.55 (test split); not reproduced by us y
 import pathlib
 import runpy
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 grass = runpy.run_path(str(pathlib.Path(__file__).with_name("grass.py")))
 
@@ -37,6 +37,7 @@ def get_config(argument: str = "") -> ConfigDict:
         grass["shrink"](config)
         config.data.crop = (256, 256)
         config.batch_size = config.eval_batch_size = 4
-        config.data.test_split = None if "upstream" not in flags else config.data.test_split
+        if "upstream" not in flags:
+            config.data.test_split = config_dict.placeholder(str)
         config.model.student.remat = config.model.fmm.remat = False
     return config

@@ -89,9 +89,8 @@ def shrink(config: ConfigDict) -> None:
     if config.schedule.poly_begin is not None:
         config.schedule.poly_begin = 10
     student, teacher, fmm = config.model.student, config.model.teacher, config.model.fmm
-    student.preset, student.depths, student.channels = None, (1, 1, 3, 1), (32, 64, 128, 256)
-    student.drop_path = 0.0
-    teacher.preset, teacher.width, teacher.depth, teacher.heads = None, 96, 4, 3
+    student.preset, student.drop_path = "laptop", 0.0
+    teacher.preset = "laptop"
     fmm.blocks, fmm.heads = 1, 1
     config.model.head_channels, config.model.aux_channels = 64, 32
     # A few hundred steps are too few to learn past colour distortion, drop path and the KL term of a random teacher.

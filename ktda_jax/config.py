@@ -21,6 +21,36 @@ RUNTIME = (
 )  # fmt: skip
 
 
+_SHARE = (lambda x: 0 <= x < 1, "a number from 0 to below 1")
+_POSITIVE = (lambda x: x > 0, "a number above 0")
+_SIZE = (lambda x: x >= 1, "at least 1")
+RANGES = {  # absurd values that would train, and be silently wrong
+    "clip_norm": _POSITIVE,
+    "seed": (lambda x: 0 <= x < 2**31, "a number from 0 to 2147483647"),
+    "optimizer.lr": _POSITIVE,
+    "optimizer.b1": _SHARE,
+    "optimizer.b2": _SHARE,
+    "optimizer.weight_decay": (lambda x: x >= 0, "at least 0"),
+    "data.flip": (lambda x: 0 <= x <= 1, "a probability"),
+    "data.num_threads": (lambda x: x >= 0, "at least 0"),
+    "loss.alpha": (lambda x: 0 <= x <= 1, "a share from 0 to 1"),
+    "loss.temperature": _POSITIVE,
+    "loss.aux_weight": (lambda x: x >= 0, "at least 0"),
+    "loss.class_weights": (lambda x: min(x) >= 0 and max(x) > 0, "numbers from 0, not all 0"),
+    "model.dropout": _SHARE,
+    "model.student.drop_path": _SHARE,
+    "model.head_channels": _SIZE,
+    "model.aux_channels": (lambda x: x >= 0, "at least 0; 0 leaves the auxiliary head out"),
+    "model.fmm.blocks": _SIZE,
+    "model.fmm.heads": _SIZE,
+    "model.fmm.mlp_ratio": _POSITIVE,
+    "model.teacher.heads": _SIZE,
+    "model.teacher.width": _SIZE,
+    "model.teacher.depth": (lambda x: x >= 4, "at least 4: four of its layers are taken"),
+    "schedule.warmup": (lambda x: x >= 0, "at least 0"),
+}
+
+
 class ConfigError(ValueError):
     """Something the user can mend in the configuration; shown as one line."""
 
@@ -32,6 +62,8 @@ def compute_dtype(config) -> jnp.dtype:
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if name not in ("float32", "bfloat16", "float64"):
         raise ConfigError(f"config.dtype is {config.dtype!r}; choose auto, float32 or bfloat16")
+    if name == "float64" and not jax.config.jax_enable_x64:
+        raise ConfigError("config.dtype is 'float64', which JAX computes only with JAX_ENABLE_X64=1 in the environment")
     return jnp.dtype(name)
 
 
@@ -53,6 +85,11 @@ def check(config) -> None:
     for name in positive:
         if config[name] < 1:
             raise ConfigError(f"config.{name} is {config[name]}; give at least 1")
+    values = flat(config)
+    for name, (fits, what) in RANGES.items():
+        value = values.get(name)
+        if value is not None and not fits(value):
+            raise ConfigError(f"config.{name} is {value}; give {what}")
     crop = config.data.crop
     if len(crop) != 2 or min(crop) < 32:
         raise ConfigError(f"config.data.crop is {tuple(crop)}; give (height, width) of at least 32 pixels")
@@ -80,8 +117,11 @@ def flat(config: ml_collections.ConfigDict | dict, prefix: str = "") -> dict[str
     return json.loads(json.dumps(values)) if not prefix else values
 
 
-def compare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Refuses a workdir that another computation has begun: one with a checkpoint and other settings."""
+def compare(workdir: pathlib.Path, config: ml_collections.ConfigDict, only: tuple[str, ...] = ("",)) -> None:
+    """Refuses a workdir that another computation has begun: one with a checkpoint and other settings.
+
+    `only`: beginnings of the settings that count.
+    """
     path, ours = workdir / "config.json", flat(config)
     if path.exists() and any(p.name.isdigit() for p in workdir.glob("checkpoints/*")):
         try:
@@ -91,7 +131,7 @@ def compare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
         different = [
             f"{key} (saved {saved.get(key)!r}, now {ours.get(key)!r})"
             for key in sorted(saved.keys() | ours.keys())
-            if saved.get(key) != ours.get(key) and not any(key == r or key.startswith(r + ".") for r in RUNTIME)
+            if saved.get(key) != ours.get(key) and key.startswith(only) and not _is_under(key, RUNTIME)
         ]
         if different:
             more = f" and {len(different) - 4} more" if len(different) > 4 else ""
@@ -99,6 +139,24 @@ def compare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
                 f"workdir {workdir} was begun with another config: {', '.join(different[:4])}{more}; "
                 "use another --workdir, or the saved settings"
             )
+
+
+def _is_under(key: str, settings: tuple[str, ...]) -> bool:
+    return any(key == setting or key.startswith(setting + ".") for setting in settings)
+
+
+def compare_data(workdir: pathlib.Path, fingerprints: dict[str, str]) -> None:
+    """Refuses to go on with other tiles than those a run has begun with."""
+    try:
+        saved = json.loads((workdir / "run.json").read_text())["data"]
+    except (OSError, ValueError, KeyError):
+        return  # nothing to compare with
+    changed = [split for split in fingerprints if saved.get(split, fingerprints[split]) != fingerprints[split]]
+    if changed:
+        raise ConfigError(
+            f"the {' and '.join(changed)} tiles are not those that {workdir} was begun with; use another --workdir, "
+            "or the former tiles"
+        )
 
 
 def write(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:

@@ -91,8 +91,11 @@ def _micro_batches(x: jax.Array, *, count: int, mesh: Mesh) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, sharding.BATCH)))
 
 
-def build(config) -> Program:
-    """Checks the model settings, loads weights, and jits the steps; compiles nothing yet."""
+def build(config, *, teacher: bool = True, initial: bool = True) -> Program:
+    """Checks the model settings, loads weights, and jits the steps; compiles nothing yet.
+
+    Evaluation needs neither the `teacher` nor, with a checkpoint at hand, the `initial` weights.
+    """
     dtype = configs.compute_dtype(config)
     param_dtype = jnp.promote_types(dtype, jnp.float32)
     info = configs.classes_of(config)
@@ -107,8 +110,9 @@ def build(config) -> Program:
         optimizer = optim.adamw(schedule, clip_norm=config.clip_norm, **options)
         common = dict(dtype=dtype, param_dtype=param_dtype)
         graphdef, params, stats = state.abstract(lambda: KTDA(model_config, **common, rngs=nnx.Rngs(0)))
-        loaded = _loaded(config, model_config, params, stats)
-        teacher_graphdef, teacher = _teacher(config, model_config, common, mesh)
+        loaded = _loaded(config, model_config, params, stats) if initial else {}
+        distill = config.distill and teacher
+        teacher_graphdef, teacher_arrays = _teacher(config, model_config, common, mesh) if distill else (None, dict)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -135,7 +139,7 @@ def build(config) -> Program:
         abstract=abstract,
         shardings=shardings,
         init=lambda: jit_once(init, out_shardings=shardings)(loaded),
-        teacher=teacher,
+        teacher=teacher_arrays,
         train_step=jitted,
         eval_step=evaluate.make_eval_step(graphdef, len(info.classes), mesh),
         compile_step=functools.partial(compile_ahead, jitted),
@@ -202,12 +206,8 @@ def _loaded(config, model: KTDAConfig, params: state.Arrays, stats: state.Arrays
     return {f"student/{k}": v for k, v in tensors.items()}
 
 
-def _teacher(
-    config, model: KTDAConfig, common: dict, mesh: Mesh
-) -> tuple[nnx.GraphDef | None, Callable[[], state.Arrays]]:
+def _teacher(config, model: KTDAConfig, common: dict, mesh: Mesh) -> tuple[nnx.GraphDef, Callable[[], state.Arrays]]:
     """The frozen teacher's structure, and what puts its arrays on the mesh; its file is read and checked now."""
-    if not config.distill:
-        return None, dict
     graphdef, expected, _ = state.abstract(lambda: ViT(model.teacher, **common, rngs=nnx.Rngs(0)))
     shardings = sharding.tree_shardings(mesh, expected)
     if config.weights.teacher is not None:

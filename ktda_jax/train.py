@@ -36,20 +36,27 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
         train_source, crop=crop, on_corrupt=config.data.on_corrupt, num_threads=config.data.num_threads
     )
     val_batches, val_fingerprint = eval_source(config, config.data.val_split)
+    fingerprints = {"train": summary.fingerprint, "val": val_fingerprint}
+    if config.data.test_split not in (None, config.data.val_split):  # what is wrong with it must not wait for the end
+        fingerprints["test"] = eval_source(config, config.data.test_split)[1]
     batches = pipeline.train_iterator(
         train_source, crop=crop, batch_size=config.batch_size, seed=config.seed, flip=config.data.flip,
         photometric=config.data.photometric, on_corrupt=config.data.on_corrupt, **processes(config),
     )  # fmt: skip
 
     first = jax.process_index() == 0
-    workdir.mkdir(parents=True, exist_ok=True)
-    if first:
-        configs.write(workdir, config)
-        configs.write_run(workdir, config, {"train": summary.fingerprint, "val": val_fingerprint})
-
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
     writer = Writer(workdir, total_steps=config.total_steps, enabled=first)
     with Checkpoints(workdir / "checkpoints") as checkpoints, writer, StopSignal() as stop:
         start = checkpoints.latest_step() or 0
+        if start:
+            configs.compare_data(workdir, fingerprints)
+        if first:
+            configs.write(workdir, config)
+            configs.write_run(workdir, config, fingerprints)
         if start:
             current, position = _restore(checkpoints, start, program)
             batches.set_state(position)
@@ -132,11 +139,13 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
     configs.check(config)
     split = config.data.test_split or config.data.val_split
     trained = (workdir / "checkpoints").is_dir()
+    if trained:
+        configs.compare(workdir, config, only=("model.", "data.name", "data.classes", "data.palette"))
     if not trained and config.weights.model is None:
         raise ConfigError(
             f"no checkpoints in {workdir}; train first, give --workdir of a trained run, or config.weights.model"
         )
-    program = program or build(config)
+    program = program or build(config, teacher=False, initial=not trained)
     batches, _ = eval_source(config, split)
     if trained:
         with Checkpoints(workdir / "checkpoints") as checkpoints:
@@ -161,15 +170,13 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
 
 
 def _append_final(workdir: pathlib.Path, step: int, split: str, result: evaluate.Evaluation) -> None:
-    """One `metrics.jsonl` row per (step, split): evaluating again replaces it."""
-    path, scores = workdir / "metrics.jsonl", result.metrics.summary
+    """Adds a row to `metrics.jsonl`, if it is not there. Never rewrites: a training may have the file open."""
     row = {"step": step, "split": split}
-    row |= {f"final/{k}": v if np.isfinite(v) else None for k, v in scores.items()}
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [x for x in lines if not ("final/mIoU" in x and json.loads(x).get("split") == split)]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join([*kept, json.dumps(row)]) + "\n")
-    temporary.replace(path)
+    row |= {f"final/{k}": v if np.isfinite(v) else None for k, v in result.metrics.summary.items()}
+    with open(workdir / "metrics.jsonl", "a+", encoding="utf-8") as file:
+        file.seek(0)
+        if json.dumps(row) not in file.read().splitlines():
+            file.write(json.dumps(row) + "\n")
 
 
 def _restore(checkpoints: Checkpoints, step: int, program: Program) -> tuple[TrainState, dict]:

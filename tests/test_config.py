@@ -10,6 +10,7 @@ import runs
 
 from ktda_jax import config as configs
 from ktda_jax.config import ConfigError
+from ktda_jax.models.ktda import KTDAConfig
 
 
 def tiny(**overrides):
@@ -28,6 +29,15 @@ def tiny(**overrides):
         ("loss.kl_axis", "height", "config.loss.kl_axis is 'height'; choose one of width, channel, position"),
         ("ema", 1.5, "config.ema is 1.5; give a decay between 0 and 1"),
         ("model.fam", False, "config.distill needs the FAM"),
+        ("clip_norm", -1.0, "config.clip_norm is -1.0; give a number above 0"),
+        ("optimizer.b1", 1.5, "config.optimizer.b1 is 1.5; give a number from 0 to below 1"),
+        ("data.flip", 7.0, "config.data.flip is 7.0; give a probability"),
+        ("data.num_threads", -1, "config.data.num_threads is -1; give at least 0"),
+        ("loss.temperature", 0.0, "config.loss.temperature is 0.0; give a number above 0"),
+        ("model.dropout", 1.0, "config.model.dropout is 1.0; give a number from 0 to below 1"),
+        ("model.fmm.heads", 0, "config.model.fmm.heads is 0; give at least 1"),
+        ("model.teacher.depth", 2, "config.model.teacher.depth is 2; give at least 4"),
+        ("model.aux_channels", -1, "config.model.aux_channels is -1; give at least 0; 0 leaves"),
     ],
 )
 def test_a_bad_value_is_named_with_what_would_do(setting, value, message):
@@ -49,6 +59,27 @@ def test_own_classes_need_a_palette():
         config.data.classes, config.data.palette = ("a", "b"), ((0, 0, 0),)
     with pytest.raises(ConfigError, match="2 classes but 1 palette colours"):
         configs.classes_of(config)
+
+
+def test_colours_are_checked_before_a_figure_needs_them():
+    config = tiny()
+    with config.unlocked():
+        config.data.classes, config.data.palette = ("a", "b"), ((0, 0, 0), (230, 180, 300))
+    with pytest.raises(ConfigError, match=r"the colour of 'b' is \(230, 180, 300\); give red, green and blue"):
+        configs.classes_of(config)
+
+
+def test_tiny_configs_take_a_preset():
+    """Their own sizes are a preset too, so that another one replaces all of them."""
+    config = runpy.run_path(str(runs.REPOSITORY / "configs" / "grass.py"))["get_config"]("tiny")
+    config.update_from_flattened_dict({"model.teacher.preset": "small", "model.student.preset": "v2_atto"})
+    built = KTDAConfig.from_dict({**config.model, "num_classes": 5})
+    assert (built.teacher.width, built.teacher.depth) == (384, 12) and built.student.v2
+
+
+def test_float64_needs_x64():
+    with pytest.raises(ConfigError, match="only with JAX_ENABLE_X64=1"):
+        configs.compute_dtype(tiny(dtype="float64"))
 
 
 def test_compute_dtype():

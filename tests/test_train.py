@@ -15,6 +15,7 @@ import runs
 
 from ktda_jax import sharding, train
 from ktda_jax.checkpoint import Checkpoints
+from ktda_jax.config import ConfigError
 from ktda_jax.data.sources import DataError
 from ktda_jax.program import Program, build
 from ktda_jax.state import TrainState
@@ -70,7 +71,7 @@ def toy(monkeypatch):
             shardings=sharding.tree_shardings(mesh, start), init=init, teacher=dict, train_step=train_step,
             eval_step=eval_step, compile_step=lambda *args: None,
         )  # fmt: skip
-        monkeypatch.setattr(train, "build", lambda config: program)
+        monkeypatch.setattr(train, "build", lambda config, **options: program)
         return program
 
     return install
@@ -95,6 +96,47 @@ def test_the_best_checkpoint_is_kept_and_reported(toy, tiles, tmp_path):
     assert result.metrics.summary["mIoU"] == scores[4]
     final = [row for row in runs.rows(tmp_path) if "final/mIoU" in row]
     assert [(row["step"], row["split"], row["final/mIoU"]) for row in final] == [(4, "val", scores[4])]
+
+
+def test_what_is_wrong_with_the_test_split_is_said_before_training(toy, tiles, tmp_path):
+    toy(at={1: lambda: pytest.fail("trained")})
+    with pytest.raises(DataError, match="test"):
+        train.train_and_evaluate(runs.config(tiles, {"data.test_split": "test"}), tmp_path)
+
+
+def test_other_tiles_are_refused_on_resume(toy, tiles, tmp_path):
+    toy()
+    train.train_and_evaluate(runs.config(tiles), tmp_path / "run")
+    other = runs.make_tiles(tmp_path / "other", train=5)
+    with pytest.raises(ConfigError, match="the train and val tiles are not those that .*run was begun with; use another"):
+        train.train_and_evaluate(runs.config(other), tmp_path / "run")
+    moved = runs.make_tiles(tmp_path / "moved")
+    train.train_and_evaluate(runs.config(moved), tmp_path / "run")  # the same tiles elsewhere
+
+
+def test_evaluation_of_another_model_is_refused(toy, tiles, tmp_path):
+    toy()
+    train.train_and_evaluate(runs.config(tiles), tmp_path)
+    with pytest.raises(ConfigError, match=r"begun with another config: model.fmm.heads \(saved 2, now 4\)"):
+        train.evaluate_workdir(runs.config(tiles, {"model.fmm.heads": 4}), tmp_path)
+    train.evaluate_workdir(runs.config(tiles, {"optimizer.lr": 1.0, "eval_batch_size": 3}), tmp_path)
+
+
+def test_evaluation_leaves_a_running_training_its_file(toy, tiles, tmp_path):
+    toy()
+    train.train_and_evaluate(runs.config(tiles), tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as training:
+        train.evaluate_workdir(runs.config(tiles), tmp_path)
+        training.write('{"step": 7, "train/loss": 1.0}\n')
+    rows = runs.rows(tmp_path)
+    assert rows[-1]["step"] == 7 and "final/mIoU" in rows[-2]
+
+
+def test_a_workdir_that_cannot_be_made_is_one_line(toy, tiles, tmp_path):
+    toy()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write to --workdir=.*file: File exists"):
+        train.train_and_evaluate(runs.config(tiles), tmp_path / "file")
 
 
 def test_averaged_parameters_are_the_ones_evaluated(toy, tiles, tmp_path):

@@ -39,6 +39,12 @@ class DatasetInfo:
                 f"data set {self.name!r}: {len(self.classes)} classes but {len(self.palette)} "
                 "palette colours; give one RGB triple per class"
             )
+        for name, colour in zip(self.classes, self.palette, strict=True):
+            if len(colour) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in colour):
+                raise ValueError(
+                    f"data set {self.name!r}: the colour of {name!r} is {colour}; give red, green and blue "
+                    "as whole numbers from 0 to 255"
+                )
 
     @property
     def num_classes(self) -> int:

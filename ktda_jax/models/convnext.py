@@ -13,6 +13,7 @@ from ktda_jax.models.layers import drop_path, gelu, layer_norm, trunc_normal
 from ktda_jax.models.recompute import activation_linear, norm_linear, recompute
 
 PRESETS = {
+    "laptop": dict(depths=(1, 1, 3, 1), channels=(32, 64, 128, 256)),  # ours, for :tiny configs
     "tiny": dict(depths=(3, 3, 9, 3), channels=(96, 192, 384, 768)),
     "small": dict(depths=(3, 3, 27, 3), channels=(96, 192, 384, 768)),
     "base": dict(depths=(3, 3, 27, 3), channels=(128, 256, 512, 1024)),

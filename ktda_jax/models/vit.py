@@ -13,13 +13,14 @@ from ktda_jax.models.layers import at_least_float32, gelu, layer_norm, resize, t
 from ktda_jax.models.recompute import activation_linear, norm_linear
 
 PRESETS = {
+    "laptop": dict(width=96, depth=4, heads=3),  # ours, for :tiny configs
     "small": dict(width=384, depth=12, heads=6),
     "base": dict(width=768, depth=12, heads=12),
     "large": dict(width=1024, depth=24, heads=16),
     "giant": dict(width=1536, depth=40, heads=24, swiglu=True),
 }
 # "With registers"; Meta's code resizes their position embedding antialiased.
-PRESETS |= {f"{name}_reg": dict(**size, registers=4, antialias=True) for name, size in PRESETS.items()}
+PRESETS |= {f"{name}_reg": dict(**PRESETS[name], registers=4, antialias=True) for name in list(PRESETS)[1:]}
 _DINOV3 = dict(patch=16, registers=4, rope=True)
 _SATELLITE = dict(mean=(109.65, 104.805, 75.48), std=(54.315, 39.78, 36.465))  # of the satellite-trained ones
 PRESETS |= {
