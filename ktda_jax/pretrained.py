@@ -50,7 +50,7 @@ class Segmenter:
             image = read_image(str(image))
         image = np.asarray(image)
         bands = self.config.student.bands
-        if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != bands:
+        if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != bands or not len(image):
             raise ValueError(
                 f"the image is {image.dtype} of shape {image.shape}; give uint8 (H, W, {bands}) or (B, H, W, {bands})"
             )
@@ -67,6 +67,8 @@ def _run(graphdef, params, stats, images):
     return logits, jnp.argmax(full, -1).astype(jnp.uint8), jax.nn.softmax(full, -1)
 
 
-def load_pretrained(path: str | pathlib.Path, *, dtype=jnp.float32, **options) -> Segmenter:
+def load_pretrained(
+    path: str | pathlib.Path, *, dtype=jnp.float32, teacher_heads: int | None = None, fmm_heads: int | None = None
+) -> Segmenter:
     """See `ktda_jax.load_pretrained`."""
-    return Segmenter(weights.read(path, **options), dtype)
+    return Segmenter(weights.read(path, teacher_heads=teacher_heads, fmm_heads=fmm_heads), dtype)

@@ -22,6 +22,7 @@ from ktda_jax.models.vit import ViTConfig
 from ktda_jax.state import Arrays, check_shapes
 
 TENSORS, DESCRIPTION = "model.safetensors", "model.json"
+ASSUMED = "of ImageNet, assumed"  # image statistics, where a file came without them
 KINDS = {"ktda": KTDAConfig, "student": ConvNeXtConfig, "teacher": ViTConfig}
 # Settings of training and of one input size; all others decide what the weights compute.
 _FREE = ("image_size", "drop_path", "layer_scale", "remat")
@@ -41,6 +42,7 @@ class Weights:
 
 def save(path: str | pathlib.Path, weights: Weights) -> None:
     """Writes the folder `path` aside and renames it; ValueError if there is something already."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path = pathlib.Path(path)
@@ -51,8 +53,6 @@ def save(path: str | pathlib.Path, weights: Weights) -> None:
         temporary.mkdir()
         # safetensors writes the buffer as it lies in memory, which for a transposed view is another array.
         save_file({k: np.asarray(v, order="C") for k, v in weights.arrays.items()}, temporary / TENSORS)
-        with open(temporary / TENSORS, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         description = {
             "format": 1,
             "kind": weights.kind,
@@ -60,12 +60,21 @@ def save(path: str | pathlib.Path, weights: Weights) -> None:
             "classes": weights.classes,
             "palette": weights.palette,
             "source": weights.source,
-            "sha256": digest,
+            "sha256": _sha256(temporary / TENSORS),
         }
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+        # safetensors writes for its owner alone, whatever the umask.
+        (temporary / TENSORS).chmod((temporary / DESCRIPTION).stat().st_mode)
         temporary.replace(path)
+    except SafetensorError as error:
+        raise ValueError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_free(path: pathlib.Path) -> None:
@@ -73,29 +82,38 @@ def check_free(path: pathlib.Path) -> None:
         raise ValueError(f"{path} exists; choose another place, or remove it")
 
 
-def read(path: str | pathlib.Path, **options) -> Weights:
-    """Weights of our folder, or converted from any source that `ktda_jax.convert` knows; ValueError names the path."""
-    folder = pathlib.Path(path).expanduser()
-    if not (folder / DESCRIPTION).is_file():
-        from ktda_jax import convert  # only here: torch may be needed
+def read(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_heads: int | None = None) -> Weights:
+    """Weights of our folder, or converted from any source that `ktda_jax.convert` knows; ValueError names the path.
 
-        return convert.load(str(path), **options)
+    The numbers of heads are for sources alone, whose tensors do not tell them.
+    """
+    from ktda_jax import convert  # only here: it imports this module
+    from ktda_jax.convert.files import expand
+
+    folder = expand(path)
+    if not (folder / DESCRIPTION).is_file():
+        return convert.load(str(path), teacher_heads=teacher_heads, fmm_heads=fmm_heads)
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
-        config = _config(KINDS[description["kind"]], description["architecture"])
-        arrays = load_file(folder / TENSORS)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        classes, palette = description.get("classes"), description.get("palette")
+        found = Weights(
+            kind=description["kind"],
+            config=_config(KINDS[description["kind"]], description["architecture"]),
+            arrays=load_file(folder / TENSORS),
+            source=dict(description["source"]),
+            classes=classes and tuple(classes),
+            palette=palette and tuple(map(tuple, palette)),
+        )
+        if _sha256(folder / TENSORS) != description["sha256"]:
+            raise ValueError(f"{TENSORS} is not the file that was written, by its sha256")
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"cannot read the weights in {folder}: {str(error).splitlines()[0]}; are they whole?"
         ) from error
-    classes, palette = description.get("classes"), description.get("palette")
-    return Weights(
-        kind=description["kind"], config=config, arrays=arrays, source=description["source"],
-        classes=classes and tuple(classes), palette=palette and tuple(map(tuple, palette)),
-    )  # fmt: skip
+    return found
 
 
 def _config(cls, values: Mapping[str, Any]):
@@ -141,6 +159,8 @@ def load(path: str, expected: Arrays, what: str, config, *, new_classifier: bool
     if new_classifier:
         arrays = {k: v for k, v in arrays.items() if "/conv_seg/" not in k}
         found = dataclasses.replace(found, num_classes=config.num_classes)
+    if weights.source.get("statistics") == ASSUMED and isinstance(found, ViTConfig):
+        found = dataclasses.replace(found, mean=config.mean, std=config.std)
     _compare(where, path, found, config)
     arrays = {k: v for k, v in arrays.items() if not k.endswith("num_batches_tracked")}
     if what == "model":

@@ -85,6 +85,11 @@ class HistoryBuffer:
         self.values = np.array([1.0, 2.0])
         self.last = np.float64(3.0)
 
+    def mean(self): ...
+
+    def __getstate__(self):  # as mmengine's does, which pickles as builtins.getattr
+        return {**self.__dict__, "_statistics_methods": {"mean": self.mean}}
+
 
 def test_checkpoints_as_mmengine_writes_them(tmp_path, monkeypatch):
     """Prefixes of data parallelism, SyncBN's counters, and a training record with a class of mmengine's in it."""
@@ -103,6 +108,43 @@ def test_checkpoints_as_mmengine_writes_them(tmp_path, monkeypatch):
     found = convert.load(str(tmp_path / "iter_10.pth"), teacher_heads=2)
     expected = convert.load(str(CHECKPOINT), teacher_heads=2)
     assert found.config == expected.config and found.arrays.keys() == expected.arrays.keys()
+
+
+def test_harmless_variants(tmp_path):
+    """Parameters instead of tensors, buffers of mmseg's preprocessor, and float16."""
+    tensors = torch.load(CHECKPOINT, weights_only=True)["state_dict"]
+    changed = {k: torch.nn.Parameter(v.half()) if v.is_floating_point() and v.ndim else v for k, v in tensors.items()}
+    torch.save({**changed, "data_preprocessor.mean": torch.ones(3)}, tmp_path / "x.pth")
+    found, expected = (
+        convert.load(str(tmp_path / "x.pth"), teacher_heads=2),
+        convert.load(str(CHECKPOINT), teacher_heads=2),
+    )
+    assert found.config == expected.config and found.arrays.keys() == expected.arrays.keys()
+    assert found.arrays["neck/convs/0/kernel"].dtype == np.float32
+    np.testing.assert_allclose(found.arrays["neck/convs/0/kernel"], expected.arrays["neck/convs/0/kernel"], atol=1e-3)
+
+
+def test_without_its_teacher_a_model_predicts_and_goes_back(tmp_path):
+    tensors = torch.load(CHECKPOINT, weights_only=True)["state_dict"]
+    tensors = {k: v for k, v in tensors.items() if not k.startswith("teach_backbone.")}
+    torch.save({"state_dict": tensors}, tmp_path / "x.pth")
+    weights.save(tmp_path / "w", convert.load(str(tmp_path / "x.pth")))
+    found = weights.read(tmp_path / "w")
+    assert not any(path.startswith("teacher/") for path in found.arrays)
+    labels = ktda_jax.load_pretrained(tmp_path / "w").predict(golden.arrays("grass_tiny")["image_rgb_uint8"]).labels
+    assert (labels == golden.arrays("grass_tiny")["eval/pred"]).mean() >= 0.9999
+    convert.to_upstream(found, tmp_path / "new" / "back.pth")
+    back = torch.load(tmp_path / "new" / "back.pth", weights_only=True)["state_dict"]
+    assert back.keys() == tensors.keys() and all(torch.equal(back[k], v) for k, v in tensors.items())
+
+
+def test_the_backbone_of_another_decoder_serves_as_student(tmp_path):
+    tensors = torch.load(CHECKPOINT, weights_only=True)["state_dict"]
+    tensors = {k: v for k, v in tensors.items() if k.startswith(("backbone.", "decode_head."))}  # UPerNet
+    torch.save({"state_dict": tensors}, tmp_path / "x.pth")
+    found = convert.load(str(tmp_path / "x.pth"))
+    assert found.kind == "student" and "initialised" not in found.source
+    assert found.config == convert.load(str(CHECKPOINT), teacher_heads=2).config.student
 
 
 def test_torch_is_not_needed_for_safetensors(tmp_path):
@@ -184,6 +226,15 @@ def odd_positions(folder):
     return changed(folder, change), "a position embedding of 8 tokens is no square grid"
 
 
+def no_positions(folder):
+    return changed(folder, lambda t: t.pop("teach_backbone.pos_embed")), "no tensor for pos_embed"
+
+
+def numbers_for_names(folder):
+    torch.save({0: torch.ones(2)}, folder / "x.pth")
+    return folder / "x.pth", "holds no tensors by name"
+
+
 def nothing(folder):
     return folder / "x.pth", "no file or folder .*x.pth"
 
@@ -194,8 +245,8 @@ def a_text_file(folder):
 
 
 FAULTS = [
-    truncated, truncated_safetensors, code, bare_pickle, another_model, many_faults, no_head, odd_positions, nothing,
-    a_text_file,
+    truncated, truncated_safetensors, code, bare_pickle, another_model, many_faults, no_head, odd_positions,
+    no_positions, numbers_for_names, nothing, a_text_file,
 ]  # fmt: skip
 
 
@@ -217,6 +268,8 @@ def test_what_cannot_be_converted_is_said_in_one_line(make, tmp_path):
         ([f"--input={CHECKPOINT}", "--output=OUT", "--source=timm"], "is in the layout ktda, not timm"),
         ([f"--input={CHECKPOINT}", "--output=OUT"], "width 16: give --teacher_heads"),
         ([f"--input={CHECKPOINT}", "--output=OUT", "--teacher_heads=3"], "a divisor of it \\(got 3\\)"),
+        ([f"--input={CHECKPOINT}", "--output=OUT", "--teacher_heads=-2"], "a divisor of it \\(got -2\\)"),
+        (["--input=~nosuchuser/x", "--output=OUT"], "~nosuchuser/x: "),
         (
             [f"--input={CHECKPOINT}", "--output=OUT", "--teacher_heads=2", "--dataset=l8_biome"],
             "l8_biome has 4 classes",

@@ -1,5 +1,7 @@
 """Every published layout of teacher and student, converted, against transformers' torch classes on random weights."""
 
+import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -18,7 +20,7 @@ from ktda_jax import convert, state, weights
 from ktda_jax.data.sources import read_image
 from ktda_jax.models.convnext import ConvNeXt
 from ktda_jax.models.ktda import normalize
-from ktda_jax.models.vit import PRESETS, ViT, ViTConfig
+from ktda_jax.models.vit import MEAN, PRESETS, STD, ViT, ViTConfig
 
 VIT = dict(
     hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=14, mlp_ratio=2,
@@ -169,6 +171,7 @@ VITS = {
     "mmpretrain, swiglu": (lambda: dinov2(**SWIGLU), to_mmpretrain, "mmpretrain"),
     "dinov3": (dinov3, lambda t: t, "hf"),
     "dinov3, published names": (dinov3, lambda t: renamed(t, [(r"^model\.", "")]), "hf"),
+    "dinov3, no biases": (lambda: dinov3(query_bias=False, value_bias=False), lambda t: t, "hf"),
     "dinov3, gated": (lambda: dinov3(use_gated_mlp=True, hidden_act="silu"), lambda t: t, "hf"),
 }
 
@@ -187,6 +190,23 @@ def test_teacher(case, tmp_path):
         x = random(2, height, width, 3).astype(np.float32)
         for ours, theirs in zip(run(found, x), vit_outputs(model, x, prefix), strict=True):
             assert error(ours, theirs) < 1e-4
+
+
+def test_image_statistics_are_never_guessed_against_the_config(tmp_path):
+    """A lone file says nothing of them, so the preset's count; a folder's own must agree."""
+    model = random_model(dinov3)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    found = convert.load(str(tmp_path / "model.safetensors"), teacher_heads=4)
+    assert "assumed" in found.source["statistics"]
+    satellite = {k: PRESETS["dinov3_large_sat"][k] for k in ("mean", "std")}
+    config = dataclasses.replace(found.config, **satellite)
+    shapes = state.abstract(lambda: ViT(config, rngs=nnx.Rngs(0)))[1]
+    assert weights.load(str(tmp_path / "model.safetensors"), shapes, "teacher", config)
+    settings = {"image_mean": [0.43, 0.411, 0.296], "image_std": [0.213, 0.156, 0.143]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert weights.load(str(tmp_path), shapes, "teacher", config)
+    with pytest.raises(ValueError, match=r"has mean \(109.65, 104.805, 75.48\) \(config: \(123.675"):
+        weights.load(str(tmp_path), shapes, "teacher", dataclasses.replace(config, mean=MEAN, std=STD))
 
 
 def to_mmpretrain_convnext(tensors, names=("depthwise_conv", "pointwise_conv1", "pointwise_conv2", "norm3")):

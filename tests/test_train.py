@@ -108,7 +108,7 @@ def test_other_tiles_are_refused_on_resume(toy, tiles, tmp_path):
     toy()
     train.train_and_evaluate(runs.config(tiles), tmp_path / "run")
     other = runs.make_tiles(tmp_path / "other", train=5)
-    with pytest.raises(ConfigError, match="the train and val tiles are not those that .*run was begun with; use another"):
+    with pytest.raises(ConfigError, match="the train and val tiles are not those that .*run was begun with"):
         train.train_and_evaluate(runs.config(other), tmp_path / "run")
     moved = runs.make_tiles(tmp_path / "moved")
     train.train_and_evaluate(runs.config(moved), tmp_path / "run")  # the same tiles elsewhere

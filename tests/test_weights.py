@@ -161,7 +161,12 @@ def test_wrong_kinds_and_broken_folders(tmp_path):
     with pytest.raises(ValueError, match="config.weights.student: no file or folder"):
         weights.load(str(tmp_path / "none"), {}, "student", STUDENT)
     tensors = tmp_path / "w" / weights.TENSORS
-    tensors.write_bytes(tensors.read_bytes()[:-8])
+    assert tensors.stat().st_mode == (tmp_path / "w" / weights.DESCRIPTION).stat().st_mode
+    content = tensors.read_bytes()
+    tensors.write_bytes(content[:-4] + b"\0\0\0\1")
+    with pytest.raises(ValueError, match="is not the file that was written, by its sha256"):
+        weights.read(tmp_path / "w")
+    tensors.write_bytes(content[:-8])
     with pytest.raises(ValueError, match="cannot read the weights in .*are they whole") as error:
         weights.read(tmp_path / "w")
     assert "\n" not in str(error.value)

@@ -13,7 +13,7 @@ from ktda_jax.convert.files import WeightsError
 from ktda_jax.models.convnext import ConvNeXt
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.vit import ViT
-from ktda_jax.weights import Weights
+from ktda_jax.weights import ASSUMED, Weights
 
 SOURCES = ("auto", "ktda", "hf", "meta", "timm", "mmpretrain")
 
@@ -40,7 +40,10 @@ def load(
             config = architecture.ktda(arrays, teacher_heads=teacher_heads, fmm_heads=fmm_heads)
         elif kind == "teacher":
             arrays, unknown = vit.from_source(tensors, layout)
-            config = architecture.vit(arrays, heads=teacher_heads, beside=beside)
+            dinov3 = layout.startswith("hf dinov3")
+            config = architecture.vit(arrays, rope=dinov3, heads=teacher_heads, beside=beside)
+            if not architecture.statistics_known(beside):
+                origin["statistics"] = ASSUMED
         else:
             arrays, unknown, new = convnext.from_source(tensors, layout)
             config = architecture.convnext(arrays)
@@ -55,7 +58,7 @@ def load(
 
 def _recognise(tensors: dict, path: pathlib.Path) -> tuple[str, str, dict]:
     """What the names say: (kind, layout, tensors without the prefix of a backbone in a larger model)."""
-    if "backbone.downsample_layers.0.0.weight" in tensors and any(k.startswith("decode_head.") for k in tensors):
+    if "backbone.downsample_layers.0.0.weight" in tensors and any(k.startswith("fam.") for k in tensors):
         return "ktda", "ktda", tensors
     for prefix in ("", "backbone.", "dinov2.", "dinov2_with_registers.", "dinov3_vit.", "convnext.", "convnextv2."):
         for kind, signatures in (("teacher", vit.SIGNATURES), ("student", convnext.SIGNATURES)):
@@ -99,9 +102,12 @@ def to_upstream(weights: Weights, path: pathlib.Path) -> None:
     tensors = mmseg.to_upstream(weights.arrays)
     # A copy, since torch cannot hold reversed strides and saves the whole storage behind a view.
     content = {k: torch.from_numpy(np.array(v, order="C")) for k, v in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         torch.save({"meta": {"ktda_jax": weights.source}, "state_dict": content}, temporary)
         temporary.replace(path)
+    except RuntimeError as error:
+        raise WeightsError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     finally:
         temporary.unlink(missing_ok=True)

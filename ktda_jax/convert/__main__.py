@@ -6,7 +6,7 @@ python -m ktda_jax.convert --to=upstream --input=weights/grass --output=grass.pt
 """
 
 import dataclasses
-import pathlib
+import signal
 import sys
 import time
 
@@ -36,13 +36,16 @@ def _parse(argv: list[str]) -> list[str]:
 
 def main(_: list[str]) -> None:
     from ktda_jax import convert, weights
+    from ktda_jax.convert.files import expand
     from ktda_jax.data.datasets import dataset_info
 
-    start, output = time.monotonic(), pathlib.Path(OUTPUT.value).expanduser()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by a signal"))  # through the cleaning up
+    start = time.monotonic()
     try:
+        output = expand(OUTPUT.value)
         weights.check_free(output)
         info = dataset_info(DATASET.value) if DATASET.value else None
-        if (pathlib.Path(INPUT.value) / weights.DESCRIPTION).is_file():
+        if (expand(INPUT.value) / weights.DESCRIPTION).is_file():
             found = weights.read(INPUT.value)
         else:
             found = convert.load(

@@ -40,32 +40,40 @@ def convnext(arrays: Arrays) -> ConvNeXtConfig:
     )
 
 
-def vit(arrays: Arrays, *, heads: int | None = None, beside: Mapping = {}) -> ViTConfig:
-    """`beside`: Hugging Face's settings, which know the number of heads and the image statistics."""
+def vit(arrays: Arrays, *, rope: bool, heads: int | None = None, beside: Mapping | None = None) -> ViTConfig:
+    """`rope`: DINOv3. `beside`: Hugging Face's settings, which know the number of heads and the image statistics."""
+    beside = beside or {}
     patch, _, _, width = _shape(arrays, "patch_embed/kernel")
     hidden = _shape(arrays, "layers/0/mlp/fc2/kernel")[0]
     swiglu = _shape(arrays, "layers/0/mlp/fc1/kernel")[1] == 2 * hidden
     registers = arrays["register_tokens"].shape[1] if "register_tokens" in arrays else 0
-    rope = "pos_embed" not in arrays
     said = beside.get("num_attention_heads")
     if heads and said and heads != said:
         raise WeightsError(f"{heads} heads were asked for, but its config.json says {said}")
     heads = heads or said or HEADS.get(width)
-    if heads is None or width % heads:
-        raise WeightsError(f"a transformer of width {width}: give --teacher_heads, a divisor of it (got {heads})")
+    if heads is None or heads < 1 or width % heads:
+        raise WeightsError(
+            f"a transformer of width {width}: give --teacher_heads of ktda_jax.convert, a divisor of it (got {heads})"
+        )
     activation = beside.get("hidden_act", "silu" if swiglu else "gelu")
     if activation != ("silu" if swiglu else "gelu") and not (swiglu and not rope):  # DINOv2's SwiGLU ignores it
         raise WeightsError(f"hidden_act {activation!r} is not what DINOv2 and DINOv3 were published with")
     options = {}
-    if "image_mean" in beside and "image_std" in beside:
+    if statistics_known(beside):
         options = {k: tuple(round(255 * v, 3) for v in beside[f"image_{k}"]) for k in ("mean", "std")}
     if not rope:
-        options["image_size"] = tuple(side * patch for side in arrays["pos_embed"].shape[1:3])
+        options["image_size"] = tuple(side * patch for side in _shape(arrays, "pos_embed")[1:3])
     return ViTConfig(
         width=width, depth=_count(arrays, "layers/"), heads=heads, patch=patch, registers=registers, swiglu=swiglu,
         mlp_ratio=_mlp_ratio(width, hidden, swiglu and not rope), rope=rope, antialias=registers > 0 and not rope,
         **options,
     )  # fmt: skip
+
+
+def statistics_known(beside: Mapping) -> bool:
+    """Whether a preprocessor's settings give mean and standard deviation of three bands."""
+    values = [beside.get(f"image_{k}") for k in ("mean", "std")]
+    return all(isinstance(v, list) and len(v) == 3 and all(isinstance(x, int | float) for x in v) for v in values)
 
 
 def _mlp_ratio(width: int, hidden: int, reduced: bool) -> float:
@@ -75,14 +83,16 @@ def _mlp_ratio(width: int, hidden: int, reduced: bool) -> float:
 
 def ktda(arrays: Arrays, *, teacher_heads: int | None = None, fmm_heads: int | None = None) -> KTDAConfig:
     """`arrays`: a whole checkpoint by our paths, the teacher's under 'teacher/'."""
-    teacher = vit(under(arrays, "teacher/"), heads=teacher_heads)
-    if not any(path.startswith("fam/") for path in arrays):
-        raise WeightsError("a checkpoint without FAM (fam.convert.*) is not supported; train it with ktda_jax")
+    if under(arrays, "teacher/"):
+        teacher = vit(under(arrays, "teacher/"), rope=False, heads=teacher_heads)
+    else:  # stripped for prediction, which needs to know its width and patch alone; the rest as published
+        width = _shape(arrays, "fam/convert/0/kernel")[-1]
+        teacher = ViTConfig(width=width, depth=12, heads=teacher_heads or HEADS.get(width) or 1)
     fmm = None
     if any(path.startswith("fmm/") for path in arrays):
         width, hidden = _shape(arrays, "fmm/adapters/0/0/mlp/fc1/kernel")
         heads = fmm_heads or FMM_HEADS
-        if width % heads:
+        if heads < 1 or width % heads:
             raise WeightsError(f"an FMM of width {width} with {heads} heads: give --fmm_heads, a divisor of it")
         fmm = FMMConfig(blocks=_count(arrays, "fmm/adapters/0/"), heads=heads, mlp_ratio=hidden / width)
     aux = arrays.get("auxiliary_head/conv_seg/kernel")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import re
 import warnings
 from collections.abc import Mapping
 
@@ -25,22 +26,20 @@ def locate(path: str) -> tuple[pathlib.Path, dict]:
     into Hugging Face's cache, which also serves offline.
     """
     if not str(path).startswith(HUB):
-        found = pathlib.Path(path).expanduser()
+        found = expand(path)
         if not found.exists():
             raise WeightsError(f"no file or folder {found}; give a weights file, a converted folder or hf://ORG/NAME")
         return found, {"path": str(found)}
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = path.removeprefix(HUB).partition("@")
     name, file = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     options = dict(revision=revision or None)
     try:
-        if file:
-            found = pathlib.Path(hf_hub_download(name, file, **options))
-            return found, {"path": path, "revision": found.parts[-1 - len(file.split("/"))]}
-        folder = snapshot_download(name, allow_patterns=["*.safetensors", "*.json"], **options)
-        if not list(pathlib.Path(folder).glob("*.safetensors")):
+        patterns = [file, "*.json"] if file else ["*.safetensors", "*.json"]
+        folder = snapshot_download(name, allow_patterns=patterns, **options)
+        if not file and not list(pathlib.Path(folder).glob("*.safetensors")):
             folder = snapshot_download(name, allow_patterns=["*.bin", "*.pth", "*.json"], **options)
     except LocalEntryNotFoundError as error:
         raise WeightsError(
@@ -49,8 +48,18 @@ def locate(path: str) -> tuple[pathlib.Path, dict]:
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise WeightsError(f"cannot download {path}: {_line(error)}") from error
-    folder = pathlib.Path(folder)
-    return folder, {"path": path, "revision": folder.name}  # snapshots are named by their commit
+    found = pathlib.Path(folder) / file
+    if not found.exists():
+        raise WeightsError(f"{path}: no file {file} in {name}")
+    return found, {"path": path, "revision": pathlib.Path(folder).name}  # snapshots are named by their commit
+
+
+def expand(path: str | pathlib.Path) -> pathlib.Path:
+    """The path with its ~ replaced."""
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as error:  # ~somebody who is not there
+        raise WeightsError(f"{path}: {error}") from error
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict, list[pathlib.Path]]:
@@ -114,6 +123,7 @@ def _pickled(file: pathlib.Path) -> dict[str, np.ndarray]:
     import pickle
 
     inert = [(type(name.rpartition(".")[2], (), {"__module__": __name__}), name) for name in _INERT]
+    inert.append((lambda *args: None, "builtins.getattr"))  # how a HistoryBuffer refers to its own methods
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([*inert, *_numpy_globals()]):
             warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read raises
@@ -122,7 +132,8 @@ def _pickled(file: pathlib.Path) -> dict[str, np.ndarray]:
         raise WeightsError(f"{file} is not a plain checkpoint, and is not run: {_line(error)}") from error
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise WeightsError(f"cannot read {file}: {_line(error)}; is it whole?") from error
-    tensors = {k: v for k, v in _unwrap(content).items() if isinstance(v, torch.Tensor)}
+    items = _unwrap(content).items()
+    tensors = {k: v.detach() for k, v in items if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not tensors:
         raise WeightsError(f"{file} holds no tensors by name; give a checkpoint or a state dict")
     return {
@@ -178,6 +189,7 @@ def as_float(array: np.ndarray) -> np.ndarray:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error, shortened."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The line of an error that says most, shortened and without terminal colours."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
+    text = next((line.strip() for line in lines if "Unsupported" in line), lines[0])
     return text if len(text) < 200 else text[:197] + "..."

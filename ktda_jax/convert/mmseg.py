@@ -50,7 +50,7 @@ def our_path(name: str) -> str | None:
 
 def from_upstream(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
     """A whole checkpoint by our paths, the teacher under 'teacher/'; and the names that nothing knows."""
-    found, unknown = convert(tensors, [*TABLE, *TEACHER], lambda name: False)
+    found, unknown = convert(tensors, [*TABLE, *TEACHER], lambda name: name.startswith("data_preprocessor."))
     teacher = {k.removeprefix("teacher/"): v for k, v in found.items() if k.startswith("teacher/")}
     found = {k: v for k, v in found.items() if not k.startswith("teacher/")}
     return found | {f"teacher/{k}": v for k, v in vit.split_position(teacher).items()}, unknown

@@ -104,6 +104,10 @@ def from_source(tensors: Mapping[str, np.ndarray], source: str) -> tuple[dict[st
     else:
         table = {"mmpretrain": MMPRETRAIN, "meta": META, "hf": HF}[source]
     found, unknown = convert(tensors, table, lambda name: bool(_UNUSED.fullmatch(name)))
+    if source.startswith("hf dinov3"):  # the largest have no biases on query, key and value: zeros do the same
+        for path in [p for p in found if p.endswith("attn/qkv/kernel")]:
+            kernel = found[path]
+            found.setdefault(path.removesuffix("kernel") + "bias", np.zeros(kernel.shape[-1], kernel.dtype))
     return split_position(found), unknown
 
 
