@@ -20,7 +20,8 @@ PRESETS = {
     "giant": dict(width=1536, depth=40, heads=24, swiglu=True),
 }
 # "With registers"; Meta's code resizes their position embedding antialiased.
-PRESETS |= {f"{name}_reg": dict(**PRESETS[name], registers=4, antialias=True) for name in list(PRESETS)[1:]}
+_REGISTERS = dict(registers=4, antialias=True)
+PRESETS |= {f"{name}_reg": {**PRESETS[name], **_REGISTERS} for name in ("small", "base", "large", "giant")}
 _DINOV3 = dict(patch=16, registers=4, rope=True)
 _SATELLITE = dict(mean=(109.65, 104.805, 75.48), std=(54.315, 39.78, 36.465))  # of the satellite-trained ones
 PRESETS |= {
