@@ -268,7 +268,7 @@ def test_base_model_has_the_published_parameters():
 @pytest.mark.parametrize(
     "values, message",
     [
-        (dict(student=dict(preset="huge")), "config.model.student.preset is 'huge'; known: tiny, small, base"),
+        (dict(student=dict(preset="huge")), "config.model.student.preset is 'huge'; known: laptop, tiny, small, base"),
         (dict(student=dict(depth=3)), "config.model.student.depth is not a setting; known: depths"),
         (dict(teacher=dict(width=8)), "config.model.teacher lacks depth, heads"),
         (dict(fmm=dict(form="cnn")), "config.model.fmm.form is 'cnn'; choose 'transformer' or 'mlp'"),
