@@ -156,6 +156,9 @@ def load(path: str, expected: Arrays, what: str, config, *, new_classifier: bool
         found = getattr(found, what)
         if not arrays:
             raise ValueError(f"{where}: the model in {path} came without its {what}")
+    if what == "model":  # of its teacher only what shapes the model counts; the teacher itself is another setting
+        teacher = dataclasses.replace(config.teacher, width=found.teacher.width, patch=found.teacher.patch)
+        found = dataclasses.replace(found, teacher=teacher)
     if new_classifier:
         arrays = {k: v for k, v in arrays.items() if "/conv_seg/" not in k}
         found = dataclasses.replace(found, num_classes=config.num_classes)

@@ -82,6 +82,15 @@ def test_a_whole_model_serves_as_student_teacher_and_model(tmp_path):
     )
 
 
+def test_a_model_goes_on_under_another_teacher(tmp_path):
+    weights.save(tmp_path / "w", made("ktda", WHOLE))
+    config = dataclasses.replace(WHOLE, teacher=dataclasses.replace(TEACHER, depth=8, heads=4, registers=4))
+    assert weights.load(str(tmp_path / "w"), expected("ktda", config), "model", config)
+    config = dataclasses.replace(WHOLE, teacher=dataclasses.replace(TEACHER, width=32))
+    with pytest.raises(ValueError, match=r"has config.model.teacher.width 16 \(config: 32\); set these"):
+        weights.load(str(tmp_path / "w"), expected("ktda", config), "model", config)
+
+
 def test_classifiers_of_other_classes(tmp_path):
     """19 classes into 5: refused, with the setting that leaves the classifiers out."""
     weights.save(tmp_path / "w", made("ktda", dataclasses.replace(WHOLE, num_classes=19)))

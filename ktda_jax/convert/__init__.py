@@ -95,10 +95,9 @@ def _check(kind: str, config, arrays: dict[str, np.ndarray], unknown: list[str])
 
 def to_upstream(weights: Weights, path: pathlib.Path) -> None:
     """Writes a `.pth` that the published PyTorch code loads; aside first, then renamed."""
-    import torch
-
     if weights.kind != "ktda":
         raise WeightsError(f"--to=upstream writes whole KTDA models; this is a {weights.kind}")
+    torch = files.import_torch(f"writing {path}")
     tensors = mmseg.to_upstream(weights.arrays)
     # A copy, since torch cannot hold reversed strides and saves the whole storage behind a view.
     content = {k: torch.from_numpy(np.array(v, order="C")) for k, v in tensors.items()}

@@ -115,11 +115,17 @@ def _safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _pickled(file: pathlib.Path) -> dict[str, np.ndarray]:
+def import_torch(what: str):
+    """torch, which only PyTorch's own files need."""
     try:
         import torch
     except ImportError as error:
-        raise WeightsError(f"reading {file} needs torch: pip install 'ktda-jax[convert]'") from error
+        raise WeightsError(f"{what} needs torch: pip install 'ktda-jax[convert]'") from error
+    return torch
+
+
+def _pickled(file: pathlib.Path) -> dict[str, np.ndarray]:
+    torch = import_torch(f"reading {file}")
     import pickle
 
     inert = [(type(name.rpartition(".")[2], (), {"__module__": __name__}), name) for name in _INERT]
