@@ -1,6 +1,5 @@
 """KTDA checkpoints of the published code (mmsegmentation 1.2.2), both ways."""
 
-import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -64,8 +63,3 @@ def to_upstream(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         position = position.reshape(1, -1, position.shape[-1])
         arrays["teacher/position"] = np.concatenate([arrays.pop("teacher/pos_embed_cls"), position], axis=1)
     return convert_back(arrays, [*TABLE, *TEACHER])
-
-
-def batch_norms(arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """Paths of the step counters that torch keeps beside running statistics; we only hand them on."""
-    return list(itertools.compress(arrays, (path.endswith("num_batches_tracked") for path in arrays)))
