@@ -40,7 +40,7 @@ def recompute(function: Callable[[Any, jax.Array], jax.Array], modules: Any, x: 
         if jax.default_backend() == "cpu":
             # The same for vectors such as a norm's scale, which XLA's CPU backend stretches to the shape of x
             # as soon as it can, and keeps: 35 MB for each of the base model's norms at 76 x 76.
-            tick = 0 * dy.ravel()[0]
+            tick = 0 * dy[(0,) * dy.ndim]
             params = jax.tree.map(lambda p: p + tick.astype(p.dtype) if p.ndim == 1 else p, params)
         return jax.vjp(plain, params, x)[1](dy)
 
