@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from ktda_jax.data.datasets import DatasetInfo
-from ktda_jax.data.sources import DataError
+from ktda_jax.data.images import DataError
 from ktda_jax.data.tfds_source import TfdsSource, prepare
 
 

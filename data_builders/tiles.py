@@ -12,8 +12,10 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
+from ktda_jax.data.check import check_split
 from ktda_jax.data.datasets import IGNORE, dataset_info
-from ktda_jax.data.sources import DataError, FolderSource, check_split
+from ktda_jax.data.images import DataError
+from ktda_jax.data.sources import FolderSource
 
 
 def tiles_info(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:

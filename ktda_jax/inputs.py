@@ -8,7 +8,8 @@ from jax.experimental import multihost_utils
 from ktda_jax import config as configs
 from ktda_jax.config import ConfigError
 from ktda_jax.data import pipeline
-from ktda_jax.data.sources import FolderSource, check_split
+from ktda_jax.data.check import check_split
+from ktda_jax.data.sources import FolderSource
 
 
 def open_source(config, split: str):

@@ -13,8 +13,10 @@ from absl import app, flags
 from ktda_jax import figures, sheets
 from ktda_jax import main as command  # its --config, and its one-line errors
 from ktda_jax.data import augment, inspect
+from ktda_jax.data.check import check_split
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.sources import DataError, check_split, read_tile
+from ktda_jax.data.images import DataError
+from ktda_jax.data.sources import read_tile
 
 OUTPUT = flags.DEFINE_string("output", None, "Where to write; default inspection/<data set>.")
 SAMPLES = flags.DEFINE_integer("samples", 6, "Random training tiles in the sheet.", lower_bound=1)

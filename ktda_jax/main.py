@@ -66,7 +66,7 @@ def main(_: list[str]) -> None:
 
     from ktda_jax import train
     from ktda_jax.config import ConfigError
-    from ktda_jax.data.sources import DataError
+    from ktda_jax.data.images import DataError
 
     logging.set_verbosity(logging.WARNING)
     handler = logging.get_absl_handler()

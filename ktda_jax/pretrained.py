@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from ktda_jax import state, weights
-from ktda_jax.data.sources import read_image
+from ktda_jax.data.images import read_image
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.layers import at_least_float32, resize
 

@@ -11,7 +11,7 @@ from ktda_jax import evaluate, figures, sharding, state
 from ktda_jax.checkpoint import Checkpoints
 from ktda_jax.config import ConfigError
 from ktda_jax.data import pipeline
-from ktda_jax.data.sources import check_split
+from ktda_jax.data.check import check_split
 from ktda_jax.inputs import eval_source, open_source, processes
 from ktda_jax.program import Program, build
 from ktda_jax.state import TrainState

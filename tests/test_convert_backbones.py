@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch_weights import error, nchw, random, randomize
 
 from ktda_jax import convert, state, weights
-from ktda_jax.data.sources import read_image
+from ktda_jax.data.images import read_image
 from ktda_jax.models.convnext import ConvNeXt
 from ktda_jax.models.ktda import normalize
 from ktda_jax.models.vit import MEAN, PRESETS, STD, ViT, ViTConfig

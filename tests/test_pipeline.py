@@ -10,8 +10,9 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
+from ktda_jax.data.images import DataError
 from ktda_jax.data.pipeline import eval_batches, train_iterator
-from ktda_jax.data.sources import DataError, FolderSource
+from ktda_jax.data.sources import FolderSource
 
 
 def make_tiles(root, sizes):

@@ -14,8 +14,10 @@ import pytest
 from data_builders.meadow import generate
 from data_builders.meadow import meadow_dataset_builder as meadow_builder
 from ktda_jax.data import tfds_source
+from ktda_jax.data.check import check_split
 from ktda_jax.data.datasets import DATASETS, DatasetInfo, dataset_info
-from ktda_jax.data.sources import DataError, FolderSource, check_split
+from ktda_jax.data.images import DataError
+from ktda_jax.data.sources import FolderSource
 from ktda_jax.data.tfds_source import TfdsSource, prepare
 
 REPO = pathlib.Path(__file__).parents[1]

@@ -16,7 +16,7 @@ import runs
 from ktda_jax import sharding, train
 from ktda_jax.checkpoint import Checkpoints
 from ktda_jax.config import ConfigError
-from ktda_jax.data.sources import DataError
+from ktda_jax.data.images import DataError
 from ktda_jax.program import Program, build
 from ktda_jax.state import TrainState
 

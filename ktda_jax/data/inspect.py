@@ -6,7 +6,8 @@ import hashlib
 
 import numpy as np
 
-from ktda_jax.data.sources import DataError, cpu_threads, read_tile
+from ktda_jax.data.images import DataError
+from ktda_jax.data.sources import cpu_threads, read_tile
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,8 @@ from absl import logging
 
 from ktda_jax.data import augment
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.sources import DataError, cpu_threads, label_sizes, read_tile, tile_name
+from ktda_jax.data.images import DataError
+from ktda_jax.data.sources import cpu_threads, label_sizes, read_tile, tile_name
 
 ON_CORRUPT = ("stop", "skip")
 

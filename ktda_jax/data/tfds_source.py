@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 
 from ktda_jax.data.datasets import DATASETS, dataset_info
-from ktda_jax.data.sources import DataError
+from ktda_jax.data.images import DataError
 
 _quiet_lock = threading.RLock()  # what _quiet changes belongs to the whole process
 

@@ -1,0 +1,137 @@
+"""The check of a split that is made before anything is compiled: every tile is read once."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+
+import numpy as np
+from absl import logging
+
+from ktda_jax.data.datasets import IGNORE
+from ktda_jax.data.images import DataError
+from ktda_jax.data.sources import cpu_threads, read_tile, some, tile_name
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitSummary:
+    """What `check_split` found: pixels int64 (num_classes,) per class; sizes are the (H, W) that occur."""
+
+    tiles: int
+    sizes: frozenset[tuple[int, int]]
+    pixels: np.ndarray
+    ignored: int
+    fingerprint: str  # sha256 over names and pixels: the same tiles give it from any storage form
+    unreadable: tuple[str, ...] = ()  # tiles that will be skipped in training; empty unless on_corrupt='skip'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """One examined tile: `problem` is None or a key of `_PROBLEMS`, `text` names the offender."""
+
+    problem: str | None = None
+    text: str = ""
+    size: tuple[int, int] = (0, 0)
+    counts: np.ndarray | None = None  # int64 (256,)
+    digest: bytes = b""
+
+
+_PROBLEMS = {  # what is wrong with {bad} of {total} tiles -> what to do
+    "unreadable": ("{bad} of {total} tiles cannot be read", "repair or remove them"),
+    "size": ("image and label differ in size in {bad} of {total} tiles", "cut both to the same extent"),
+    "crop": (
+        "{bad} of {total} images are smaller than the crop of {crop}",
+        "set a smaller crop or leave them out",
+    ),
+    "values": (
+        "label values outside 0..{last} that are not 255 in {bad} of {total} tiles",
+        "correct the labels or num_classes; 255 is for ignored pixels",
+    ),
+}
+
+
+def check_split(
+    source,
+    *,
+    crop: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    on_corrupt: str = "stop",
+    num_threads: int | None = None,
+) -> SplitSummary:
+    """Reads every tile once and raises one DataError with all that is wrong, before anything is compiled.
+
+    `crop` (side or (H, W) in pixels) is the size that training cuts out. Unreadable tiles are errors unless
+    `on_corrupt` is 'skip', which warns and lists them in the summary.
+    """
+    if not len(source):
+        raise DataError(f"{source!r} has no tiles")
+    num_classes = num_classes or source.num_classes
+    crop = (crop, crop) if isinstance(crop, int) else crop
+    problems = {kind: [] for kind in _PROBLEMS}
+    counts, sizes, fingerprint, readable = np.zeros(256, np.int64), set(), hashlib.sha256(), 0
+    with concurrent.futures.ThreadPoolExecutor(num_threads or cpu_threads()) as pool:
+        for tile in pool.map(lambda index: _examine(source, index, num_classes, crop), range(len(source))):
+            if tile.problem:
+                problems[tile.problem].append(tile.text)
+                continue
+            readable += 1
+            counts += tile.counts
+            sizes.add(tile.size)
+            fingerprint.update(tile.digest)
+
+    unreadable = []
+    if on_corrupt == "skip" and readable and (unreadable := problems.pop("unreadable")):
+        logging.warning(
+            "%r: %d of %d tiles cannot be read and will be skipped: %s",
+            source,
+            len(unreadable),
+            len(source),
+            some(unreadable),
+        )
+    complaints = []
+    for kind, offenders in problems.items():
+        if offenders:
+            what, remedy = _PROBLEMS[kind]
+            what = what.format(
+                bad=len(offenders),
+                total=len(source),
+                last=num_classes - 1,
+                crop=crop and f"{crop[0]} x {crop[1]}",
+            )
+            complaints.append(f"{what}: {some(offenders)}; {remedy}")
+    if complaints:
+        raise DataError(f"{source!r}: " + " | ".join(complaints))
+    if not counts[:num_classes].any():
+        raise DataError(
+            f"{source!r}: every pixel of every label is 255 (ignored), so there is nothing to "
+            "learn or to score; check how the labels were written"
+        )
+    return SplitSummary(
+        tiles=len(source),
+        sizes=frozenset(sizes),
+        pixels=counts[:num_classes],
+        ignored=int(counts[IGNORE]),
+        fingerprint=fingerprint.hexdigest(),
+        unreadable=tuple(unreadable),
+    )
+
+
+def _examine(source, index: int, num_classes: int, crop: tuple[int, int] | None) -> _Tile:
+    """Reads one tile: its first problem, or its size, label histogram and digest."""
+    try:
+        tile = read_tile(source, index)
+    except DataError as error:
+        return _Tile("unreadable", str(error))
+    image, label = tile["image"], tile["label"]
+    name, (height, width) = tile_name(source, index), label.shape
+    if image.shape[:2] != label.shape:
+        return _Tile("size", f"{name} (image {image.shape[0]} x {image.shape[1]}, label {height} x {width})")
+    if crop and (height < crop[0] or width < crop[1]):
+        return _Tile("crop", f"{name} ({height} x {width})")
+    counts = np.bincount(label.ravel(), minlength=256)
+    if counts[num_classes:IGNORE].any():
+        values = num_classes + np.flatnonzero(counts[num_classes:IGNORE])
+        return _Tile("values", f"{name} (values {some(values.tolist(), 8)})")
+    digest = hashlib.sha256(f"{tile['name']}\0{height}x{width}\0".encode())
+    digest.update(np.ascontiguousarray(image))
+    digest.update(np.ascontiguousarray(label))
+    return _Tile(size=(height, width), counts=counts, digest=digest.digest())

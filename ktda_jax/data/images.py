@@ -1,0 +1,164 @@
+"""Image and label files as uint8 arrays: 8-bit RGB through Pillow, anything with other bands or values through GDAL."""
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from ktda_jax.data.datasets import IGNORE
+from ktda_jax.data.stretch import stretch
+
+# Pillow reads the 8-bit files and not OpenCV, which turns palette labels into colours, returns half a JPEG without
+# an error and prints a line for every GeoTIFF tag.
+
+# Modes that become RGB without changing a value that we keep: grey repeats, palettes expand, alpha drops.
+_RGB_LIKE = ("RGB", "RGBA", "L", "LA", "P", "1")
+# Pillow stretches grey PNGs of 2 and 4 bits to 0..255; a label wants the stored numbers back.
+_GREY_STRETCH = {"L;2": 85, "L;4": 17}
+
+Colour = tuple[int, int, int]
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message is one line that says what, where, and what to do about it."""
+
+
+def read_image(path: str) -> np.ndarray:
+    """uint8 (H, W, 3) RGB. Grey is repeated and alpha dropped; 16-bit, float or CMYK data raise DataError."""
+    try:
+        with Image.open(path) as file:
+            mode, stored = file.mode, _stored_mode(file)
+            # Pillow calls 16-bit RGB 'RGB' too and would keep the high byte without a word.
+            if mode in _RGB_LIKE and ";16" not in stored:
+                return np.asarray(file if mode == "RGB" else file.convert("RGB"))
+    except Exception as error:
+        raise unreadable(path, error) from error
+    raise DataError(
+        f"image {path} is stored as {stored or mode}, not 8-bit RGB: set config.data.scale=(low, high), the values "
+        "that become 0 and 255, or convert it"
+    )
+
+
+def read_bands(
+    path: str, bands: Sequence[int] | None, scale: Sequence | None, nodata: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`bands` of a raster (numbers from 1; None: all three) -> uint8 (H, W, bands), and where there are data (H, W).
+
+    `scale`: (low, high) or one such pair per band, the values that become 0 and 255; None for 8-bit files. `nodata`
+    stands before what the file declares. A pixel has no data where none of its bands has; a single missing band is 0.
+    """
+    rasterio = _rasterio(path)
+    try:
+        with rasterio.open(path) as file:
+            chosen = tuple(bands or range(1, file.count + 1))
+            if max(chosen) > file.count:
+                raise DataError(
+                    f"image {path} has {file.count} band(s), so no band {max(chosen)}: correct config.data.bands"
+                )
+            if bands is None and file.count != 3:
+                raise DataError(f"image {path} has {file.count} bands: choose some with config.data.bands, from 1")
+            values = np.moveaxis(file.read(chosen), 0, -1)
+            masks = None if nodata is not None else np.moveaxis(file.read_masks(chosen), 0, -1)
+    except DataError:
+        raise
+    except Exception as error:
+        # GDAL's own words are in the cause; rasterio's are "Read failed. See previous exception for details."
+        raise unreadable(path, error.__cause__ or error) from error
+    if values.dtype.kind not in "uif":
+        raise DataError(f"image {path} holds {values.dtype}: only whole and floating numbers can be read")
+    present = values != nodata if masks is None else masks > 0
+    if values.dtype.kind == "f":
+        present &= np.isfinite(values)
+    if scale is None:
+        if values.dtype != np.uint8:
+            held = values[present]
+            held = f" from {held.min()} to {held.max()}" if held.size else ""
+            raise DataError(
+                f"image {path} holds {values.dtype}{held}, not 8-bit values: set config.data.scale=(low, high), the "
+                "values that become 0 and 255"
+            )
+        pixels = np.ascontiguousarray(values)
+    else:
+        low, high = np.asarray(scale, np.float64).T
+        pixels = stretch(values, low, high)
+    pixels[~present] = 0
+    return pixels, present.any(-1)
+
+
+def _rasterio(path: str):
+    try:
+        import rasterio
+    except ImportError as error:
+        raise DataError(
+            f"{path}: reading bands other than 8-bit RGB takes rasterio; pip install 'ktda-jax[geo]'"
+        ) from error
+    # A tile without a place on Earth is as good as any, and what goes wrong is raised anyway.
+    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+    logging.getLogger("rasterio").setLevel(logging.CRITICAL)
+    return rasterio
+
+
+def read_label(path: str, mapping: Mapping[int | Colour, int] | None = None) -> np.ndarray:
+    """uint8 (H, W) class indices; a palette image gives its indices, not its colours.
+
+    `mapping` turns stored values into classes, and then every value must be in it: {128: 0, 64: 1} or, for masks drawn
+    in colours, {(255, 0, 0): 0, ...}.
+    """
+    coloured = mapping is not None and isinstance(next(iter(mapping)), tuple)
+    try:
+        with Image.open(path) as file:
+            mode, stored = file.mode, _stored_mode(file)
+            values = np.asarray(file.convert("RGB") if coloured and mode in _RGB_LIKE else file)
+    except Exception as error:
+        raise unreadable(path, error) from error
+    if coloured:
+        if values.ndim != 3 or values.dtype != np.uint8 or ";16" in stored:
+            raise DataError(f"label {path} is {mode}, not 8-bit RGB, though config.data.label_map maps colours")
+        # One number per colour, 0xRRGGBB.
+        values = values.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    elif values.ndim != 2 or values.dtype.kind not in "bui":
+        raise DataError(
+            f"label {path} is {mode}, not one band of class indices: write the index of the class in every pixel "
+            "(8-bit grey or palette PNG)"
+            + ("" if values.ndim == 2 else ", or map its colours by config.data.label_map")
+        )
+    elif stored in _GREY_STRETCH:
+        values = values // np.uint8(_GREY_STRETCH[stored])
+    if mapping is not None:
+        return _mapped(path, values, mapping)
+    if values.dtype not in (np.uint8, np.bool_) and (values.min() < 0 or values.max() > IGNORE):
+        raise DataError(
+            f"label {path} ({mode}) holds values from {values.min()} to {values.max()}: class indices must fit 0 to "
+            f"{IGNORE - 1}, with {IGNORE} for ignored pixels; other values can be mapped by config.data.label_map"
+        )
+    return values.astype(np.uint8, copy=False)
+
+
+def _mapped(path: str, values: np.ndarray, mapping: Mapping) -> np.ndarray:
+    numbers = {(k[0] << 16 | k[1] << 8 | k[2]) if isinstance(k, tuple) else k: v for k, v in mapping.items()}
+    known = np.array(sorted(numbers), np.int64)
+    classes = np.array([numbers[k] for k in known.tolist()], np.uint8)
+    values = values.astype(np.int64)
+    place = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    if (strange := known[place] != values).any():
+        found = np.unique(values[strange])[:5].tolist()
+        coloured = isinstance(next(iter(mapping)), tuple)
+        named = ", ".join(str((v >> 16, v >> 8 & 255, v & 255) if coloured else v) for v in found)
+        raise DataError(
+            f"label {path} holds {'colours' if coloured else 'values'} that config.data.label_map does not name: "
+            f"{named}; add them ({IGNORE} for pixels to ignore)"
+        )
+    return classes[place]
+
+
+def _stored_mode(file: Image.Image) -> str:
+    """Pillow's name for the pixel layout inside the file, such as 'RGB;16B'; ask before loading them."""
+    args = file.tile[0].args if file.tile else ""
+    return args if isinstance(args, str) else str(args[0]) if args else ""
+
+
+def unreadable(path: str, error: BaseException) -> DataError:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return DataError(f"cannot read {path}: {text}")
