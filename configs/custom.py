@@ -1,9 +1,9 @@
-"""Your own tiles: a folder of RGB images and label images with the same names.
+"""Your own tiles: a folder of images (8-bit RGB, or multi-band GeoTIFF of any number type) and label images.
 
 Command:   python -m ktda_jax.main --config=configs/custom.py --config.data.root=DIR
-           DIR/img_dir/{train,val}/NAME.{tif,png,jpg}: 8-bit RGB; DIR/ann_dir/{train,val}/NAME.png: class ids from
-           0, 255 = ignore. Images must be at least as large as the crop; evaluation resizes them to it.
-           Copy this file and edit CLASSES, PALETTE and the sizes.
+           DIR/img_dir/{train,val}/NAME.{tif,png,jpg} and DIR/ann_dir/{train,val}/NAME.{png,tif}. Copy this file, edit
+           the capitals below, and look at the result first: python -m ktda_jax.inspect --config=... Images must be at
+           least as large as CROP; evaluation resizes them to it.
 Arguments: custom.py:tiny  a model and schedule for a laptop
 Hardware, time, score: yours. With few tiles, 2,000 to 10,000 steps are a sensible first try.
 """
@@ -15,16 +15,31 @@ from ml_collections import ConfigDict
 
 grass = runpy.run_path(str(pathlib.Path(__file__).with_name("grass.py")))
 
-CLASSES = ("background", "object")
-PALETTE = ((60, 60, 60), (230, 180, 40))  # RGB, one per class
-CROP = (256, 256)  # height, width; multiples of 32
+CLASSES = {  # name: colour in figures and maps, in the order of the class numbers
+    "background": (60, 60, 60),
+    "object": (230, 180, 40),
+}
+CROP = (256, 256)  # height, width in pixels; multiples of 32
+
+# Labels hold class numbers from 0, and 255 where pixels are to be ignored. Whatever else yours hold, name it all:
+LABELS = None  # {128: 0, 64: 1, 0: 255}, or colours: {(255, 0, 0): 0, (0, 0, 0): 255}
+
+# Images are 8-bit RGB. For anything else (pip install 'ktda-jax[geo]'), as in this Sentinel-2 example:
+BANDS = None  # (2, 3, 4, 8): blue, green, red, near infrared, as GDAL counts the bands of the file
+RGB = None  # (4, 3, 2): which of BANDS the teacher and the figures see as red, green and blue
+SCALE = None  # (0, 4000): these values become 0 and 255, the rest is clipped; or ((0, 3000), ...), one pair per band
+NODATA = None  # pixels of this value are ignored; None: of the value that the file declares. A BANDS or SCALE
+#                must be given for either; 8-bit RGB files are taken as they are.
 
 
 def get_config(argument: str = "") -> ConfigDict:
     config = grass["get_config"](argument.replace("tiny", ""))
-    config.data.name = "custom"
-    config.data.classes, config.data.palette = CLASSES, PALETTE
-    config.data.crop = config.model.teacher.image_size = CROP
+    data = config.data
+    data.name = "custom"
+    data.classes, data.palette = tuple(CLASSES), tuple(CLASSES.values())
+    data.crop = config.model.teacher.image_size = CROP
+    data.label_map = LABELS and tuple(LABELS.items())
+    data.bands, data.rgb, data.scale, data.nodata = BANDS, RGB, SCALE, NODATA
     config.total_steps, config.eval_every = 5_000, 250
     config.schedule.warmup = 250
     if "tiny" in argument:

@@ -77,11 +77,16 @@ def _local_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(s.data) for s in shards])
 
 
-def write_report(result: Evaluation, workdir: pathlib.Path, name: str, info: DatasetInfo) -> str:
-    """Writes `figures/<name>_{confusion,samples}.png` and `figures/<name>.json`; returns the table as text."""
+def write_report(
+    result: Evaluation, workdir: pathlib.Path, name: str, info: DatasetInfo, rgb: tuple[int, int, int] = (0, 1, 2)
+) -> str:
+    """Writes `figures/<name>_{confusion,samples}.png` and `figures/<name>.json`; returns the table as text.
+
+    `rgb`: the bands of the images that are shown.
+    """
     folder = workdir / "figures"
     figures.save_confusion(folder / f"{name}_confusion.png", result.confusion, info.classes)
-    samples = [_same_size(s) for s in result.samples]
+    samples = [_same_size(s | {"image": s["image"][..., list(rgb)]}) for s in result.samples]
     sheets.save_triptychs(
         folder / f"{name}_samples.png",
         *([s[key] for s in samples] for key in ("image", "label", "prediction")),

@@ -18,7 +18,9 @@ def open_source(config, split: str):
     if data.source == "folder":
         if data.root is None:
             raise ConfigError("config.data.root is not set; give the folder that holds img_dir/ and ann_dir/")
-        return FolderSource(data.root, split, num_classes=num_classes)
+        mapping = data.label_map and {tuple(k) if isinstance(k, list) else k: v for k, v in data.label_map}
+        reading = dict(bands=data.bands, scale=data.scale, nodata=data.nodata, label_map=mapping)
+        return FolderSource(data.root, split, num_classes=num_classes, **reading)
     from ktda_jax.data import tfds_source
 
     if jax.process_index() == 0:

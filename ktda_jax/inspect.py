@@ -10,13 +10,16 @@ import sys
 import numpy as np
 from absl import app, flags
 
+from ktda_jax import config as configs
 from ktda_jax import figures, sheets
 from ktda_jax import main as command  # its --config, and its one-line errors
+from ktda_jax.config import ConfigError
 from ktda_jax.data import augment, inspect
 from ktda_jax.data.check import check_split
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import read_tile
+from ktda_jax.inputs import open_source
 
 OUTPUT = flags.DEFINE_string("output", None, "Where to write; default inspection/<data set>.")
 SAMPLES = flags.DEFINE_integer("samples", 6, "Random training tiles in the sheet.", lower_bound=1)
@@ -25,9 +28,6 @@ AUGMENTED = 3  # draws of the augmentation beside each
 
 def run(config, output: pathlib.Path, samples: int) -> list[str]:
     """Inspects all splits; returns what is wrong with them."""
-    from ktda_jax import config as configs
-    from ktda_jax.inputs import open_source
-
     configs.check(config)
     info, data = configs.classes_of(config), config.data
     names = list(dict.fromkeys(filter(None, (data.train_split, data.val_split, data.test_split))))
@@ -112,15 +112,18 @@ def _report(classes, counts, groups, suggested, problems) -> dict:
 def _sheet(path: pathlib.Path, source, config, info, samples: int) -> None:
     """Random tiles: image, label, both, and what training sees of them."""
     rng, rows, names = np.random.default_rng(config.seed), [], []
+    rgb = list(configs.bands_of(config)[1])
     for index in rng.permutation(len(source)):
         try:
             tile = read_tile(source, int(index))
             image, label = tile["image"], tile["label"]
-            row = [image, sheets.paint(label, info.palette), sheets.overlay(image, label, info.palette)]
+            shown = image[..., rgb]
+            row = [shown, sheets.paint(label, info.palette), sheets.overlay(shown, label, info.palette)]
             for _ in range(AUGMENTED):
                 seen, truth = augment.random_crop(image, label, tuple(config.data.crop), rng)
                 seen, truth = augment.random_flip(seen, truth, rng, config.data.flip)
-                row.append(augment.photometric_distortion(seen, rng) if config.data.photometric else seen)
+                seen = augment.photometric_distortion(seen, rng) if config.data.photometric else seen
+                row.append(seen[..., rgb])
         except (DataError, ValueError):  # already reported
             continue
         rows.append(row)
@@ -133,8 +136,6 @@ def _sheet(path: pathlib.Path, source, config, info, samples: int) -> None:
 
 
 def main(_: list[str]) -> None:
-    from ktda_jax.config import ConfigError
-
     config = command.CONFIG.value
     try:
         problems = run(config, pathlib.Path(OUTPUT.value or f"inspection/{config.data.name}"), SAMPLES.value)

@@ -91,6 +91,14 @@ def _micro_batches(x: jax.Array, *, count: int, mesh: Mesh) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, sharding.BATCH)))
 
 
+def model_config_of(config) -> KTDAConfig:
+    """The model's settings, with classes and bands, which `config.data` says; ValueError for those that do not fit."""
+    bands, rgb = configs.bands_of(config)
+    student = {**config.model.student, "bands": bands}
+    classes = len(configs.classes_of(config).classes)
+    return KTDAConfig.from_dict({**config.model, "student": student, "num_classes": classes, "rgb": rgb})
+
+
 def build(config, *, teacher: bool = True, initial: bool = True) -> Program:
     """Checks the model settings, loads weights, and jits the steps; compiles nothing yet.
 
@@ -103,7 +111,7 @@ def build(config, *, teacher: bool = True, initial: bool = True) -> Program:
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch_size(mesh, config.batch_size, "config.batch_size", config.grad_accum)
         sharding.check_batch_size(mesh, config.eval_batch_size, "config.eval_batch_size")
-        model_config = KTDAConfig.from_dict({**config.model, "num_classes": len(info.classes)})
+        model_config = model_config_of(config)
         _check_grid(config, model_config)
         schedule = optim.warmup_poly(config.optimizer.lr, config.total_steps, **config.schedule)
         options = {k: v for k, v in config.optimizer.items() if k != "lr"}
@@ -196,13 +204,13 @@ def _loaded(config, model: KTDAConfig, params: state.Arrays, stats: state.Arrays
         expected = {**params, **stats}
         if chosen.new_classifier:
             expected = {k: v for k, v in expected.items() if "/conv_seg/" not in k}
-        return weights.load(chosen.model, expected, "model", model, new_classifier=chosen.new_classifier)
+        return weights.load(chosen.model, expected, "model", model, new_classifier=chosen.new_classifier, rgb=model.rgb)
     if chosen.new_classifier:
         raise ValueError("config.weights.new_classifier says what not to take from config.weights.model; give that too")
     if chosen.student is None:
         return {}
     student = {k.removeprefix("student/"): v for k, v in params.items() if k.startswith("student/")}
-    tensors = weights.load(chosen.student, student, "student", model.student)
+    tensors = weights.load(chosen.student, student, "student", model.student, rgb=model.rgb)
     return {f"student/{k}": v for k, v in tensors.items()}
 
 

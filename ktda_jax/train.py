@@ -161,7 +161,7 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
         program.eval_step, params, current.batch_stats, batches, program.mesh, num_classes=len(info.classes)
     )
     if jax.process_index() == 0:
-        table = evaluate.write_report(result, workdir, split, info)
+        table = evaluate.write_report(result, workdir, split, info, configs.bands_of(config)[1])
         if (workdir / "metrics.jsonl").exists():
             figures.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
         _append_final(workdir, step, split, result)

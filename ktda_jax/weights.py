@@ -127,11 +127,19 @@ def _config(cls, values: Mapping[str, Any]):
     return cls(**built)
 
 
-def load(path: str, expected: Arrays, what: str, config, *, new_classifier: bool = False) -> dict[str, np.ndarray]:
+def load(
+    path: str,
+    expected: Arrays,
+    what: str,
+    config,
+    *,
+    new_classifier: bool = False,
+    rgb: tuple[int, int, int] = (0, 1, 2),
+) -> dict[str, np.ndarray]:
     """What config.weights.`what` gives for `config`: arrays of `expected`'s names and shapes.
 
-    `what` is student, teacher or model. A whole KTDA model also serves as student or as teacher. ValueError names the
-    path, and the settings that disagree.
+    `what` is student, teacher or model. A whole KTDA model also serves as student or as teacher, and weights for RGB
+    serve any number of bands. ValueError names the path, and the settings that disagree.
     """
     where = f"config.weights.{what}"
     from ktda_jax.convert.architecture import HEADS  # only here: convert imports this module
@@ -164,6 +172,7 @@ def load(path: str, expected: Arrays, what: str, config, *, new_classifier: bool
         found = dataclasses.replace(found, num_classes=config.num_classes)
     if weights.source.get("statistics") == ASSUMED and isinstance(found, ViTConfig):
         found = dataclasses.replace(found, mean=config.mean, std=config.std)
+    arrays, found = _other_bands(arrays, found, config, rgb)
     _compare(where, path, found, config)
     arrays = {k: v for k, v in arrays.items() if not k.endswith("num_batches_tracked")}
     if what == "model":
@@ -179,6 +188,33 @@ def _fit_positions(array: np.ndarray, config: ViTConfig) -> np.ndarray:
     """The embedding at the configured grid, resized in float32, as the published code does when it loads weights."""
     method = "bicubic_antialias" if config.antialias else "bicubic"
     return np.asarray(resize(jnp.asarray(array, jnp.float32), config.grid, method=method)).astype(array.dtype)
+
+
+def inflate(kernel: np.ndarray, bands: int, rgb: tuple[int, int, int]) -> np.ndarray:
+    """The stem's kernel for RGB (h, w, 3, C) -> (h, w, bands, C).
+
+    Red, green and blue keep their weights and every other band gets the average of the three, all times 3 / bands: so
+    an image whose bands are all the same gives what it gave as RGB.
+    """
+    inflated = np.repeat(kernel.mean(2, keepdims=True), bands, axis=2)
+    if len(set(rgb)) == 3:
+        inflated[:, :, list(rgb)] = kernel
+    return inflated * np.asarray(3 / bands, kernel.dtype)
+
+
+def _other_bands(arrays: Arrays, found, wanted, rgb: tuple[int, int, int]):
+    """Weights for RGB made to fit another number of bands; all others as they are."""
+    if isinstance(found, ViTConfig):
+        return arrays, found
+    whole = isinstance(found, KTDAConfig)
+    theirs, bands = (found.student if whole else found), (wanted.student if whole else wanted).bands
+    if theirs.bands != 3 or bands == 3:
+        return arrays, found
+    stem = "student/downsample/0/conv/kernel" if whole else "downsample/0/conv/kernel"
+    theirs = dataclasses.replace(theirs, bands=bands)
+    found = dataclasses.replace(found, student=theirs, rgb=wanted.rgb) if whole else theirs
+    logging.info("%s: from RGB to %d bands", stem, bands)
+    return {**arrays, stem: inflate(arrays[stem], bands, rgb)}, found
 
 
 def _compare(where: str, path: str, found, wanted) -> None:

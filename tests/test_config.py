@@ -38,6 +38,13 @@ def tiny(**overrides):
         ("model.fmm.heads", 0, "config.model.fmm.heads is 0; give at least 1"),
         ("model.teacher.depth", 2, "config.model.teacher.depth is 2; give at least 4"),
         ("model.aux_channels", -1, "config.model.aux_channels is -1; give at least 0; 0 leaves"),
+        ("data.bands", (0, 1, 2), r"config.data.bands is \(0, 1, 2\); give different band numbers, counted from 1"),
+        ("data.rgb", (3, 2, 4), r"config.data.rgb is \(3, 2, 4\); give three of config.data.bands \(1, 2, 3\)"),
+        ("data.scale", (3000, 0), r"config.data.scale is \(3000, 0\); give \(low, high\), or one such pair for each"),
+        ("data.scale", ((0, 1), (0, 2)), "one such pair for each of the 3 bands"),
+        ("data.label_map", ((128, 5),), "config.data.label_map turns 128 into 5; give a class from 0 to 4, or 255"),
+        ("data.label_map", ((128, 0), ((0, 0, 0), 1)), "either whole numbers or .red, green, blue. triples, not both"),
+        ("data.label_map", (128, 0), r"config.data.label_map is \(128, 0\); give \(\(stored value, class\), ...\)"),
     ],
 )
 def test_a_bad_value_is_named_with_what_would_do(setting, value, message):
@@ -75,6 +82,18 @@ def test_tiny_configs_take_a_preset():
     config.update_from_flattened_dict({"model.teacher.preset": "small", "model.student.preset": "v2_atto"})
     built = KTDAConfig.from_dict({**config.model, "num_classes": 5})
     assert (built.teacher.width, built.teacher.depth) == (384, 12) and built.student.v2
+
+
+def test_bands_and_their_colours():
+    assert configs.bands_of(tiny()) == (3, (0, 1, 2))
+    assert configs.bands_of(tiny(**{"data.bands": (2, 3, 4, 8), "data.rgb": (4, 3, 2)})) == (4, (2, 1, 0))
+    assert configs.bands_of(tiny(**{"data.bands": (8, 4, 3, 2)})) == (4, (0, 1, 2))
+    assert configs.bands_of(tiny(**{"data.bands": (5,)})) == (1, (0, 0, 0))
+
+
+def test_tfds_sets_are_read_as_they_are():
+    with pytest.raises(ConfigError, match="config.data.bands, scale, nodata and label_map are for folders"):
+        configs.check(tiny(**{"data.source": "tfds", "data.scale": (0, 9)}))
 
 
 def test_float64_needs_x64():

@@ -20,9 +20,9 @@ from ktda_jax.convert import mmseg
 from ktda_jax.convert.table import to_our_layout
 from ktda_jax.models.convnext import ConvNeXtConfig
 from ktda_jax.models.fmm import FMMConfig
-from ktda_jax.models.ktda import KTDA, KTDAConfig, normalize
+from ktda_jax.models.ktda import KTDA, KTDAConfig, band_statistics, normalize
 from ktda_jax.models.layers import resize
-from ktda_jax.models.vit import ViTConfig
+from ktda_jax.models.vit import MEAN, STD, ViT, ViTConfig
 from ktda_jax.program import train_step
 
 NAMES = ("grass_tiny", "grass_tiny_resized")
@@ -247,6 +247,24 @@ def test_bfloat16_computes_in_bfloat16_and_stays_close():
     outputs, full = (jax.jit(forward, static_argnums=0)(d) for d in (jnp.bfloat16, jnp.float32))
     assert outputs.logits.dtype == outputs.student[0].dtype == jnp.bfloat16
     assert golden.relative(outputs.student[3], full.student[3]) < 0.05
+
+
+def test_the_teacher_sees_the_chosen_bands():
+    """Five bands of which 4, 2 and 0 are red, green, blue; the student sees all, its colours normalised as such."""
+    config = small(fmm=None, aux_channels=0, rgb=(4, 2, 0), student=dataclasses.replace(small().student, bands=5))
+    model, teacher = KTDA(config, rngs=nnx.Rngs(0)), ViT(config.teacher, rngs=nnx.Rngs(1))
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 5), np.uint8)
+    ours = jax.jit(lambda images: model(images, teacher=teacher).teacher)(images)  # jit leaves the rest out
+    theirs = jax.jit(lambda images: teacher(normalize(images, jnp.float32)))(images[..., [4, 2, 0]])
+    for tap, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(tap, expected, atol=1e-5)
+    mean, std = band_statistics(5, (4, 2, 0))
+    np.testing.assert_array_equal(mean[[4, 2, 0]], MEAN)
+    np.testing.assert_allclose(std[[1, 3]], np.mean(STD))
+    np.testing.assert_array_equal(band_statistics(3, (0, 1, 2)), (MEAN, STD))
+    np.testing.assert_allclose(band_statistics(1, (0, 0, 0)), [[np.mean(MEAN)], [np.mean(STD)]])
+    with pytest.raises(ValueError, match=r"rgb is \(0, 1, 5\); give three positions among the 5 bands"):
+        dataclasses.replace(config, rgb=(0, 1, 5))
 
 
 def test_base_model_has_the_published_parameters():

@@ -15,12 +15,16 @@ import sys
 import jax
 import numpy as np
 import pytest
+import rasterio
 import runs
+from flax import nnx
+from PIL import Image
 
 from ktda_jax import config as configs
-from ktda_jax import weights
+from ktda_jax import state, weights
 from ktda_jax.checkpoint import Checkpoints
-from ktda_jax.models.convnext import ConvNeXtConfig
+from ktda_jax.models.convnext import ConvNeXt, ConvNeXtConfig
+from ktda_jax.models.ktda import KTDAConfig
 from ktda_jax.program import build
 
 SETTINGS = {"total_steps": 24, "eval_every": 6, "checkpoint_every": 2, "ema": 0.9}
@@ -310,6 +314,42 @@ def test_weights_of_another_shape(refusal, tmp_path):
     assert (
         "the student in" in line and "has depths (1, 1, 1, 1) (config: (0, 0, 1, 1)), channels (8, 8, 16, 32)" in line
     )
+
+
+def test_multi_band_tiles_with_drawn_masks(tmp_path):
+    """configs/custom.py on four bands of 16 bits and masks in colours, the student started from weights for RGB."""
+    rng, colours = np.random.default_rng(0), np.array([(0, 0, 0), (255, 0, 0), (9, 9, 9)], np.uint8)
+    for split in ("train", "val"):
+        for name in "ab":
+            ids = np.kron(rng.integers(0, 3, (4, 4)), np.ones((16, 16), int))
+            for kind in ("img_dir", "ann_dir"):
+                (tmp_path / kind / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(colours[ids]).save(tmp_path / "ann_dir" / split / f"{name}.png")
+            pixels = (ids * 1000 + rng.integers(0, 400, (4, 64, 64))).astype(np.uint16)
+            pixels[:, :8] = 7777  # no data
+            options = dict(driver="GTiff", height=64, width=64, count=4, dtype=np.uint16, nodata=7777)
+            with rasterio.open(tmp_path / "img_dir" / split / f"{name}.tif", "w", **options) as file:
+                file.write(pixels)
+    student = KTDAConfig.from_dict({**runs.config(tmp_path).model, "num_classes": 2}).student
+    _, shapes, _ = state.abstract(lambda: ConvNeXt(student, rngs=nnx.Rngs(0)))
+    weights.save(tmp_path / "rgb", weights.Weights("student", student, runs._random(shapes), {}))
+    settings = {
+        "data.root": tmp_path, **runs.TINY, "total_steps": 4, "eval_every": 4, "weights.student": tmp_path / "rgb",
+        "data.bands": (1, 2, 3, 4), "data.rgb": (3, 2, 1), "data.scale": (0, 2500),
+        "data.label_map": (((0, 0, 0), 0), ((255, 0, 0), 1), ((9, 9, 9), 255)),
+    }  # fmt: skip
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    custom = f"--config={runs.REPOSITORY / 'configs' / 'custom.py'}:tiny"
+    out, err = runs.finish(runs.start(custom, f"--workdir={tmp_path / 'run'}", *flags))
+    assert "background" in out and (tmp_path / "run/figures/val_samples.png").exists()
+    assert np.isfinite(runs.rows(tmp_path / "run")[0]["train/distill"])
+    report = json.loads((tmp_path / "run/figures/val.json").read_text())
+    labels = np.concatenate([np.array(Image.open(p)) for p in (tmp_path / "ann_dir/val").iterdir()])
+    counted = [sum((labels[r + 8 : r + 64] == c).all(-1).sum() for r in (0, 64)) for c in colours[:2]]
+    assert np.sum(report["confusion"], 1).tolist() == counted
+    shape = json.loads((tmp_path / "run/config.json").read_text())["data"]["bands"]
+    assert shape == [1, 2, 3, 4]
+    assert "Traceback" not in err
 
 
 def test_another_workdir(refusal, whole):

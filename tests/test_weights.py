@@ -45,6 +45,29 @@ def test_what_is_saved_is_read(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["w"]  # nothing left aside
 
 
+@pytest.mark.parametrize("kind", ["student", "ktda"])
+@pytest.mark.parametrize("bands, rgb", [(5, (4, 2, 0)), (1, (0, 0, 0))])
+def test_weights_for_rgb_serve_other_bands(tmp_path, kind, bands, rgb):
+    """An image whose bands are all the same gives what it gave as RGB; the colours' kernels are where they belong."""
+    rgb_config = STUDENT if kind == "student" else WHOLE
+    weights.save(tmp_path / "w", made(kind, rgb_config))
+    student = dataclasses.replace(STUDENT, bands=bands)
+    config = student if kind == "student" else dataclasses.replace(WHOLE, student=student, rgb=rgb)
+    what, stem = ("student", "") if kind == "student" else ("model", "student/")
+    arrays = weights.load(str(tmp_path / "w"), expected(kind, config), what, config, rgb=rgb)
+    kernel, original = (a[stem + "downsample/0/conv/kernel"] for a in (arrays, weights.read(tmp_path / "w").arrays))
+    grey = np.random.default_rng(0).normal(size=(1, 8, 8, 1)).astype(np.float32)
+
+    def convolve(kernel):
+        image = np.repeat(grey, kernel.shape[2], -1)
+        return jax.lax.conv_general_dilated(image, kernel, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    np.testing.assert_allclose(convolve(kernel), convolve(original), rtol=1e-5, atol=1e-5)
+    if bands == 5:
+        np.testing.assert_allclose(kernel[:, :, [4, 2, 0]], original * (3 / 5), rtol=1e-6)
+    assert kernel.dtype == np.float32 and kernel.shape[2] == bands
+
+
 def test_transposed_views_are_saved_by_value(tmp_path):
     """safetensors writes the buffer as it lies in memory, which for a transposed view is another array."""
     student = made("student", STUDENT)

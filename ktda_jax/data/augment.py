@@ -1,7 +1,7 @@
 """Training augmentation on uint8 tiles in numpy and OpenCV, with mmsegmentation's arithmetic to the bit.
 
 Every function is pure: its randomness is a strength or a numpy Generator that the caller passes in.
-Images are uint8 (H, W, 3) RGB, labels uint8 (H, W).
+Images are uint8 (H, W, bands), RGB unless said otherwise, labels uint8 (H, W).
 """
 
 import cv2
@@ -30,7 +30,7 @@ def random_flip(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mirrors both left to right with `probability`."""
     if rng.random() < probability:
-        return cv2.flip(image, 1), cv2.flip(label, 1)
+        return cv2.flip(image, 1).reshape(image.shape), cv2.flip(label, 1)  # OpenCV drops a single band's axis
     return image, label
 
 
@@ -41,7 +41,7 @@ def _affine(pixels: np.ndarray, alpha: float = 1.0, beta: float = 0.0) -> np.nda
     ten times faster than the arithmetic on the whole image.
     """
     table = np.arange(256, dtype=np.float32) * np.float32(alpha) + np.float32(beta)
-    return cv2.LUT(pixels, np.clip(table, 0, 255).astype(np.uint8))
+    return cv2.LUT(pixels, np.clip(table, 0, 255).astype(np.uint8)).reshape(pixels.shape)
 
 
 def adjust_brightness(image: np.ndarray, strength: float) -> np.ndarray:
@@ -72,16 +72,18 @@ def adjust_hue(image: np.ndarray, strength: int) -> np.ndarray:
 def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """mmseg's PhotoMetricDistortion with its published ranges; each operation happens with probability 0.5.
 
-    brightness +-32, contrast 0.5-1.5 (first or last, by a coin), saturation 0.5-1.5, hue -18..17 of 180.
+    brightness +-32, contrast 0.5-1.5 (first or last, by a coin), saturation 0.5-1.5, hue -18..17 of 180. Saturation
+    and hue are those of three bands; images of more or fewer keep theirs.
     """
+    coloured = image.shape[-1] == 3
     if rng.integers(2):
         image = adjust_brightness(image, rng.uniform(-32, 32))
     contrast_first = rng.integers(2)
     if contrast_first and rng.integers(2):
         image = adjust_contrast(image, rng.uniform(0.5, 1.5))
-    if rng.integers(2):
+    if coloured and rng.integers(2):
         image = adjust_saturation(image, rng.uniform(0.5, 1.5))
-    if rng.integers(2):
+    if coloured and rng.integers(2):
         image = adjust_hue(image, int(rng.integers(-18, 18)))
     if not contrast_first and rng.integers(2):
         image = adjust_contrast(image, rng.uniform(0.5, 1.5))

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.stretch import stretch
@@ -33,12 +33,21 @@ def read_image(path: str) -> np.ndarray:
             # Pillow calls 16-bit RGB 'RGB' too and would keep the high byte without a word.
             if mode in _RGB_LIKE and ";16" not in stored:
                 return np.asarray(file if mode == "RGB" else file.convert("RGB"))
+    except UnidentifiedImageError as error:
+        if not _is_tiff(path):
+            raise unreadable(path, error) from error
+        mode, stored = "TIFF", "TIFF with other bands or numbers"
     except Exception as error:
         raise unreadable(path, error) from error
     raise DataError(
-        f"image {path} is stored as {stored or mode}, not 8-bit RGB: set config.data.scale=(low, high), the values "
-        "that become 0 and 255, or convert it"
+        f"image {path} is stored as {stored or mode}, not 8-bit RGB: set config.data.bands and config.data.scale, the "
+        "values that become 0 and 255, or convert it"
     )
+
+
+def _is_tiff(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the latter two: BigTIFF
 
 
 def read_bands(

@@ -38,7 +38,7 @@ def train_iterator(
     """Endless training batches of this process; the iterator's `get_state` / `set_state` are its position.
 
     `batch_size` is global: process p gets rows p * b to (p + 1) * b, b = batch_size // process_count. A batch
-    is `image` uint8 (b, H, W, 3) RGB, `label` uint8 (b, H, W), `mask` bool (b,) all true, and `skipped`, the
+    is `image` uint8 (b, H, W, bands), `label` uint8 (b, H, W), `mask` bool (b,) all true, and `skipped`, the
     number of its rows (int) that stand in for unreadable tiles. `on_corrupt='stop'` raises DataError with the
     tile's name; 'skip' takes the next readable tile instead and warns once per tile.
     """
@@ -98,7 +98,7 @@ class EvalBatches:
         """This process's rows of global batch `number`."""
         indices = self.plan[number, self._first : self._first + self._rows]
         size = self._batch_sizes[number]
-        image = np.zeros((self._rows, *self._crop, 3), np.uint8)
+        image = np.zeros((self._rows, *self._crop, getattr(self._source, "bands", 3)), np.uint8)
         label = np.full((self._rows, *size), IGNORE, np.uint8)
         names = [""] * self._rows
         for row, index in enumerate(indices):
@@ -127,7 +127,7 @@ def eval_batches(
 ) -> EvalBatches:
     """Every tile once, ordered by label size and then by index; rows are dealt to processes as in training.
 
-    A batch is `image` uint8 (b, *crop, 3), resized bilinearly, `label` uint8 (b, H, W) at its own size,
+    A batch is `image` uint8 (b, *crop, bands), resized bilinearly, `label` uint8 (b, H, W) at its own size,
     `mask` bool (b,), `name` list of str, `index` int64 (b,) into the source, `original` int32 (b, 2), the
     label's (H, W). Padding rows have image 0, label 255, mask false, name '' and index -1. Unreadable tiles
     raise DataError: a score over fewer tiles would not be the score asked for.
@@ -229,4 +229,5 @@ def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """mmseg's Resize with keep_ratio=False: bilinear to exactly `size` (H, W), untouched if it has it."""
     if image.shape[:2] == size:
         return image
-    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    return resized.reshape(*size, image.shape[-1])  # OpenCV drops a single band's axis

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ktda_jax.models import convnext, vit
@@ -36,12 +37,15 @@ class KTDAConfig:
     head_channels: int = 512
     aux_channels: int = 256  # 0: no auxiliary head
     dropout: float = 0.1
+    rgb: tuple[int, int, int] = (0, 1, 2)  # which of the image's bands are red, green and blue: the teacher's three
 
     def __post_init__(self):
         for name in ("depths", "channels"):
             values = getattr(self.student, name)
             if len(values) != 4:
                 raise ValueError(f"config.model.student.{name} is {values}; give four numbers, one per stage")
+        if len(self.rgb) != 3 or not 0 <= min(self.rgb) <= max(self.rgb) < self.student.bands:
+            raise ValueError(f"rgb is {self.rgb}; give three positions among the {self.student.bands} bands")
 
     @classmethod
     def from_dict(cls, config) -> "KTDAConfig":
@@ -87,6 +91,17 @@ def normalize(images: jax.Array, dtype, mean=MEAN, std=STD) -> jax.Array:
     return ((images.astype(wide) - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)).astype(dtype)
 
 
+def band_statistics(bands: int, rgb: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation, float64 (bands,): ImageNet's for red, green and blue, and for other bands their average."""
+    statistics = []
+    for values in (MEAN, STD):
+        of_bands = np.full(bands, np.mean(values))
+        if len(set(rgb)) == 3:
+            of_bands[list(rgb)] = values
+        statistics.append(of_bands)
+    return tuple(statistics)
+
+
 class KTDA(nnx.Module):
     """The trainable network. The teacher is a `ViT` of its own, passed to the call, never part of this state."""
 
@@ -114,7 +129,8 @@ class KTDA(nnx.Module):
         teacher: ViT | None = None,
     ) -> Outputs:
         """images: (B, H, W, bands) 0..255. `key` draws drop path and dropout; None leaves both out."""
-        x = normalize(images, self.dtype)
+        rgb, bands = self.config.rgb, self.config.student.bands
+        x = normalize(images, self.dtype, *band_statistics(bands, rgb))
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         features, aligned = self.student(x, key=keys[0]), None
         if self.fam is not None:
@@ -130,6 +146,7 @@ class KTDA(nnx.Module):
             aux_logits = self.auxiliary_head(features[AUX_LEVEL], train=train, key=keys[2])
         taps = None
         if teacher is not None:
-            seen = normalize(images, self.dtype, teacher.config.mean, teacher.config.std)
+            seen = images if (bands, rgb) == (3, (0, 1, 2)) else images[..., np.array(rgb)]
+            seen = normalize(seen, self.dtype, teacher.config.mean, teacher.config.std)
             taps = jax.lax.stop_gradient(teacher(seen))
         return Outputs(logits, aux_logits, aligned, taps)

@@ -1,0 +1,195 @@
+"""Image and label files of every kind that users bring: what comes out, or the one line that says what is wrong."""
+
+import pathlib
+import warnings
+
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+
+from ktda_jax.data.check import check_split
+from ktda_jax.data.images import DataError, read_bands, read_image, read_label
+from ktda_jax.data.sources import FolderSource
+from ktda_jax.data.stretch import minmax, stretch
+
+
+def write_raster(path, values, nodata=None):
+    """values: (H, W, bands) -> GeoTIFF without a place on Earth."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width, count = values.shape
+    options = dict(driver="GTiff", height=height, width=width, count=count, dtype=values.dtype, nodata=nodata)
+    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+    with rasterio.open(path, "w", **options) as file:
+        file.write(np.moveaxis(values, -1, 0))
+    return str(path)
+
+
+def error_of(call, *args, **kwargs) -> str:
+    with pytest.raises(DataError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def random(shape, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    return (
+        rng.uniform(-1, 1, shape).astype(dtype)
+        if np.dtype(dtype).kind == "f"
+        else (rng.integers(1, 4000 if dtype != np.uint8 else 256, shape).astype(dtype))
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.uint32, np.float32, np.float64])
+def test_bands_are_chosen_in_order_and_scaled(tmp_path, dtype):
+    values = random((20, 30, 6), dtype)
+    path = write_raster(tmp_path / "six.tif", values)
+    pixels, present = read_bands(path, (4, 3, 6), (0, 3000), None)
+    wanted = np.clip(values[..., [3, 2, 5]].astype(np.float64) / 3000 * 255, 0, 255)
+    assert pixels.dtype == np.uint8 and pixels.shape == (20, 30, 3) and present.all()
+    assert np.abs(pixels - np.floor(wanted)).max() <= 1  # float32 arithmetic may fall on the other side of a step
+    assert (pixels == np.floor(wanted)).mean() > 0.99
+
+
+def test_one_scale_per_band(tmp_path):
+    values = np.full((4, 4, 2), 500, np.uint16)
+    pixels, _ = read_bands(write_raster(tmp_path / "a.tif", values), (1, 2), ((0, 1000), (500, 600)), None)
+    assert pixels[0, 0].tolist() == [127, 0]
+
+
+def test_8_bit_bands_stay_as_they_are(tmp_path):
+    values = random((8, 9, 4), np.uint8)
+    path = write_raster(tmp_path / "four.tif", values)
+    np.testing.assert_array_equal(read_bands(path, (1, 2, 3, 4), None, None)[0], values)
+    np.testing.assert_array_equal(read_bands(path, (2,), None, None)[0], values[..., 1:2])
+
+
+@pytest.mark.parametrize("how", ["declared", "configured", "nan"])
+def test_pixels_without_data(tmp_path, how):
+    """No data where all bands have none; a single missing value is 0."""
+    values, absent = np.full((6, 5, 2), 100, np.float32), np.nan if how == "nan" else -9999
+    values[0] = absent
+    values[1, :, 0] = absent
+    path = write_raster(tmp_path / "holes.tif", values, nodata=-9999 if how == "declared" else None)
+    pixels, present = read_bands(path, (1, 2), (0, 200), -9999 if how == "configured" else None)
+    assert not present[0].any() and present[1:].all()
+    assert not pixels[0].any() and pixels[1].tolist() == [[0, 127]] * 5 and (pixels[2:] == 127).all()
+
+
+def test_pixels_without_data_are_ignored_in_training(tmp_path):
+    values = np.full((64, 64, 4), 9, np.uint16)
+    values[:16] = 0
+    write_raster(tmp_path / "img_dir/train/a.tif", values, nodata=0)
+    (tmp_path / "ann_dir/train").mkdir(parents=True)
+    Image.fromarray(np.ones((64, 64), np.uint8)).save(tmp_path / "ann_dir/train/a.png")
+    source = FolderSource(tmp_path, "train", num_classes=2, bands=(3, 2, 1, 4), scale=(0, 10))
+    label = source[0]["label"]
+    assert (label[:16] == 255).all() and (label[16:] == 1).all() and source.bands == 4
+    assert check_split(source).ignored == 16 * 64
+
+
+def test_what_is_wrong_with_an_image_is_one_line(tmp_path):
+    deep = write_raster(tmp_path / "deep.tif", random((8, 8, 3), np.uint16))
+    assert f"image {deep} is stored as" in (text := error_of(read_image, deep)) and "config.data.scale" in text
+    text = error_of(read_bands, deep, (1, 2, 3), None, None)
+    assert "holds uint16 from" in text and "config.data.scale=(low, high)" in text
+    assert "has 3 band(s), so no band 8: correct config.data.bands" in error_of(read_bands, deep, (8, 1), None, None)
+    four = write_raster(tmp_path / "four.tif", random((8, 8, 4), np.uint8))
+    assert "has 4 bands: choose some with config.data.bands" in error_of(read_bands, four, None, (0, 1), None)
+    waves = write_raster(tmp_path / "waves.tif", np.ones((8, 8, 3), np.complex64))
+    assert "holds complex64" in error_of(read_bands, waves, None, (0, 1), None)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "missing", "loop"])
+@pytest.mark.parametrize("reader", ["RGB", "bands"])
+def test_unreadable_images_are_named(tmp_path, capfd, damage, reader):
+    path = pathlib.Path(write_raster(tmp_path / "a.tif", random((64, 64, 3), np.uint8)))
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "loop":
+        path.symlink_to(path)
+    elif damage != "missing":
+        path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"<html>"}[damage])
+    read = read_image if reader == "RGB" else lambda path: read_bands(path, (1, 2, 3), None, None)
+    assert error_of(read, str(path)).startswith(f"cannot read {path}: ")
+    assert capfd.readouterr() == ("", "")  # GDAL adds nothing of its own
+
+
+def test_a_truncated_png_is_named(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(random((64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    assert error_of(read_image, str(path)).startswith(f"cannot read {path}: ")
+
+
+def write_label(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_stored_values_become_classes(tmp_path, dtype):
+    values = np.array([[0, 64, 128], [255, 192, 64]], dtype)
+    path = write_label(tmp_path / "biome.tif", values)
+    mapping = {0: 255, 64: 1, 128: 0, 192: 2, 255: 3}
+    assert read_label(path, mapping).tolist() == [[255, 1, 0], [3, 2, 1]]
+    del mapping[192], mapping[64]
+    text = error_of(read_label, path, mapping)
+    assert path in text and "values that config.data.label_map does not name: 64, 192; add them" in text
+
+
+def test_negative_values_can_be_mapped(tmp_path):
+    path = write_label(tmp_path / "a.tif", np.array([[-1, 7], [7, 300]], np.int32))
+    assert read_label(path, {-1: 255, 7: 0, 300: 1}).tolist() == [[255, 0], [0, 1]]
+    assert "holds values from -1 to 300" in error_of(read_label, path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_become_classes(tmp_path, mode):
+    colours = np.array([[(255, 0, 0), (0, 255, 1)], [(0, 0, 0), (255, 0, 0)]], np.uint8)
+    Image.fromarray(colours).convert(mode, palette=Image.Palette.ADAPTIVE).save(tmp_path / "drawn.png")
+    path = str(tmp_path / "drawn.png")
+    assert read_label(path, {(255, 0, 0): 0, (0, 255, 1): 1, (0, 0, 0): 255}).tolist() == [[0, 1], [255, 0]]
+    assert "colours that config.data.label_map does not name: (0, 255, 1)" in error_of(
+        read_label, path, {(255, 0, 0): 0, (0, 0, 0): 255}
+    )
+
+
+def test_what_is_wrong_with_a_label_is_one_line(tmp_path):
+    floats = write_label(tmp_path / "float.tif", np.ones((4, 4), np.float32))
+    assert f"label {floats} is F, not one band of class indices" in error_of(read_label, floats)
+    drawn = write_label(tmp_path / "drawn.png", np.zeros((4, 4, 3), np.uint8))
+    assert "is RGB, not one band" in (text := error_of(read_label, drawn)) and "config.data.label_map" in text
+    grey = write_label(tmp_path / "grey.tif", np.zeros((4, 4), np.int32))
+    assert "is I, not 8-bit RGB, though config.data.label_map maps colours" in error_of(
+        read_label, grey, {(0, 0, 0): 0}
+    )
+
+
+def test_names_in_chinese_and_suffixes_in_any_case(tmp_path):
+    values = random((32, 32, 4), np.uint16)
+    write_raster(tmp_path / "数据/img_dir/train/草地_１.TIF", values)
+    write_raster(tmp_path / "数据/img_dir/train/云.Tiff", values)
+    for name in ("草地_１.PNG", "云.png"):
+        write_label(tmp_path / "数据/ann_dir/train" / name, np.ones((32, 32), np.uint8))
+    source = FolderSource(tmp_path / "数据", "train", num_classes=2, bands=(4, 1), scale=(0, 4000))
+    assert source.names == ("云", "草地_１")
+    wanted = stretch(values[..., [3, 0]], 0, 4000)
+    for tile in source:
+        np.testing.assert_array_equal(tile["image"], wanted)
+
+
+def test_a_loop_of_symbolic_links_in_place_of_a_folder(tmp_path):
+    (tmp_path / "img_dir").mkdir()
+    (tmp_path / "img_dir" / "train").symlink_to(tmp_path / "img_dir" / "train")
+    assert "img_dir/train" in error_of(FolderSource, tmp_path, "train", num_classes=2)
+
+
+def test_stretch():
+    values = np.array([[[0.0, 10.0], [np.nan, 99.0]]])
+    assert stretch(values, 0, 20).tolist() == [[[0, 127], [0, 255]]]
+    assert stretch(values, (0, 10), (1, 20)).tolist() == [[[0, 0], [0, 255]]]
+    assert minmax(values) == (0.0, 99.0)
+    assert not stretch(np.full((2, 2, 3), 7), 7, 7).any()  # a constant patch
