@@ -63,6 +63,11 @@ def get_config(argument: str = "") -> ConfigDict:
         dropout=0.1,
     )  # fmt: skip
     config.distill = True
+    config.teacher = dict(
+        mode="computed",  # in every training step; or precomputed, by python -m ktda_jax.extract
+        features=config_dict.placeholder(str),  # folder of precomputed ones; None: features/<data.name>
+        dtype="bfloat16",  # in which they are stored; or float16
+    )
     config.weights = dict(  # folders of ktda_jax.convert, or source files, or hf://ORG/NAME
         student=config_dict.placeholder(str),
         teacher=config_dict.placeholder(str),

@@ -17,7 +17,7 @@ from ktda_jax.losses import KL_AXES
 # Settings that may differ between two runs of one workdir: they change how it runs, not what it computes.
 RUNTIME = (
     "log_every", "checkpoint_every", "mesh", "data.root", "data.manual_dir", "data.num_threads", "data.on_corrupt",
-    "data.test_split",
+    "data.test_split", "teacher.features", "teacher.dtype",
 )  # fmt: skip
 
 
@@ -143,6 +143,10 @@ def check(config) -> None:
         raise ConfigError(f"config.data.source is {config.data.source!r}; choose 'tfds' or 'folder'")
     _check_reading(config.data)
     _check_label_map(config.data, len(classes))
+    if config.teacher.mode not in ("computed", "precomputed"):
+        raise ConfigError(f"config.teacher.mode is {config.teacher.mode!r}; choose 'computed' or 'precomputed'")
+    if config.teacher.dtype not in ("bfloat16", "float16"):
+        raise ConfigError(f"config.teacher.dtype is {config.teacher.dtype!r}; choose 'bfloat16' or 'float16'")
     if config.ema is not None and not 0 < config.ema < 1:
         raise ConfigError(f"config.ema is {config.ema}; give a decay between 0 and 1, such as 0.999")
     if config.distill and not config.model.fam:

@@ -58,7 +58,7 @@ def evaluate(
         arrays = {k: batch[k] for k in ("image", "label", "mask")}
         confusion, predictions = eval_step(params, stats, sharding.to_global(mesh, arrays))
         if len(samples) < SAMPLES:
-            local = _local_rows(predictions)
+            local = sharding.local_rows(predictions)
             for row in np.flatnonzero(batch["mask"])[: SAMPLES - len(samples)]:
                 sample = {k: batch[k][row] for k in ("image", "label", "name")}
                 samples.append(sample | {"prediction": local[row]})
@@ -69,12 +69,6 @@ def evaluate(
     if pending is not None:
         total += np.asarray(pending, np.int64)
     return Evaluation(total, summarize(total), samples)
-
-
-def _local_rows(array: jax.Array) -> np.ndarray:
-    """The rows of a batch-sharded array that this process fed in."""
-    shards = sorted(array.addressable_shards, key=lambda s: s.index[0].start or 0)
-    return np.concatenate([np.asarray(s.data) for s in shards])
 
 
 def write_report(

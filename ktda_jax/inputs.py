@@ -1,5 +1,6 @@
 """The tiles that a config names: which source, checked, and this process's share of the batches."""
 
+import pathlib
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ from ktda_jax.config import ConfigError
 from ktda_jax.data import pipeline
 from ktda_jax.data.check import check_split
 from ktda_jax.data.sources import FolderSource
+from ktda_jax.data.teacher_features import TeacherFeatures
+from ktda_jax.program import model_config_of, teacher_identity
 
 
 def open_source(config, split: str):
@@ -38,6 +41,25 @@ def eval_source(config, split: str):
         source, crop=tuple(config.data.crop), batch_size=config.eval_batch_size, **processes(config)
     )
     return batches, summary.fingerprint
+
+
+def features_folder(config) -> pathlib.Path:
+    """Where the teacher's precomputed features of the training split are."""
+    return pathlib.Path(config.teacher.features or f"features/{config.data.name.replace('/', '_')}")
+
+
+def open_features(config, fingerprint: str) -> TeacherFeatures | None:
+    """The training split's teacher features if config.teacher wants them, checked against teacher and tiles."""
+    if not config.distill or config.teacher.mode != "precomputed":
+        return None
+    try:
+        identity = teacher_identity(config, model_config_of(config))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if identity["sha256"] is None:  # not named: then it is the one that made the features
+        identity |= {"seed": None, "sha256": None}
+    wanted = {**identity, "tiles": fingerprint, "split": config.data.train_split, "teacher": None}
+    return TeacherFeatures(features_folder(config), wanted)
 
 
 def processes(config) -> dict[str, Any]:

@@ -147,4 +147,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command._parse)
+    app.run(main, flags_parser=command.parse)

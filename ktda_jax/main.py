@@ -24,7 +24,7 @@ def _workdir() -> str:
     return "/".join(("runs", "_".join(filter(None, (pathlib.Path(path).stem, argument.replace(",", "_"))))))
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
     """Parses the flags and loads the config; what is wrong with them becomes one line."""
     try:
         rest = flags.FLAGS(argv)
@@ -56,23 +56,27 @@ def _unknown_setting(error: Exception, argv: list[str]) -> str:
     raise error  # not the command line's fault but the config file's
 
 
-def main(_: list[str]) -> None:
+def start() -> None:
+    """Joins the other processes that the flags speak of, if any, and lets only warnings through to the terminal."""
     import jax  # after the flags, so that --help and their errors are quick
 
     if COORDINATOR.value == "auto":
         jax.distributed.initialize()
     elif COORDINATOR.value:
         jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-
-    from ktda_jax import train
-    from ktda_jax.config import ConfigError
-    from ktda_jax.data.images import DataError
-
     logging.set_verbosity(logging.WARNING)
     handler = logging.get_absl_handler()
     handler.setFormatter(standard_logging.Formatter("%(levelname)s: %(message)s"))
     # Orbax warns about ordinary things, such as a checkpoint between two evaluations, which has no score.
     handler.addFilter(lambda record: record.levelno > standard_logging.WARNING or "orbax" not in record.pathname)
+
+
+def main(_: list[str]) -> None:
+    start()
+    from ktda_jax import train
+    from ktda_jax.config import ConfigError
+    from ktda_jax.data.images import DataError
+
     verbs = {"train": train.train_and_evaluate, "eval": train.evaluate_workdir}
     try:
         verbs[MODE.value](CONFIG.value, _workdir())
@@ -81,7 +85,7 @@ def main(_: list[str]) -> None:
 
 
 def run() -> None:
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,15 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import hashlib
+import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -49,13 +53,18 @@ def train_step(
     optimizer,
     mesh,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimiser step. batch: `image` (B, H, W, 3), `label` (B, H, W), the rows of all devices."""
+    """One optimiser step. batch: `image` (B, H, W, bands), `label` (B, H, W), the rows of all devices.
+
+    The teacher's taps are those of the batch (`teacher`, precomputed), or `teacher`'s for these images.
+    """
     key = jax.random.fold_in(jax.random.key(config.seed), current.step)
 
     def loss_fn(params, stats, rows, key):
         model = state.merge(graphdef, params, stats)
         frozen = None if teacher_graphdef is None else state.merge(teacher_graphdef, teacher, {})
         outputs = model(rows["image"], train=True, key=key, teacher=frozen)
+        if "teacher" in rows:
+            outputs = outputs._replace(teacher=rows["teacher"])
         loss, terms = losses.total_loss(outputs, rows["label"], config.loss)
         return loss, (terms, state.batch_stats(model))
 
@@ -119,8 +128,9 @@ def build(config, *, teacher: bool = True, initial: bool = True) -> Program:
         common = dict(dtype=dtype, param_dtype=param_dtype)
         graphdef, params, stats = state.abstract(lambda: KTDA(model_config, **common, rngs=nnx.Rngs(0)))
         loaded = _loaded(config, model_config, params, stats) if initial else {}
-        distill = config.distill and teacher
-        teacher_graphdef, teacher_arrays = _teacher(config, model_config, common, mesh) if distill else (None, dict)
+        teacher_graphdef, teacher_arrays = None, dict
+        if teacher and config.distill and config.teacher.mode == "computed":
+            teacher_graphdef, teacher_arrays = frozen_teacher(config, model_config, dtype, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -214,8 +224,11 @@ def _loaded(config, model: KTDAConfig, params: state.Arrays, stats: state.Arrays
     return {f"student/{k}": v for k, v in tensors.items()}
 
 
-def _teacher(config, model: KTDAConfig, common: dict, mesh: Mesh) -> tuple[nnx.GraphDef, Callable[[], state.Arrays]]:
+def frozen_teacher(
+    config, model: KTDAConfig, dtype: jnp.dtype, mesh: Mesh
+) -> tuple[nnx.GraphDef, Callable[[], state.Arrays]]:
     """The frozen teacher's structure, and what puts its arrays on the mesh; its file is read and checked now."""
+    common = dict(dtype=dtype, param_dtype=jnp.promote_types(dtype, jnp.float32))
     graphdef, expected, _ = state.abstract(lambda: ViT(model.teacher, **common, rngs=nnx.Rngs(0)))
     shardings = sharding.tree_shardings(mesh, expected)
     if config.weights.teacher is not None:
@@ -227,3 +240,26 @@ def _teacher(config, model: KTDAConfig, common: dict, mesh: Mesh) -> tuple[nnx.G
         return state.split(ViT(model.teacher, **common, rngs=nnx.Rngs(params=key)))[1]
 
     return graphdef, lambda: jit_once(init, out_shardings=shardings)()
+
+
+def teacher_identity(config, model: KTDAConfig) -> dict[str, Any]:
+    """What decides the frozen teacher's features of an image, in JSON's terms: what `ktda_jax.extract` writes down.
+
+    Without config.weights.teacher the teacher is random, or, for features that exist, whatever made them.
+    """
+    digest, arrays = None, {}
+    if config.weights.teacher is not None:
+        _, expected, _ = state.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
+        arrays = weights.load(config.weights.teacher, expected, "teacher", model.teacher)
+        digest = hashlib.sha256()
+        for path in sorted(arrays):
+            digest.update(f"{path} {arrays[path].shape}".encode())
+            digest.update(np.ascontiguousarray(arrays[path]))
+    identity = {
+        "teacher": config.weights.teacher,
+        "sha256": digest and digest.hexdigest(),
+        "seed": None if arrays else config.seed,
+        "rgb": model.rgb,
+        **dataclasses.asdict(model.teacher),
+    }
+    return json.loads(json.dumps(identity))

@@ -1,6 +1,5 @@
 """The `(data, fsdp)` mesh, and shardings by rule. Both axes split the batch; `fsdp` also splits the parameters."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -60,10 +59,16 @@ def check_batch_size(mesh: Mesh, batch_size: int, name: str, accumulate: int = 1
         )
 
 
-def to_global(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows -> arrays over all devices of all processes."""
+def to_global(mesh: Mesh, batch: Any) -> Any:
+    """A tree of this process's rows -> arrays over all devices of all processes."""
     sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+    """The rows of a batch-sharded array that this process fed in."""
+    shards = sorted(array.addressable_shards, key=lambda s: s.index[0].start or 0)
+    return np.concatenate([np.asarray(s.data) for s in shards])
 
 
 def place(tree: Any, shardings: Any) -> Any:

@@ -12,7 +12,7 @@ from ktda_jax.checkpoint import Checkpoints
 from ktda_jax.config import ConfigError
 from ktda_jax.data import pipeline
 from ktda_jax.data.check import check_split
-from ktda_jax.inputs import eval_source, open_source, processes
+from ktda_jax.inputs import eval_source, open_features, open_source, processes
 from ktda_jax.program import Program, build
 from ktda_jax.state import TrainState
 from ktda_jax.stop import StopSignal
@@ -39,9 +39,11 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
     fingerprints = {"train": summary.fingerprint, "val": val_fingerprint}
     if config.data.test_split not in (None, config.data.val_split):  # what is wrong with it must not wait for the end
         fingerprints["test"] = eval_source(config, config.data.test_split)[1]
+    features = open_features(config, summary.fingerprint)
     batches = pipeline.train_iterator(
         train_source, crop=crop, batch_size=config.batch_size, seed=config.seed, flip=config.data.flip,
-        photometric=config.data.photometric, on_corrupt=config.data.on_corrupt, **processes(config),
+        photometric=config.data.photometric, on_corrupt=config.data.on_corrupt, features=features,
+        **processes(config),
     )  # fmt: skip
 
     first = jax.process_index() == 0
@@ -68,7 +70,10 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
             f"tiles, {mesh.size} {jax.default_backend()} device(s), compute in {configs.compute_dtype(config)}"
             + (f", resuming at step {start}" if start else "")
         )
-        for part, needed in (("student", config.weights.model is None), ("teacher", config.distill)):
+        if features is not None:
+            writer.message(f"teacher: features in {features.folder}, made by {features.source or 'a random teacher'}")
+        computed = config.distill and features is None
+        for part, needed in (("student", config.weights.model is None), ("teacher", computed)):
             if needed and config.weights[part] is None and not start:
                 writer.message(f"warning: the {part} starts from random weights; set config.weights.{part}")
         teacher = program.teacher()
@@ -93,7 +98,7 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
         while step < config.total_steps:
             batch = next(batches)
             skipped += int(batch.pop("skipped", 0))
-            batch = sharding.to_global(mesh, {k: batch[k] for k in ("image", "label")})
+            batch = sharding.to_global(mesh, {k: batch[k] for k in ("image", "label", "teacher") if k in batch})
             if step == start:
                 writer.message("compiling the training step")
                 program.compile_step(current, batch, teacher)

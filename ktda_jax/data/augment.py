@@ -25,13 +25,29 @@ def random_crop(
     return image[window], label[window]
 
 
+def draw_aligned(
+    size: tuple[int, int], crop: tuple[int, int], patch: int, rng: np.random.Generator, probability: float
+) -> tuple[int, int, bool]:
+    """Corner (top, left) of a crop at whole multiples of `patch`, and whether the tile is mirrored before it is cut.
+
+    With a tile as large as the crop these are the draws of `random_crop` and then `random_flip`.
+    """
+    top, left = (patch * int(rng.integers((a - b) // patch + 1)) for a, b in zip(size, crop, strict=True))
+    return top, left, rng.random() < probability
+
+
 def random_flip(
     image: np.ndarray, label: np.ndarray, rng: np.random.Generator, probability: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mirrors both left to right with `probability`."""
     if rng.random() < probability:
-        return cv2.flip(image, 1).reshape(image.shape), cv2.flip(label, 1)  # OpenCV drops a single band's axis
+        return mirror(image, label)
     return image, label
+
+
+def mirror(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both left to right."""
+    return cv2.flip(image, 1).reshape(image.shape), cv2.flip(label, 1)  # OpenCV drops a single band's axis
 
 
 def _affine(pixels: np.ndarray, alpha: float = 1.0, beta: float = 0.0) -> np.ndarray:

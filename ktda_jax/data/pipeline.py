@@ -18,6 +18,7 @@ from ktda_jax.data import augment
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import cpu_threads, label_sizes, read_tile, tile_name
+from ktda_jax.data.teacher_features import TeacherFeatures
 
 ON_CORRUPT = ("stop", "skip")
 
@@ -34,6 +35,7 @@ def train_iterator(
     process_count: int = 1,
     on_corrupt: str = "stop",
     num_threads: int | None = None,
+    features: TeacherFeatures | None = None,
 ) -> grain.DatasetIterator:
     """Endless training batches of this process; the iterator's `get_state` / `set_state` are its position.
 
@@ -41,6 +43,9 @@ def train_iterator(
     is `image` uint8 (b, H, W, bands), `label` uint8 (b, H, W), `mask` bool (b,) all true, and `skipped`, the
     number of its rows (int) that stand in for unreadable tiles. `on_corrupt='stop'` raises DataError with the
     tile's name; 'skip' takes the next readable tile instead and warns once per tile.
+
+    With `features` a batch also has `teacher`, four arrays (b, h, w, C): what the teacher saw of each row, flips
+    included, colour changes not. Crops then begin at multiples of the teacher's patch.
     """
     rows = _rows_per_process(batch_size, process_index, process_count)
     if on_corrupt not in ON_CORRUPT:
@@ -49,8 +54,12 @@ def train_iterator(
         raise DataError(f"seed is {seed}: give a number from 0")
     if not len(source):
         raise DataError(f"{source!r} has no tiles")
+    if features is not None and len(features) != len(source):
+        raise DataError(f"{len(features)} tiles have teacher features, but {source!r} has {len(source)}")
     cv2.setNumThreads(0)  # the parallelism is Grain's: one thread per batch in flight
-    rows_source = _TrainRows(source, seed=seed, crop=crop, flip=flip, photometric=photometric, on_corrupt=on_corrupt)
+    rows_source = _TrainRows(
+        source, seed=seed, crop=crop, flip=flip, photometric=photometric, on_corrupt=on_corrupt, features=features
+    )
     batches = grain.MapDataset.source(rows_source).batch(rows, batch_fn=_stack)[
         # Batches of b rows, every process_count-th one: local batch k of process p is then number
         # k * process_count + p, which holds exactly rows p * b to (p + 1) * b of global batch k.
@@ -72,18 +81,18 @@ class EvalBatches:
         self._rows = _rows_per_process(batch_size, process_index, process_count)
         self._first = process_index * self._rows
         self._source, self._num_threads = source, num_threads
-        self._crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
+        self._crop = (crop, crop) if isinstance(crop, int) else crop and tuple(crop)
         by_size = {}
         for index, size in enumerate(label_sizes(source, num_threads=num_threads)):
             by_size.setdefault(tuple(size), []).append(index)
         self.sizes = tuple(sorted(by_size))
-        self._batch_sizes, plan = [], []
+        self.batch_sizes, plan = [], []
         for size in self.sizes:  # a batch holds labels of one size; each size pads its own last batch
             indices = by_size[size]
             for start in range(0, len(indices), batch_size):
                 chunk = indices[start : start + batch_size]
                 plan.append(chunk + [-1] * (batch_size - len(chunk)))
-                self._batch_sizes.append(size)
+                self.batch_sizes.append(size)
         self.plan = np.array(plan, np.int64).reshape(-1, batch_size)
 
     def __len__(self) -> int:
@@ -97,14 +106,15 @@ class EvalBatches:
     def _batch(self, number: int) -> dict:
         """This process's rows of global batch `number`."""
         indices = self.plan[number, self._first : self._first + self._rows]
-        size = self._batch_sizes[number]
-        image = np.zeros((self._rows, *self._crop, getattr(self._source, "bands", 3)), np.uint8)
+        size = self.batch_sizes[number]
+        crop = self._crop or size
+        image = np.zeros((self._rows, *crop, getattr(self._source, "bands", 3)), np.uint8)
         label = np.full((self._rows, *size), IGNORE, np.uint8)
         names = [""] * self._rows
         for row, index in enumerate(indices):
             if index >= 0:
                 tile = read_tile(self._source, int(index))
-                image[row] = _resized(tile["image"], self._crop)
+                image[row] = _resized(tile["image"], crop)
                 label[row], names[row] = tile["label"], tile["name"]
         return {
             "image": image,
@@ -119,7 +129,7 @@ class EvalBatches:
 def eval_batches(
     source,
     *,
-    crop: int | tuple[int, int],
+    crop: int | tuple[int, int] | None,
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
@@ -127,8 +137,8 @@ def eval_batches(
 ) -> EvalBatches:
     """Every tile once, ordered by label size and then by index; rows are dealt to processes as in training.
 
-    A batch is `image` uint8 (b, *crop, bands), resized bilinearly, `label` uint8 (b, H, W) at its own size,
-    `mask` bool (b,), `name` list of str, `index` int64 (b,) into the source, `original` int32 (b, 2), the
+    A batch is `image` uint8 (b, *crop, bands), resized bilinearly unless `crop` is None, `label` uint8 (b, H, W) at its
+    own size, `mask` bool (b,), `name` list of str, `index` int64 (b,) into the source, `original` int32 (b, 2), the
     label's (H, W). Padding rows have image 0, label 255, mask false, name '' and index -1. Unreadable tiles
     raise DataError: a score over fewer tiles would not be the score asked for.
     """
@@ -166,9 +176,10 @@ class _TrainRows:
     times what reading and augmenting one takes.
     """
 
-    def __init__(self, source, *, seed: int, crop, flip: float, photometric: bool, on_corrupt: str):
-        self._source, self._seed, self._skip = source, seed, on_corrupt == "skip"
-        self._crop, self._flip, self._photometric = crop, flip, photometric
+    def __init__(self, source, *, seed: int, crop, flip: float, photometric: bool, on_corrupt: str, features):
+        self._source, self._seed, self._skip, self._features = source, seed, on_corrupt == "skip", features
+        self._crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
+        self._flip, self._photometric = flip, photometric
         self._order = functools.lru_cache(maxsize=4)(self._shuffled)  # neighbouring epochs overlap in a batch
         self._reported, self._lock = set(), threading.Lock()
 
@@ -181,27 +192,45 @@ class _TrainRows:
     def __getitem__(self, position: int) -> dict:
         """Row number `position`, counted from the start of the run over the rows of all processes."""
         epoch, place = divmod(position, len(self._source))
-        tile, skipped = self._read(int(self._order(epoch)[place]))
+        wanted = int(self._order(epoch)[place])
+        tile, index = self._read(wanted)
         rng = np.random.Generator(np.random.Philox(key=np.array([self._seed, position], np.uint64)))
-        try:
-            image, label = augment.random_crop(tile["image"], tile["label"], self._crop, rng)
-        except ValueError as error:
-            raise DataError(f"tile {tile['name']}: {error}") from error
-        image, label = augment.random_flip(image, label, rng, self._flip)
+        row = {"skipped": index != wanted}
+        if self._features is None:
+            try:
+                image, label = augment.random_crop(tile["image"], tile["label"], self._crop, rng)
+            except ValueError as error:
+                raise DataError(f"tile {tile['name']}: {error}") from error
+            image, label = augment.random_flip(image, label, rng, self._flip)
+        else:
+            image, label, row["teacher"] = self._aligned(tile, index, rng)
         if self._photometric:
             image = augment.photometric_distortion(image, rng)
-        return {"image": image, "label": label, "skipped": skipped}
+        return {"image": image, "label": label, **row}
+
+    def _aligned(self, tile: dict, index: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Crop and flip at the teacher's patches: image, label and the taps (4, h, w, C) of just this window."""
+        patch, (height, width) = self._features.patch, self._crop
+        top, left, mirrored = augment.draw_aligned(tile["label"].shape, self._crop, patch, rng, self._flip)
+        image, label = tile["image"], tile["label"]
+        if mirrored:  # before the cut: the mirror image's patches begin at its own left edge
+            image, label = augment.mirror(image, label)
+        window = np.s_[top : top + height, left : left + width]
+        first, second = top // patch, left // patch
+        taps = self._features.read(index, mirrored)
+        taps = taps[:, first : first - (-height // patch), second : second - (-width // patch)]
+        return image[window], label[window], taps
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         """The order of one epoch; a whole permutation takes less than decoding one tile."""
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._source))
 
-    def _read(self, index: int) -> tuple[dict, bool]:
-        """Tile `index`, or in skip mode the next one that can be read; and whether it is such a stand-in."""
+    def _read(self, index: int) -> tuple[dict, int]:
+        """Tile `index`, or in skip mode the next one that can be read; and which one it is."""
         for step in range(len(self._source)):
             candidate = (index + step) % len(self._source)
             try:
-                return read_tile(self._source, candidate), step > 0
+                return read_tile(self._source, candidate), candidate
             except DataError as error:
                 if not self._skip:
                     raise DataError(f"{error}; repair or remove the tile, or train with on_corrupt='skip'") from error
@@ -217,12 +246,15 @@ class _TrainRows:
 
 
 def _stack(rows: list[dict]) -> dict:
-    return {
+    batch = {
         "image": np.stack([row["image"] for row in rows]),
         "label": np.stack([row["label"] for row in rows]),
         "mask": np.ones(len(rows), bool),
         "skipped": sum(int(row["skipped"]) for row in rows),
     }
+    if "teacher" in rows[0]:
+        batch["teacher"] = tuple(np.stack(taps) for taps in zip(*(row["teacher"] for row in rows), strict=True))
+    return batch
 
 
 def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

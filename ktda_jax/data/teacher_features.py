@@ -1,0 +1,135 @@
+"""The frozen teacher's features of a split on disk, so that training need not run the teacher (ktda_jax.extract).
+
+A folder of array_record files, `manifest.json` and `records.npy`, which says where a tile is. Every tile has two records, of the tile and of its mirror image: the
+four taps of the whole tile, (4, h, w, C). The manifest says what they were made from; whoever reads them says what
+is wanted, and anything else is refused.
+"""
+
+import json
+import pathlib
+import threading
+
+import grain
+import ml_dtypes
+import numpy as np
+
+from ktda_jax.data.images import DataError
+
+FORMAT = 1
+MANIFEST, RECORDS = "manifest.json", "records.npy"
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+PADDING = "zeros at bottom and right up to a multiple of the patch, after normalisation"
+
+
+class FeatureWriter:
+    """Writes one shard: tiles in the order of the calls."""
+
+    def __init__(self, path: pathlib.Path, dtype: str):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self._dtype, self._writer = DTYPES[dtype], ArrayRecordWriter(str(path), "group_size:1")
+
+    def write(self, name: str, taps: np.ndarray, mirrored: np.ndarray) -> None:
+        """Of one tile and of its mirror image: (4, h, w, C) each, in the stored dtype."""
+        for values in (taps, mirrored):
+            if not np.isfinite(values).all():
+                raise DataError(
+                    f"the teacher's features of tile {name} are not finite as {self._dtype}: set "
+                    "config.teacher.dtype='bfloat16'"
+                )
+            self._writer.write(np.ascontiguousarray(values, self._dtype).tobytes())
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class TeacherFeatures:
+    """Random access to the features of a split; threads may share it and it pickles.
+
+    `wanted` is the manifest's `made_from` as the configuration at hand would have it; entries that are None there are
+    not compared. DataError names what differs.
+    """
+
+    def __init__(self, folder: pathlib.Path, wanted: dict):
+        self.folder = pathlib.Path(folder)
+        manifest = read_manifest(self.folder)
+        check(self.folder, manifest, wanted)
+        self.patch = manifest["made_from"]["patch"]
+        self.source = manifest["made_from"]["teacher"]
+        self._dtype, self._width = DTYPES[manifest["dtype"]], manifest["made_from"]["width"]
+        self._paths = [str(self.folder / name) for name in manifest["shards"]]
+        for path in (*self._paths, self.folder / RECORDS):
+            if not pathlib.Path(path).is_file():
+                raise DataError(f"the teacher features in {self.folder} lack {path}: {AGAIN}")
+        self._records = np.load(self.folder / RECORDS)  # (tiles, 4): shard, place in it, h, w
+        self._lock, self._open = threading.Lock(), None
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, index: int, mirrored: bool) -> np.ndarray:
+        """The taps (4, h, w, C) of tile `index`, or of its mirror image."""
+        shard, place, height, width = self._records[index].tolist()
+        try:
+            data = self._shards()[shard][2 * place + mirrored]
+            return np.frombuffer(data, self._dtype).reshape(4, height, width, self._width)
+        except Exception as error:
+            raise DataError(f"cannot read the teacher features of tile {index} in {self.folder}: {AGAIN}") from error
+
+    def _shards(self) -> list:
+        with self._lock:
+            if self._open is None:
+                self._open = [grain.sources.ArrayRecordDataSource([path]) for path in self._paths]
+            return self._open
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_open")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _lock=threading.Lock(), _open=None)
+
+
+AGAIN = "extract them again by python -m ktda_jax.extract with this config, into a new config.teacher.features"
+_NAMED = {  # of `made_from`
+    "tiles": "other tiles",
+    "split": "another split",
+    "sha256": "another teacher's weights",
+    "image_size": "a teacher set to another image size",
+    "rgb": "other bands",
+}
+
+
+def check(folder: pathlib.Path, manifest: dict, wanted: dict) -> None:
+    """DataError unless the features were made from what is wanted."""
+    made = manifest["made_from"]
+    for key, value in wanted.items():
+        if value is None or made.get(key) == value:
+            continue
+        what = _NAMED.get(key, f"a teacher of another {key}")
+        there = "random ones" if (key, made.get(key)) == ("sha256", None) else _short(made.get(key))
+        raise DataError(f"the teacher features in {folder} are of {what} ({there}, wanted {_short(value)}): {AGAIN}")
+
+
+def _short(value) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 else text  # a sha256
+
+
+def read_manifest(folder: pathlib.Path) -> dict:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["format"] != FORMAT:
+            raise DataError(f"the teacher features in {folder} have format {manifest['format']}, not {FORMAT}: {AGAIN}")
+        if not {"made_from", "dtype", "shards"} <= manifest.keys():
+            raise ValueError("parts are missing")
+        return manifest
+    except FileNotFoundError as error:
+        raise DataError(
+            f"no teacher features in {folder} (no {MANIFEST}): extract them by python -m ktda_jax.extract with this "
+            "config, or set config.teacher.features"
+        ) from error
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}; {AGAIN}") from error

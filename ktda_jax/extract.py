@@ -1,0 +1,186 @@
+"""`python -m ktda_jax.extract --config=...`: the frozen teacher's features of the training split, once and for all.
+
+Runs the teacher over every training tile and its mirror image, sharded over all devices, into config.teacher.features.
+Training with --config.teacher.mode=precomputed then reads them in step with the tiles.
+"""
+
+import os
+import pathlib
+import shutil
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app
+from jax.experimental import multihost_utils
+
+from ktda_jax import config as configs
+from ktda_jax import main as command  # its flags, and its one-line errors
+from ktda_jax import sharding, state
+from ktda_jax.config import ConfigError
+from ktda_jax.data import pipeline
+from ktda_jax.data.check import check_split
+from ktda_jax.data.images import DataError
+from ktda_jax.data.teacher_features import (
+    DTYPES,
+    FORMAT,
+    MANIFEST,
+    PADDING,
+    RECORDS,
+    FeatureWriter,
+    check,
+    read_manifest,
+)
+from ktda_jax.inputs import features_folder, open_source, processes
+from ktda_jax.models.ktda import KTDAConfig, normalize
+from ktda_jax.program import frozen_teacher, model_config_of, teacher_identity
+
+
+def run(config) -> pathlib.Path:
+    """Extracts, unless the features are there; returns their folder. ConfigError or DataError if it cannot be done."""
+    configs.check(config)
+    try:
+        model = model_config_of(config)
+        mesh = sharding.make_mesh(**config.mesh)
+        sharding.check_batch_size(mesh, config.eval_batch_size, "config.eval_batch_size")
+        identity = teacher_identity(config, model)
+        dtype = configs.compute_dtype(config)
+        graphdef, place = frozen_teacher(config, model, dtype, mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    folder, split = features_folder(config), config.data.train_split
+    source = open_source(config, split)
+    summary = check_split(source, num_threads=config.data.num_threads)
+    made_from = {**identity, "tiles": summary.fingerprint, "split": split}
+    if folder.exists():
+        check(folder, read_manifest(folder), made_from)
+        _say(f"the features are in {folder} already")
+        return folder
+
+    rows = dict(crop=None, batch_size=config.eval_batch_size, **processes(config))
+    batches = pipeline.eval_batches(source, **rows)
+    records, per_shard = _records(batches, model, jax.process_count())
+    size = sum(2 * 4 * h * w * model.teacher.width * DTYPES[config.teacher.dtype].itemsize for *_, h, w in records)
+    _check_space(folder, size // jax.process_count())
+    _say(
+        f"{len(source)} tiles and their mirror images, {size / 1e9:.2f} GB of {config.teacher.dtype} before compression"
+    )
+
+    step = _step(graphdef, model, dtype, DTYPES[config.teacher.dtype], mesh)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if jax.process_index() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)  # of an extraction that was killed
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write to config.teacher.features={folder}: {error.strerror}") from error
+    _meet("folder made")
+    try:
+        _write(temporary / _shard(jax.process_index()), config, step, place(), batches, mesh)
+        _meet("shards written")
+        if jax.process_index() == 0:
+            manifest = {
+                "format": FORMAT,
+                "made_from": made_from,
+                "padding": PADDING,
+                "computed_in": str(dtype),
+                "dtype": config.teacher.dtype,
+                "shards": [_shard(k) for k, count in enumerate(per_shard) if count],
+            }
+            np.save(temporary / RECORDS, np.array(records, np.int64))
+            configs.write_json(temporary / MANIFEST, manifest)
+            os.replace(temporary, folder)
+    finally:
+        if jax.process_index() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+    _meet("done")
+    return folder
+
+
+def _shard(process: int) -> str:
+    return f"features-{process:05}-of-{jax.process_count():05}.array_record"
+
+
+def _records(batches: pipeline.EvalBatches, model: KTDAConfig, count: int) -> tuple[list[list[int]], list[int]]:
+    """By tile: the shard, the place in it and the grid (h, w); and the number of tiles in every shard."""
+    rows = batches.plan.shape[1] // count
+    records, per_shard = [None] * int((batches.plan >= 0).sum()), [0] * count
+    for indices, size in zip(batches.plan, batches.batch_sizes, strict=True):
+        for row, index in enumerate(indices.tolist()):
+            if index >= 0:
+                shard = row // rows
+                records[index] = [shard, per_shard[shard], *model.teacher.grid_of(*size)]
+                per_shard[shard] += 1
+    return records, per_shard
+
+
+def _step(graphdef, model: KTDAConfig, dtype, stored: np.dtype, mesh):
+    """(teacher, images (B, H, W, bands)) -> taps of the images and of their mirror images, (B, 4, h, w, C) each."""
+
+    def taps(teacher, images):
+        seen = normalize(images[..., np.array(model.rgb)], dtype, model.teacher.mean, model.teacher.std)
+        vit = state.merge(graphdef, teacher, {})
+        return tuple(jnp.stack(vit(x), 1).astype(stored) for x in (seen, seen[:, :, ::-1]))
+
+    return jax.jit(taps, out_shardings=(sharding.batch_sharding(mesh),) * 2)
+
+
+def _write(path: pathlib.Path, config, step, teacher, batches, mesh) -> None:
+    """This process's tiles. The device works on one batch while the one before it is written."""
+    writer, pending = FeatureWriter(path, config.teacher.dtype), None
+    total, done, said = int((batches.plan >= 0).sum()), 0, time.monotonic()
+    started = said
+
+    def write(batch, taps):
+        both = [sharding.local_rows(values) for values in taps]
+        for row in np.flatnonzero(batch["mask"]):
+            writer.write(batch["name"][row], both[0][row], both[1][row])
+
+    try:
+        for number, batch in enumerate(batches):
+            taps = step(teacher, sharding.to_global(mesh, batch["image"]))
+            if pending is not None:
+                write(*pending)
+            pending = batch, taps
+            done += int((batches.plan[number] >= 0).sum())
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                _say(f"{done:,} of {total:,} tiles, {done / (said - started):.1f} a second")
+        write(*pending)
+    finally:
+        writer.close()
+
+
+def _check_space(folder: pathlib.Path, needed: int) -> None:
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ConfigError(
+            f"config.teacher.features={folder} needs up to {needed / 1e9:.1f} GB, but {existing} has only "
+            f"{free / 1e9:.1f} GB free; choose another place, or config.teacher.mode=computed, which needs none"
+        )
+
+
+def _meet(where: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"extract: {where}")
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def main(_: list[str]) -> None:
+    command.start()
+    try:
+        folder = run(command.CONFIG.value)
+    except (ConfigError, DataError) as error:
+        sys.exit(f"error: {error}")
+    _say(f"done; train with --config.teacher.mode=precomputed --config.teacher.features={folder}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=command.parse)
