@@ -53,7 +53,7 @@ def run(config) -> pathlib.Path:
     folder, split = features_folder(config), config.data.train_split
     source = open_source(config, split)
     summary = check_split(source, num_threads=config.data.num_threads)
-    made_from = {**identity, "tiles": summary.fingerprint, "split": split}
+    made_from = {"split": split, "tiles": summary.fingerprint, **identity}
     if folder.exists():
         check(folder, read_manifest(folder), made_from)
         _say(f"the features are in {folder} already")

@@ -58,7 +58,7 @@ def open_features(config, fingerprint: str) -> TeacherFeatures | None:
         raise ConfigError(str(error)) from error
     if identity["sha256"] is None:  # not named: then it is the one that made the features
         identity |= {"seed": None, "sha256": None}
-    wanted = {**identity, "tiles": fingerprint, "split": config.data.train_split, "teacher": None}
+    wanted = {"split": config.data.train_split, "tiles": fingerprint, **identity, "teacher": None}
     return TeacherFeatures(features_folder(config), wanted)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import runpy
+import socket
 import subprocess
 import sys
 import time
@@ -111,9 +112,14 @@ def compile_quickly(jitted, *args):
 
 
 def start(
-    *flags: str, devices: int = 1, quickly: bool = True, cache: pathlib.Path | None = None, **environment: str
+    *flags: str,
+    devices: int = 1,
+    quickly: bool = True,
+    cache: pathlib.Path | None = None,
+    verb: str = "main",
+    **environment: str,
 ) -> subprocess.Popen:
-    """`python -m ktda_jax.main FLAGS` in a process of its own.
+    """`python -m ktda_jax.VERB FLAGS` in a process of its own.
 
     `quickly` compiles as `compile_quickly` does; `cache` spares repeated compilation.
     """
@@ -124,13 +130,22 @@ def start(
     if cache is not None:
         settings |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
     return subprocess.Popen(
-        [sys.executable, "-m", "ktda_jax.main", *flags],
+        [sys.executable, "-m", f"ktda_jax.{verb}", *flags],
         cwd=REPOSITORY,
         env=settings,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def start_two(*flags: str, verb: str = "main") -> list[subprocess.Popen]:
+    """Real processes, one device each, that meet on localhost."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = (*flags, f"--coordinator={address}", "--num_processes=2")
+    return [start(*flags, f"--process_id={k}", verb=verb) for k in range(2)]
 
 
 def finish(process: subprocess.Popen) -> tuple[str, str]:

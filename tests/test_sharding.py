@@ -2,7 +2,6 @@
 
 import re
 import signal
-import socket
 
 import jax
 import numpy as np
@@ -127,12 +126,7 @@ def test_a_mesh_gives_the_losses_of_one_device(one_device, tiles, small_arrays_a
 
 
 def start_two(tiles, workdir, settings):
-    """Real processes, one device each, that meet on localhost."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    flags = (*runs.arguments(tiles, workdir, settings), f"--coordinator={address}", "--num_processes=2")
-    return [runs.start(*flags, f"--process_id={k}") for k in range(2)]
+    return runs.start_two(*runs.arguments(tiles, workdir, settings))
 
 
 def test_two_processes_are_one(tiles, tmp_path):

@@ -1,8 +1,8 @@
 """The frozen teacher's features of a split on disk, so that training need not run the teacher (ktda_jax.extract).
 
-A folder of array_record files, `manifest.json` and `records.npy`, which says where a tile is. Every tile has two records, of the tile and of its mirror image: the
-four taps of the whole tile, (4, h, w, C). The manifest says what they were made from; whoever reads them says what
-is wanted, and anything else is refused.
+A folder of array_record files, `manifest.json`, and `records.npy`, which says where a tile is. Every tile has two
+records, of the tile and of its mirror image: the four taps of the whole tile, (4, h, w, C). The manifest says what they
+were made from; whoever reads them says what is wanted, and anything else is refused.
 """
 
 import json

@@ -1,0 +1,170 @@
+"""`python -m ktda_jax.extract`: the features are the teacher's, training with them is training with the teacher."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import runs
+from PIL import Image
+
+from ktda_jax import extract, sharding, weights
+from ktda_jax.config import ConfigError
+from ktda_jax.data import pipeline
+from ktda_jax.data.check import check_split
+from ktda_jax.data.images import DataError
+from ktda_jax.inputs import open_features, open_source
+from ktda_jax.program import build, model_config_of
+from ktda_jax.weights import Weights
+
+# Three patches of 14 and a part of one on each side; tiles as large as the crop.
+SETTINGS = {"data.crop": (48, 48), "model.teacher.image_size": (48, 48), "data.photometric": False, "loss.alpha": 0.5}
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    return runs.make_tiles(tmp_path_factory.mktemp("tiles"), train=5, size=48)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiles, tmp_path_factory):
+    """A folder with a teacher's weights."""
+    path, config = tmp_path_factory.mktemp("weights") / "teacher", runs.config(tiles, SETTINGS)
+    weights.save(path, Weights("teacher", model_config_of(config).teacher, runs.random_teacher(config), {}))
+    return path
+
+
+@pytest.fixture
+def config(tiles, teacher, tmp_path):
+    """config(**overrides) with the teacher's weights, and features below tmp_path."""
+
+    def make(**overrides):
+        given = {"weights.teacher": str(teacher), "teacher.features": str(tmp_path / "features")}
+        return runs.config(tiles, {**SETTINGS, **given, **{k.replace("__", "."): v for k, v in overrides.items()}})
+
+    return make
+
+
+def first_terms(config):
+    """The terms of the first training step."""
+    program, source = build(config), open_source(config, "train")
+    features = open_features(config, check_split(source).fingerprint)
+    batch = next(
+        pipeline.train_iterator(
+            source, crop=config.data.crop, batch_size=config.batch_size, seed=0, photometric=False, features=features
+        )
+    )
+    batch = sharding.to_global(program.mesh, {k: batch[k] for k in ("image", "label", "teacher") if k in batch})
+    arguments = jax.device_put(runs.random_state(program), program.shardings), batch, program.teacher()
+    _, terms = runs.compile_quickly(program.train_step, *arguments)(*arguments)
+    return jax.device_get(terms)
+
+
+def test_precomputed_distillation_is_the_computed_one(config, tmp_path):
+    """With flips as the only augmentation, to the stored type's precision (issue 4: 1e-3 in bfloat16)."""
+    model = dict(model__student__depths=(0, 0, 0, 0), model__aux_channels=0)
+    computed = first_terms(config(**model))
+    assert computed["distill"] > 0.1
+    for dtype, limit in (("bfloat16", 1e-3), ("float16", 1e-4)):
+        settings = dict(teacher__mode="precomputed", teacher__dtype=dtype, teacher__features=str(tmp_path / dtype))
+        extract.run(config(**settings))
+        precomputed = first_terms(config(**settings, **model))
+        assert precomputed["distill"] == pytest.approx(computed["distill"], rel=limit)
+        assert precomputed["decode"] == pytest.approx(computed["decode"], rel=1e-6)
+        assert precomputed["grad_norm"] == pytest.approx(computed["grad_norm"], rel=10 * limit)
+
+
+def read_all(features):
+    return np.stack([features.read(k, m).astype(np.float32) for k in range(len(features)) for m in (False, True)])
+
+
+def opened(config):
+    return open_features(config, check_split(open_source(config, "train")).fingerprint)
+
+
+def test_devices_and_batches_do_not_matter(config, tmp_path):
+    """Five tiles on four devices: the last batch is padded."""
+    one = config(teacher__mode="precomputed", eval_batch_size=5)
+    extract.run(one)
+    four = dict(mesh__data=4, eval_batch_size=4, teacher__features=str(tmp_path / "four"))
+    four = config(teacher__mode="precomputed", **four)
+    extract.run(four)
+    ours, theirs = read_all(opened(four)), read_all(opened(one))
+    assert len(ours) == 10 and (ours[0] != ours[1]).any()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-2, atol=1e-3)  # one step of bfloat16
+
+
+def test_two_processes_are_one(config, tiles, teacher, tmp_path):
+    settings = {**SETTINGS, "weights.teacher": teacher, "teacher.features": tmp_path / "two", "eval_batch_size": 2}
+    for out, _ in map(runs.finish, runs.start_two(*runs.arguments(tiles, tmp_path, settings), verb="extract")):
+        spoken = [line for line in out.splitlines() if "Gloo" not in line]
+        assert not spoken or "5 tiles and their mirror images" in spoken[0]
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        "manifest.json", "records.npy", "features-00000-of-00002.array_record", "features-00001-of-00002.array_record",
+    }  # fmt: skip
+    extract.run(one := config(teacher__mode="precomputed"))
+    two = config(teacher__mode="precomputed", teacher__features=str(tmp_path / "two"))
+    np.testing.assert_allclose(read_all(opened(two)), read_all(opened(one)), rtol=1e-2, atol=1e-3)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_there_is_kept_and_what_differs_is_refused(config, tmp_path, capsys, tiles):
+    settings = config(teacher__mode="precomputed")
+    extract.run(settings)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "features").iterdir()}
+    extract.run(settings)
+    assert "already" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "features").iterdir()} == before
+    with pytest.raises(DataError, match="are of another split"):
+        extract.run(config(data__train_split="val"))
+
+    other = tmp_path / "tiles"
+    shutil.copytree(tiles, other)
+    path = other / "img_dir/train/t0.png"
+    Image.fromarray(255 - np.array(Image.open(path))).save(path)
+    with pytest.raises(DataError, match="features are of other tiles"):
+        opened(config(teacher__mode="precomputed", data__root=str(other)))
+    with pytest.raises(DataError, match="features are of a teacher of another antialias"):
+        opened(config(teacher__mode="precomputed", model__teacher__antialias=True, weights__teacher=None))
+
+
+def test_another_teacher_is_refused(config, tmp_path, tiles):
+    extract.run(settings := config(teacher__mode="precomputed"))
+    arrays = {k: v + 1 for k, v in runs.random_teacher(settings).items()}
+    weights.save(tmp_path / "other", Weights("teacher", model_config_of(settings).teacher, arrays, {}))
+    with pytest.raises(DataError, match="features are of another teacher's weights"):
+        opened(config(teacher__mode="precomputed", weights__teacher=str(tmp_path / "other")))
+    opened(config(teacher__mode="precomputed", weights__teacher=None))  # not named: the one that made them
+
+
+def test_a_failure_leaves_nothing(config, tmp_path, monkeypatch):
+    def fail(*_):
+        raise DataError("no")
+
+    monkeypatch.setattr(extract.FeatureWriter, "write", fail)
+    with pytest.raises(DataError, match="no"):
+        extract.run(config())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_first(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(extract.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(ConfigError, match=r"features needs up to 0.0 GB, but .* has only 0.0 GB free; choose another"):
+        extract.run(config())
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_from_features_through_the_command(tiles, teacher, tmp_path):
+    settings = {**SETTINGS, "weights.teacher": teacher, "teacher.features": tmp_path / "features", "total_steps": 4}
+    settings |= {"eval_every": 4, "teacher.mode": "precomputed", "model.student.depths": (0, 0, 0, 0)}
+    flags = runs.arguments(tiles, tmp_path / "run", {**settings, "mesh.data": None})
+    process = runs.start(*flags)
+    assert process.communicate()[1].startswith(f"error: no teacher features in {tmp_path / 'features'} (no manifest")
+    runs.finish(runs.start(*flags, verb="extract"))
+    out, err = runs.finish(runs.start(*flags))
+    assert f"teacher: features in {tmp_path / 'features'}, made by {teacher}" in out
+    assert "the teacher starts from random" not in out + err
+    assert all(np.isfinite(row["train/distill"]) for row in runs.rows(tmp_path / "run")[:4])
+    manifest = json.loads((tmp_path / "features" / "manifest.json").read_text())
+    assert manifest["made_from"]["patch"] == 14 and len(manifest["made_from"]["sha256"]) == 64
