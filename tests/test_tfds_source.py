@@ -129,9 +129,10 @@ def test_manual_dir(tmp_path):
         prepare("grass", tmp_path)
     with pytest.raises(DataError, match="is not a directory"):
         prepare("grass", tmp_path, tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"no such directory: .*img_dir/train"):
-        prepare("grass", tmp_path, tmp_path)
-    assert not any(tmp_path.iterdir())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is empty: put the published img_dir and ann_dir, or their archives there"):
+        prepare("grass", tmp_path / "data", tmp_path / "empty")
+    assert not any((tmp_path / "empty").iterdir()) and not (tmp_path / "data").exists()
 
 
 def test_empty_folder_in_the_way(tmp_path):
