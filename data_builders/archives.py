@@ -67,6 +67,10 @@ def _files(archive) -> Iterator[tuple[pathlib.PurePosixPath, int, Callable[[], I
                 for info in file:
                     if info.isreg() and (path := _inside(archive, info.name)):
                         yield path, info.size, functools.partial(file.extractfile, info)
+                # tarfile takes an archive that was cut off between two files for a whole one.
+                file.fileobj.seek(file.offset)
+                if len(file.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("it ends too early")
 
 
 def _inside(archive, name) -> pathlib.PurePosixPath | None:
