@@ -211,6 +211,18 @@ def test_refusals(damage, tmp_path):
     assert not list((tmp_path / "data").rglob("*"))
 
 
+def test_many_tiles(tmp_path, monkeypatch):
+    """Written file by file in the order of the names, not sorted by TFDS, which past 1 GB takes TensorFlow for it."""
+    monkeypatch.setattr("tensorflow_datasets.core.shuffle.Shuffler", None)
+    monkeypatch.setattr("data_builders.tiles.SHARD", 2)
+    folder = pathlib.Path(prepare("grass", tmp_path, DUMMY["grass"]))
+    assert [path.name for path in sorted(folder.glob("*train*"))] == [
+        "grass-train.array_record-00000-of-00002",
+        "grass-train.array_record-00001-of-00002",
+    ]
+    assert [tile["name"] for tile in TfdsSource("grass", "train", data_dir=tmp_path, num_classes=5)] == ["1", "2", "3"]
+
+
 def test_small_disk(tmp_path, monkeypatch):
     pack(tmp_path / "download" / "grass.zip", DUMMY["grass"])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10))

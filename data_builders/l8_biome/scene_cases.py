@@ -12,6 +12,11 @@ from data_builders.l8_biome.scene_tiles import CLASSES
 ORIGIN = (382_185.0, 3_571_815.0)  # easting and northing of the upper left corner in EPSG:32647, 30 m pixels
 
 
+def scene_id(number: int) -> str:
+    """A Landsat-8 scene id; `number` stands where path and row would."""
+    return f"LC8{number:06d}2014014LGN00"
+
+
 def random_scene(seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """(pixels uint16 (H, W, 3) of bands 4, 3, 2, mask uint8 (H, W)): fill in two corners, as in real scenes."""
     rng = np.random.default_rng(seed)

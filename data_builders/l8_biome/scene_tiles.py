@@ -206,6 +206,13 @@ def _check_files(scene):
                     f"scene {scene.id}: {raster.name} is {raster.height} x {raster.width} pixels, its mask "
                     f"{files.mask.name} {files.mask.height} x {files.mask.width}: replace one or remove the scene"
                 )
+        # GDAL reads what an ENVI file lacks as 0, which would be fill.
+        size, promised = scene.mask.stat().st_size, files.mask.height * files.mask.width
+        if files.mask.driver == "ENVI" and size < promised:
+            raise DataError(
+                f"scene {scene.id}: {scene.mask} has {size} bytes, its header promises {promised}: download it again "
+                "or remove the scene"
+            )
         places = {(str(band.crs), band.transform) for band in files.bands}
         if len(places) > 1:
             names = ", ".join(pathlib.Path(band.name).name for band in files.bands)
