@@ -199,8 +199,12 @@ print(json.dumps([early, tile['image'].shape, [m for m in ('tensorflow', 'jax') 
 def test_dataset_infos():
     for name, info in DATASETS.items():
         assert info.name == name
+        assert info.license
         assert len(set(info.palette)) == info.num_classes
         np.testing.assert_array_equal(info.colours()[: info.num_classes], info.palette)
         assert not info.colours()[255].any()
+    assert dataset_info("l8_biome/scenes/1.0.0") is DATASETS["l8_biome"]
+    with pytest.raises(ValueError, match="unknown data set 'scenes/l8_biome'"):
+        dataset_info("scenes/l8_biome")
     with pytest.raises(ValueError, match="2 classes but 1"):
         DatasetInfo("x", ("a", "b"), ((0, 0, 0),), 64, ("train",))

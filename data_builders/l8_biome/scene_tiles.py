@@ -67,11 +67,11 @@ def scene_tiles(scene: Scene, variant: Variant) -> Iterator[tuple[int, dict]]:
 
     The grid begins in the upper left corner; tiles that stick out are padded with fill, which is 0 in the image.
     """
-    limits = {
-        "minmax": lambda: None,
-        "percentile": lambda: percentile_limits(scene, variant.tile_size),
-        "reflectance": lambda: REFLECTANCE_LIMITS,
-    }[variant.stretch]()
+    limits = None  # minmax: those of each tile
+    if variant.stretch == "percentile":
+        limits = percentile_limits(scene, variant.tile_size)
+    elif variant.stretch == "reflectance":
+        limits = REFLECTANCE_LIMITS
     labels = _label_table(variant.fill)
     size, key = variant.tile_size, 0
     with _open(scene) as files:
@@ -136,12 +136,12 @@ class _Files(typing.NamedTuple):
 @contextlib.contextmanager
 def _open(scene):
     rasterio = _rasterio()
-    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+    with contextlib.ExitStack() as stack:
         stack.enter_context(rasterio.Env(GDAL_CACHEMAX=_CACHE_MB))
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)  # masks need no place of their own
         opened = {}
         for path in dict.fromkeys([*(path for path, _ in scene.bands), scene.mask]):
-            with _one_line(path):
+            with _one_line(path), warnings.catch_warnings():
+                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)  # masks need no place
                 opened[path] = stack.enter_context(rasterio.open(path))
         bands = tuple(opened[path] for path, _ in scene.bands)
         yield _Files(bands, tuple(index for _, index in scene.bands), opened[scene.mask])

@@ -48,7 +48,7 @@ def test_as_the_tfds_command_makes_it(tmp_path):
         builder = Builder(data_dir=tmp_path, config=config)
         assert builder.info.full_name == f"l8_biome/{name}/1.0.0"
         assert ("scene" in builder.info.features) == (name != "tiles")
-        assert "public domain" in builder.info._info_proto.redistribution_info.license
+        assert "public domain" in builder.info.as_proto.redistribution_info.license
     assert builder.info.features["row"].np_dtype == np.int32
     assert builder.info.features["easting"].np_dtype == np.float64
     with pytest.raises(DataError, match="no configuration 'scene'"):
