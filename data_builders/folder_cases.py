@@ -76,6 +76,8 @@ class FolderCases:
         assert builder.info.features["label"].names == list(info.classes)
         assert builder.info.supervised_keys == ("image", "label")
         assert "2412.06664" in builder.info.citation
+        assert builder.info.as_proto.redistribution_info.license == info.license != ""
+        assert [tuple(colour) for colour in builder.info.metadata["palette"]] == list(info.palette)
         for split in info.splits:
             source = TfdsSource(info.name, split, data_dir=tmp_path / "data", num_classes=info.num_classes)
             assert [tile["name"] for tile in source] == ["a_10", "b_2"]

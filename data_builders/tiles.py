@@ -1,12 +1,15 @@
 """What the builders share: features of a labelled tile, its encoding, and reading the published folders.
 
 TFDS can encode arrays only through TensorFlow; PNG files in memory it stores as they are. So every tile is
-encoded here, losslessly, whatever the file it came from.
+encoded here, losslessly, whatever the file it came from. And its GeneratorBasedBuilder sorts a split of more than
+1 GB on disk, through TensorFlow again and with the whole split in memory at last, so that builders of real data
+write file by file (ShardBasedBuilder).
 """
 
+import functools
 import io
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import cv2
 import numpy as np
@@ -17,15 +20,23 @@ from ktda_jax.data.datasets import IGNORE, dataset_info
 from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import FolderSource
 
+SHARD = 128  # tiles in one file: TFDS holds the tiles of a file in memory while it writes them
 
-def tiles_info(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:
-    """TFDS's description of a segmentation set, from our entry of the same name in `datasets.DATASETS`."""
+
+def tiles_info(
+    builder: tfds.core.DatasetBuilder, *, description: str | None = None, features: Mapping | None = None
+) -> tfds.core.DatasetInfo:
+    """TFDS's description of a segmentation set, from our entry of the same name in `datasets.DATASETS`.
+
+    `description` replaces that of the entry, `features` come on top of image, label and name.
+    """
     info = dataset_info(builder.name)
     return tfds.core.DatasetInfo(
         builder=builder,
-        description=info.description,
+        description=description or info.description,
         citation=info.citation or None,
         homepage=info.homepage or None,
+        license=info.license or None,
         features=tfds.features.FeaturesDict(
             {
                 "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png", doc="RGB"),
@@ -36,6 +47,7 @@ def tiles_info(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:
                     doc=f"class, {IGNORE} = ignore",
                 ),
                 "name": tfds.features.Text(doc="file stem of the tile"),
+                **(features or {}),
             }
         ),
         supervised_keys=("image", "label"),
@@ -53,25 +65,28 @@ def encode_tile(image: np.ndarray, label: np.ndarray, name: str) -> dict:
     return {"image": _png(image[..., ::-1]), "label": _png(label), "name": name}
 
 
-def folder_splits(manual_dir, builder_name: str) -> dict[str, FolderSource]:
-    """The published splits that `manual_dir` holds, all tiles checked before anything is written.
+def folder_shards(folder, builder_name: str) -> dict[str, list[Callable[[], Iterator]]]:
+    """{split: generators of (key, example), one per file to write} of the splits that `folder` holds.
 
-    `train` must be there. DataError for missing folders and pairs, unreadable tiles, sizes that differ and
-    label values that are no class.
+    All tiles are checked before the first is yielded, and `train` must be there. DataError for missing folders
+    and pairs, unreadable tiles, sizes that differ and label values that are no class.
     """
-    info = dataset_info(builder_name)
-    splits = [
-        split for split in info.splits if split == "train" or (pathlib.Path(manual_dir) / "img_dir" / split).is_dir()
-    ]
-    sources = {split: FolderSource(manual_dir, split, num_classes=info.num_classes) for split in splits}
+    info, folder = dataset_info(builder_name), pathlib.Path(folder)
+    splits = [split for split in info.splits if split == "train" or (folder / "img_dir" / split).is_dir()]
+    sources = {split: FolderSource(folder, split, num_classes=info.num_classes) for split in splits}
     for source in sources.values():
         check_split(source)
-    return sources
+    return {
+        split: [
+            functools.partial(_examples, source, range(start, min(start + SHARD, len(source))))
+            for start in range(0, len(source), SHARD)
+        ]
+        for split, source in sources.items()
+    }
 
 
-def examples(source: FolderSource) -> Iterator[tuple[int, dict]]:
-    """(key, example) pairs for `_generate_examples`."""
-    for index in range(len(source)):
+def _examples(source, indices):
+    for index in indices:
         yield index, encode_tile(**source[index])
 
 

@@ -131,9 +131,10 @@ def test_manual_dir(tmp_path):
         prepare("grass", tmp_path)
     with pytest.raises(DataError, match="is not a directory"):
         prepare("grass", tmp_path, tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"no such directory: .*img_dir/train"):
-        prepare("grass", tmp_path, tmp_path)
-    assert not any(tmp_path.iterdir())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is empty: put the published img_dir and ann_dir, or their archives there"):
+        prepare("grass", tmp_path / "data", tmp_path / "empty")
+    assert not any((tmp_path / "empty").iterdir()) and not (tmp_path / "data").exists()
 
 
 def test_empty_folder_in_the_way(tmp_path):
@@ -200,8 +201,12 @@ print(json.dumps([early, tile['image'].shape, [m for m in ('tensorflow', 'jax') 
 def test_dataset_infos():
     for name, info in DATASETS.items():
         assert info.name == name
+        assert info.license
         assert len(set(info.palette)) == info.num_classes
         np.testing.assert_array_equal(info.colours()[: info.num_classes], info.palette)
         assert not info.colours()[255].any()
+    assert dataset_info("l8_biome/scenes/1.0.0") is DATASETS["l8_biome"]
+    with pytest.raises(ValueError, match="unknown data set 'scenes/l8_biome'"):
+        dataset_info("scenes/l8_biome")
     with pytest.raises(ValueError, match="2 classes but 1"):
         DatasetInfo("x", ("a", "b"), ((0, 0, 0),), 64, ("train",))

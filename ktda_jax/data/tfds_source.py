@@ -6,8 +6,10 @@ TFDS takes a while to import, hence only inside functions.
 import contextlib
 import importlib
 import io
+import json
 import os
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -20,14 +22,15 @@ from etils import epath
 from ktda_jax.data.datasets import DATASETS, dataset_info
 from ktda_jax.data.images import DataError
 
+_VERSION = r"\d+\.\d+\.\d+"
 _quiet_lock = threading.RLock()  # what _quiet changes belongs to the whole process
 
 
 class TfdsSource:
     """Random access to a split of a TFDS data set in array_record form.
 
-    `name_or_dir` is `grass`, `meadow/1.0.0` (below `data_dir`, by default TFDS's own) or a folder that holds
-    `dataset_info.json`; `split` may be a slice such as `train[:80%]`. `source[i]` is `image` uint8 (H, W, 3)
+    `name_or_dir` is `grass`, `meadow/1.0.0`, `l8_biome/scenes` (below `data_dir`, by default TFDS's own) or a folder
+    that holds `dataset_info.json`; `split` may be a slice such as `train[:80%]`. `source[i]` is `image` uint8 (H, W, 3)
     RGB, `label` uint8 (H, W) with 255 = ignore, `name`. Threads may share it and it pickles: copies reopen
     the files. DataError if the set is not built, has no such split, other features or number of classes.
     """
@@ -158,23 +161,44 @@ def default_data_dir() -> str:
 
 
 def find_built(name_or_dir: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> str:
-    """The folder with `dataset_info.json`: the given one, or the highest version below the given name."""
+    """The folder with `dataset_info.json`: the given one, or the highest version below the given name.
+
+    Of a set with configurations the name alone means the default one: `l8_biome` is `l8_biome/tiles`.
+    """
     root = epath.Path(os.path.expanduser(data_dir or default_data_dir()))
     name = os.fspath(name_or_dir)
     for path in (epath.Path(os.path.expanduser(name)), root / name):  # an absolute name replaces the root
         if (path / "dataset_info.json").exists():
             return os.fspath(path)
         # A folder of the working directory that merely has the name, such as data_builders/meadow, has none.
-        if versions := _versions(path):
-            return os.fspath(path / versions[-1])
+        for folder in (path, _default_config(path)):
+            if versions := _versions(folder):
+                return os.fspath(folder / versions[-1])
     folder = root / name
     message = f"data set {name!r} is not built: no */dataset_info.json in {folder}"
-    if name in DATASETS:
-        manual = "" if name == "meadow" else " --manual_dir=FOLDER_WITH_img_dir_AND_ann_dir"
+    base, config, version = _parse(name)
+    if base in DATASETS and not version:
+        manual = (
+            "" if base == "meadow" else f" --manual_dir=FOLDER_WITH_{'SCENES' if config else 'img_dir_AND_ann_dir'}"
+        )
         raise DataError(
             f"{message}; build it with: python -m ktda_jax.data.tfds_source {name} --data_dir={root}{manual}"
         )
     raise DataError(f"{message}; correct the name or data_dir ({_known_in(root)})")
+
+
+def _parse(name: str) -> tuple[str, str | None, str | None]:
+    """'l8_biome/scenes/1.0.0' -> base name, configuration, version; the last two may be missing."""
+    base, *rest = name.strip("/").split("/")
+    version = rest.pop() if rest and re.fullmatch(_VERSION, rest[-1]) else None
+    return base, "/".join(rest) or None, version
+
+
+def _default_config(path):
+    """The folder of the configuration that TFDS noted as the default one; `path` itself without such a note."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return path / json.loads((path / ".config" / "metadata.json").read_text())["default_config_name"]
+    return path
 
 
 def _versions(path) -> list[str]:
@@ -183,7 +207,7 @@ def _versions(path) -> list[str]:
     found = [
         child.name
         for child in path.iterdir()
-        if re.fullmatch(r"\d+\.\d+\.\d+", child.name) and (child / "dataset_info.json").exists()
+        if re.fullmatch(_VERSION, child.name) and (child / "dataset_info.json").exists()
     ]
     return sorted(found, key=lambda version: [int(part) for part in version.split(".")])
 
@@ -196,36 +220,46 @@ def _known_in(root) -> str:
 
 
 def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: str | os.PathLike | None = None) -> str:
-    """Builds `grass`, `l8_biome` or `meadow` into array_record unless it is there; returns its folder.
+    """Builds `grass`, `l8_biome`, `l8_biome/scenes` or `meadow` into array_record unless there; returns its folder.
 
-    `manual_dir` holds the published img_dir/ and ann_dir/ (meadow needs none); it is not looked at when the
-    set is already built. Several processes may call it at once: each builds into a folder of its own, the
-    first to finish gives it the final name. DataError names the file when the data are unusable.
+    `manual_dir` holds the published img_dir/ and ann_dir/ or their archives, for `l8_biome/scenes` the USGS scenes
+    (also cut otherwise: `l8_biome/scenes[_percentile|_reflectance][_clear]`), for meadow nothing; it is not looked
+    at when the set is already built. Several processes may call it at once: each builds into a folder of its own,
+    the first to finish gives it the final name. DataError names the file when the data are unusable.
     """
+    base, config, version = _parse(name)
     try:
-        dataset_info(name)
+        dataset_info(base)
     except ValueError as error:
         raise DataError(str(error)) from error
     data_dir = os.path.expanduser(data_dir or default_data_dir())
     started = time.monotonic()
+    # TFDS wants a download folder, which stays empty; archives are unpacked beside the data set.
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
         import tensorflow_datasets as tfds
 
-        builder_cls = importlib.import_module(f"data_builders.{name}.{name}_dataset_builder").Builder
-        builder = builder_cls(data_dir=data_dir, file_format="array_record")
+        builder_cls = importlib.import_module(f"data_builders.{base}.{base}_dataset_builder").Builder
+        if config and not builder_cls.BUILDER_CONFIGS:
+            raise DataError(f"unknown data set {name!r}: {base} has no configurations; call it {base}")
+        options = {"config": config} if config else {}
+        try:
+            builder = builder_cls(data_dir=data_dir, file_format="array_record", version=version, **options)
+        except AssertionError as error:  # what TFDS raises for a version it cannot build
+            raise DataError(f"cannot build {name}: {_line(error)}") from error
         if builder.is_prepared():
             return os.fspath(builder.data_path)
         if builder_cls.MANUAL_DOWNLOAD_INSTRUCTIONS:
             _check_manual_dir(name, manual_dir)
             manual_dir = os.path.expanduser(manual_dir)
-        config = tfds.download.DownloadConfig(manual_dir=manual_dir)
+        download = tfds.download.DownloadConfig(manual_dir=manual_dir)
         try:
-            builder.download_and_prepare(download_dir=scratch, download_config=config)
-        except DataError:
-            _remove_if_empty(builder.data_path.parent)
-            raise
+            builder.download_and_prepare(download_dir=scratch, download_config=download)
         except Exception as error:
             if not builder.is_prepared():  # else another process was first, and its files are as good
+                _remove_if_empty(builder.data_path.parent)
+                _remove_if_empty(builder.data_path.parent.parent, but=data_dir)
+                if isinstance(error, DataError):
+                    raise
                 raise DataError(f"cannot build {name} in {data_dir}: {_line(error)}") from error
         if not builder.is_prepared():  # TFDS takes any folder of that name for the finished set
             raise DataError(f"{builder.data_path} exists but holds no data set: remove it and run again")
@@ -234,21 +268,30 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
 
 
 def _check_manual_dir(name, manual_dir):
+    base, config, _ = _parse(name)
+    content = "Landsat scenes" if config and config != "tiles" else "published img_dir and ann_dir, or their archives"
     if not manual_dir:
         raise DataError(
-            f"{name} is not built and is not generated: give manual_dir, the folder with the "
-            f"published img_dir and ann_dir ({dataset_info(name).homepage})"
+            f"{name} is not built and is not generated: give manual_dir, the folder with the {content} "
+            f"({dataset_info(base).homepage})"
         )
-    if not os.path.isdir(os.path.expanduser(manual_dir)):
-        raise DataError(
-            f"manual_dir {os.fspath(manual_dir)} for {name} is not a directory: give the folder "
-            "that holds img_dir and ann_dir"
-        )
+    folder = os.path.expanduser(manual_dir)
+    if not os.path.isdir(folder):
+        right = f"the folder with the {content}"
+        if os.path.isfile(folder):
+            right = f"{os.path.dirname(os.path.abspath(folder))}, which holds it"
+        raise DataError(f"manual_dir {os.fspath(manual_dir)} for {name} is not a directory: give {right}")
+    if not os.listdir(folder):
+        raise DataError(f"manual_dir {os.fspath(manual_dir)} for {name} is empty: put the {content} there")
 
 
-def _remove_if_empty(path):
+def _remove_if_empty(path, but=None):
+    """Removes a folder that holds nothing, or nothing but TFDS's note of the default configuration."""
     with contextlib.suppress(OSError):
-        os.rmdir(path)
+        if but is None or not os.path.samefile(path, but):
+            if os.listdir(path) == [".config"]:
+                shutil.rmtree(path / ".config")
+            os.rmdir(path)
 
 
 @contextlib.contextmanager
@@ -272,14 +315,14 @@ def _line(error: Exception) -> str:
 
 
 def main(argv=None):
-    """`python -m ktda_jax.data.tfds_source NAME [--data_dir=DIR] [--manual_dir=DIR]` builds a data set."""
+    """`python -m ktda_jax.data.tfds_source NAME[/CONFIG] [--data_dir=DIR] [--manual_dir=DIR]` builds a data set."""
     import argparse
     import sys
 
     parser = argparse.ArgumentParser(prog="python -m ktda_jax.data.tfds_source", description=prepare.__doc__)
-    parser.add_argument("name", choices=sorted(DATASETS))
+    parser.add_argument("name", help=f"{', '.join(sorted(DATASETS))}, l8_biome/scenes")
     parser.add_argument("--data_dir", help=f"default {default_data_dir()}")
-    parser.add_argument("--manual_dir", help="folder with img_dir and ann_dir")
+    parser.add_argument("--manual_dir", help="folder with img_dir and ann_dir, their archives, or scenes")
     args = parser.parse_args(argv)
     try:
         print(prepare(args.name, args.data_dir, args.manual_dir))
