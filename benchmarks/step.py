@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --config=configs/grass.py --config.batch_size=2
     python benchmarks/step.py --config=configs/cloud.py --config.batch_size=2 --steps=1
+    python benchmarks/step.py --config=configs/grass.py --config.teacher.mode=precomputed    # without the teacher
 
 Random tiles and weights: neither changes the time. Peak memory is the process's largest resident set, which
 on CPU holds everything: parameters, Adam's moments, activations and the program.
@@ -19,7 +20,8 @@ from ml_collections import config_flags
 
 from ktda_jax import config as configs
 from ktda_jax import sharding, state
-from ktda_jax.program import build
+from ktda_jax.data.teacher_features import DTYPES
+from ktda_jax.program import build, model_config_of
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Which model and batch size.")
 STEPS = flags.DEFINE_integer("steps", 3, "Timed training steps.")
@@ -43,14 +45,22 @@ def main(_):
     program = build(config)
     crop, rng = tuple(config.data.crop), np.random.default_rng(0)
 
+    model = model_config_of(config)
+    grid = model.teacher.grid_of(*crop)
+
     def batch(rows):
-        return {
+        made = {
             "image": rng.integers(0, 256, (rows, *crop, 3), np.uint8),
             "label": rng.integers(0, len(configs.classes_of(config).classes), (rows, *crop), np.uint8),
         }
+        if config.distill and config.teacher.mode == "precomputed":
+            taps = rng.normal(size=(rows, *grid, model.teacher.width))
+            made["teacher"] = (taps.astype(DTYPES[config.teacher.dtype]),) * 4
+        return made
 
     current, teacher = program.init(), program.teacher()
-    rows = sharding.to_global(program.mesh, batch(config.batch_size))
+    host = batch(config.batch_size)
+    rows = sharding.to_global(program.mesh, host)
     report = {
         "config": config.data.name,
         "crop": crop,
@@ -67,7 +77,7 @@ def main(_):
 
         def one():
             nonlocal current
-            current, terms = step(current, rows, teacher)
+            current, terms = step(current, sharding.to_global(program.mesh, host), teacher)
             return terms
 
         times = [timed(one) for _ in range(STEPS.value)]  # compiled above, so that the first one counts too
