@@ -19,7 +19,7 @@ CLASSES = {  # name: colour in figures and maps, in the order of the class numbe
     "background": (60, 60, 60),
     "object": (230, 180, 40),
 }
-CROP = (256, 256)  # height, width in pixels; multiples of 32
+CROP = (256, 256)  # height, width in pixels, from 32
 
 # Labels hold class numbers from 0, and 255 where pixels are to be ignored. Whatever else yours hold, name it all:
 LABELS = None  # {128: 0, 64: 1, 0: 255}, or colours: {(255, 0, 0): 0, (0, 0, 0): 255}
@@ -28,8 +28,8 @@ LABELS = None  # {128: 0, 64: 1, 0: 255}, or colours: {(255, 0, 0): 0, (0, 0, 0)
 BANDS = None  # (2, 3, 4, 8): blue, green, red, near infrared, as GDAL counts the bands of the file
 RGB = None  # (4, 3, 2): which of BANDS the teacher and the figures see as red, green and blue
 SCALE = None  # (0, 4000): these values become 0 and 255, the rest is clipped; or ((0, 3000), ...), one pair per band
-NODATA = None  # pixels of this value are ignored; None: of the value that the file declares. A BANDS or SCALE
-#                must be given for either; 8-bit RGB files are taken as they are.
+NODATA = None  # pixels of this value are ignored. None: where the file says so, if any of the above is given; plain
+#                8-bit RGB files are taken whole
 
 
 def get_config(argument: str = "") -> ConfigDict:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ktda_jax.data.datasets import IGNORE, DatasetInfo, dataset_info
+from ktda_jax import reading
+from ktda_jax.data.datasets import DatasetInfo, dataset_info
 from ktda_jax.losses import KL_AXES
 
 # Settings that may differ between two runs of one workdir: they change how it runs, not what it computes.
@@ -79,47 +80,6 @@ def classes_of(config) -> DatasetInfo:
         raise ConfigError(f"config.data: {error}") from error
 
 
-def bands_of(config) -> tuple[int, tuple[int, int, int]]:
-    """Number of bands in an image, and the positions of red, green and blue among them."""
-    bands = tuple(config.data.bands or (1, 2, 3))
-    rgb = config.data.rgb or (bands[:3] if len(bands) > 2 else bands[:1] * 3)
-    return len(bands), tuple(bands.index(band) for band in rgb)
-
-
-def _check_reading(data) -> None:
-    """How raw tiles are read."""
-    bands = data.bands if data.bands is not None else (1, 2, 3)
-    if not bands or min(bands) < 1 or len(set(bands)) < len(bands):
-        raise ConfigError(f"config.data.bands is {tuple(bands)}; give different band numbers, counted from 1")
-    if data.rgb is not None and (len(data.rgb) != 3 or set(data.rgb) - set(bands)):
-        raise ConfigError(f"config.data.rgb is {tuple(data.rgb)}; give three of config.data.bands {tuple(bands)}")
-    pairs = data.scale or ()
-    pairs = pairs if pairs and isinstance(pairs[0], (tuple, list)) else [pairs] * bool(pairs)
-    if len(pairs) not in (0, 1, len(bands)) or any(len(pair) != 2 or pair[0] >= pair[1] for pair in pairs):
-        raise ConfigError(
-            f"config.data.scale is {data.scale}; give (low, high), or one such pair for each of the {len(bands)} bands"
-        )
-    if data.source == "tfds" and any(data[k] is not None for k in ("bands", "scale", "nodata", "label_map")):
-        raise ConfigError(
-            "config.data.bands, scale, nodata and label_map are for folders; TFDS builders do it themselves"
-        )
-
-
-def _check_label_map(data, num_classes: int) -> None:
-    pairs = data.label_map or ()
-    if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
-        raise ConfigError(f"config.data.label_map is {data.label_map}; give ((stored value, class), ...)")
-    kinds = {len(stored) if isinstance(stored, (tuple, list)) else 0 for stored, _ in pairs}
-    if kinds - {0, 3} or len(kinds) > 1:
-        raise ConfigError("config.data.label_map: give either whole numbers or (red, green, blue) triples, not both")
-    for stored, index in pairs:
-        if index != IGNORE and not 0 <= index < num_classes:
-            raise ConfigError(
-                f"config.data.label_map turns {stored} into {index}; give a class from 0 to {num_classes - 1}, or "
-                f"{IGNORE} to ignore"
-            )
-
-
 def check(config) -> None:
     """Values that no later check would name clearly."""
     positive = ("total_steps", "batch_size", "eval_batch_size", "log_every", "eval_every", "grad_accum")
@@ -141,8 +101,10 @@ def check(config) -> None:
         raise ConfigError(f"config.loss.kl_axis is {config.loss.kl_axis!r}; choose one of {', '.join(KL_AXES)}")
     if config.data.source not in ("tfds", "folder"):
         raise ConfigError(f"config.data.source is {config.data.source!r}; choose 'tfds' or 'folder'")
-    _check_reading(config.data)
-    _check_label_map(config.data, len(classes))
+    try:
+        reading.check(config.data, len(classes))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if config.teacher.mode not in ("computed", "precomputed"):
         raise ConfigError(f"config.teacher.mode is {config.teacher.mode!r}; choose 'computed' or 'precomputed'")
     if config.teacher.dtype not in ("bfloat16", "float16"):
@@ -201,8 +163,8 @@ def compare_data(workdir: pathlib.Path, fingerprints: dict[str, str]) -> None:
     changed = [split for split in fingerprints if saved.get(split, fingerprints[split]) != fingerprints[split]]
     if changed:
         raise ConfigError(
-            f"the {' and '.join(changed)} tiles are not those that {workdir} was begun with; use another --workdir, "
-            "or the former tiles"
+            f"the {' and '.join(changed)} data are not those that {workdir} was begun with; use another --workdir, "
+            "or the former data"
         )
 
 

@@ -4,9 +4,11 @@ Runs the teacher over every training tile and its mirror image, sharded over all
 Training with --config.teacher.mode=precomputed then reads them in step with the tiles.
 """
 
+import fcntl
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import time
 
@@ -39,7 +41,10 @@ from ktda_jax.program import frozen_teacher, model_config_of, teacher_identity
 
 
 def run(config) -> pathlib.Path:
-    """Extracts, unless the features are there; returns their folder. ConfigError or DataError if it cannot be done."""
+    """Extracts, unless the features are there; returns their folder. ConfigError or DataError if it cannot be done.
+
+    Every tile must be readable, whatever config.data.on_corrupt says.
+    """
     configs.check(config)
     try:
         model = model_config_of(config)
@@ -52,32 +57,37 @@ def run(config) -> pathlib.Path:
         raise ConfigError(str(error)) from error
     folder, split = features_folder(config), config.data.train_split
     source = open_source(config, split)
-    summary = check_split(source, num_threads=config.data.num_threads)
+    summary = check_split(source, crop=tuple(config.data.crop), num_threads=config.data.num_threads)
     made_from = {"split": split, "tiles": summary.fingerprint, **identity}
-    if folder.exists():
-        check(folder, read_manifest(folder), made_from)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not (folder / MANIFEST).exists():
+            raise ConfigError(f"config.teacher.features={folder} exists and holds no teacher features; choose another")
+        manifest = read_manifest(folder)
+        check(folder, manifest, made_from)
+        if manifest["dtype"] != config.teacher.dtype:
+            raise ConfigError(
+                f"the teacher features in {folder} are there, but as {manifest['dtype']}, not {config.teacher.dtype}; "
+                "choose another config.teacher.features, or remove them"
+            )
         _say(f"the features are in {folder} already")
         return folder
+    if config.weights.teacher is None:
+        _say("warning: the teacher is random; set config.weights.teacher")
 
     rows = dict(crop=None, batch_size=config.eval_batch_size, **processes(config))
     batches = pipeline.eval_batches(source, **rows)
     records, per_shard = _records(batches, model, jax.process_count())
     size = sum(2 * 4 * h * w * model.teacher.width * DTYPES[config.teacher.dtype].itemsize for *_, h, w in records)
-    _check_space(folder, size // jax.process_count())
     _say(
         f"{len(source)} tiles and their mirror images, {size / 1e9:.2f} GB of {config.teacher.dtype} before compression"
     )
 
     step = _step(graphdef, model, dtype, DTYPES[config.teacher.dtype], mesh)
     temporary = folder.with_name(f".{folder.name}.tmp")
-    if jax.process_index() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)  # of an extraction that was killed
-        try:
-            temporary.mkdir(parents=True)
-        except OSError as error:
-            raise ConfigError(f"cannot write to config.teacher.features={folder}: {error.strerror}") from error
+    lock = _claim(temporary, folder) if jax.process_index() == 0 else None
     _meet("folder made")
     try:
+        _check_space(folder, size // jax.process_count())
         _write(temporary / _shard(jax.process_index()), config, step, place(), batches, mesh)
         _meet("shards written")
         if jax.process_index() == 0:
@@ -87,16 +97,34 @@ def run(config) -> pathlib.Path:
                 "padding": PADDING,
                 "computed_in": str(dtype),
                 "dtype": config.teacher.dtype,
-                "shards": [_shard(k) for k, count in enumerate(per_shard) if count],
+                "shards": {_shard(k): (temporary / _shard(k)).stat().st_size for k, n in enumerate(per_shard) if n},
             }
             np.save(temporary / RECORDS, np.array(records, np.int64))
             configs.write_json(temporary / MANIFEST, manifest)
             os.replace(temporary, folder)
     finally:
-        if jax.process_index() == 0:
+        if lock is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
     _meet("done")
     return folder
+
+
+def _claim(temporary: pathlib.Path, folder: pathlib.Path) -> int:
+    """Makes the folder, empty, and locks it: what a killed extraction left is removed, what a living one has is not."""
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        lock = os.open(temporary, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"cannot write to config.teacher.features={folder}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise ConfigError(f"another extraction is writing to config.teacher.features={folder}; wait for it") from error
+    for left in temporary.iterdir():
+        left.unlink()
+    return lock
 
 
 def _shard(process: int) -> str:
@@ -175,10 +203,13 @@ def _say(text: str) -> None:
 
 def main(_: list[str]) -> None:
     command.start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by a signal"))
     try:
         folder = run(command.CONFIG.value)
     except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: stopped from the keyboard")
     _say(f"done; train with --config.teacher.mode=precomputed --config.teacher.features={folder}")
 
 

@@ -7,6 +7,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from ktda_jax import config as configs
+from ktda_jax import reading
 from ktda_jax.config import ConfigError
 from ktda_jax.data import pipeline
 from ktda_jax.data.check import check_split
@@ -21,9 +22,8 @@ def open_source(config, split: str):
     if data.source == "folder":
         if data.root is None:
             raise ConfigError("config.data.root is not set; give the folder that holds img_dir/ and ann_dir/")
-        mapping = data.label_map and {tuple(k) if isinstance(k, list) else k: v for k, v in data.label_map}
-        reading = dict(bands=data.bands, scale=data.scale, nodata=data.nodata, label_map=mapping)
-        return FolderSource(data.root, split, num_classes=num_classes, **reading)
+        raw = dict(bands=data.bands, scale=data.scale, nodata=data.nodata, label_map=reading.label_map_of(data))
+        return FolderSource(data.root, split, num_classes=num_classes, **raw)
     from ktda_jax.data import tfds_source
 
     if jax.process_index() == 0:

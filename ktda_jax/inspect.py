@@ -4,6 +4,7 @@ Reads every tile of every split that the config names, writes `inspection.json`,
 `--output`, prints the tables, and exits with 1 if something is wrong with the data.
 """
 
+import contextlib
 import pathlib
 import sys
 
@@ -11,7 +12,7 @@ import numpy as np
 from absl import app, flags
 
 from ktda_jax import config as configs
-from ktda_jax import figures, sheets
+from ktda_jax import figures, reading, sheets
 from ktda_jax import main as command  # its --config, and its one-line errors
 from ktda_jax.config import ConfigError
 from ktda_jax.data import augment, inspect
@@ -31,6 +32,10 @@ def run(config, output: pathlib.Path, samples: int) -> list[str]:
     configs.check(config)
     info, data = configs.classes_of(config), config.data
     names = list(dict.fromkeys(filter(None, (data.train_split, data.val_split, data.test_split))))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to --output={output}: {error.strerror}") from error
     sources, counts, problems = {}, {}, []
     for split in names:
         try:
@@ -42,6 +47,8 @@ def run(config, output: pathlib.Path, samples: int) -> list[str]:
         except DataError as error:
             problems.append(str(error))
     if not counts:
+        with contextlib.suppress(OSError):  # others' files may be there
+            output.rmdir()
         return problems
     groups = inspect.doubles(counts)
     across = [group for group in groups if len({name.split("/")[0] for name in group}) > 1]
@@ -55,7 +62,6 @@ def run(config, output: pathlib.Path, samples: int) -> list[str]:
         "effective_number": inspect.effective_number(train.tiles_with[:classes]),
     }
     print(_tables(info.classes, counts, suggested, [g for g in groups if g not in across]))
-    output.mkdir(parents=True, exist_ok=True)
     shares = {split: found.pixels[:classes] for split, found in counts.items()}
     figures.save_shares(output / "classes.png", shares, info.classes, info.palette)
     if data.train_split in sources:
@@ -112,7 +118,7 @@ def _report(classes, counts, groups, suggested, problems) -> dict:
 def _sheet(path: pathlib.Path, source, config, info, samples: int) -> None:
     """Random tiles: image, label, both, and what training sees of them."""
     rng, rows, names = np.random.default_rng(config.seed), [], []
-    rgb = list(configs.bands_of(config)[1])
+    rgb = list(reading.bands_of(config.data)[1])
     for index in rng.permutation(len(source)):
         try:
             tile = read_tile(source, int(index))

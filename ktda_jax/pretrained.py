@@ -47,6 +47,11 @@ class Segmenter:
         ValueError names what does not fit. Sizes up to 2048 px a side; larger scenes are cut into windows.
         """
         if isinstance(image, str | pathlib.Path):
+            if self.config.student.bands != 3:
+                raise ValueError(
+                    f"the model takes {self.config.student.bands} bands; give them as an array, uint8 (H, W, bands), "
+                    "scaled as in training, instead of a file"
+                )
             image = read_image(str(image))
         image = np.asarray(image)
         bands = self.config.student.bands

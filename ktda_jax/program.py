@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ktda_jax import config as configs
-from ktda_jax import evaluate, losses, optim, sharding, state, weights
+from ktda_jax import evaluate, losses, optim, reading, sharding, state, weights
 from ktda_jax.config import ConfigError
 from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.models.vit import ViT
@@ -102,10 +102,12 @@ def _micro_batches(x: jax.Array, *, count: int, mesh: Mesh) -> jax.Array:
 
 def model_config_of(config) -> KTDAConfig:
     """The model's settings, with classes and bands, which `config.data` says; ValueError for those that do not fit."""
-    bands, rgb = configs.bands_of(config)
+    bands, rgb = reading.bands_of(config.data)
     student = {**config.model.student, "bands": bands}
     classes = len(configs.classes_of(config).classes)
-    return KTDAConfig.from_dict({**config.model, "student": student, "num_classes": classes, "rgb": rgb})
+    model = KTDAConfig.from_dict({**config.model, "student": student, "num_classes": classes, "rgb": rgb})
+    _check_grid(config, model)
+    return model
 
 
 def build(config, *, teacher: bool = True, initial: bool = True) -> Program:
@@ -121,7 +123,6 @@ def build(config, *, teacher: bool = True, initial: bool = True) -> Program:
         sharding.check_batch_size(mesh, config.batch_size, "config.batch_size", config.grad_accum)
         sharding.check_batch_size(mesh, config.eval_batch_size, "config.eval_batch_size")
         model_config = model_config_of(config)
-        _check_grid(config, model_config)
         schedule = optim.warmup_poly(config.optimizer.lr, config.total_steps, **config.schedule)
         options = {k: v for k, v in config.optimizer.items() if k != "lr"}
         optimizer = optim.adamw(schedule, clip_norm=config.clip_norm, **options)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from ktda_jax import config as configs
-from ktda_jax import evaluate, figures, sharding, state
+from ktda_jax import evaluate, figures, reading, sharding, state
 from ktda_jax.checkpoint import Checkpoints
 from ktda_jax.config import ConfigError
 from ktda_jax.data import pipeline
@@ -40,6 +40,8 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
     if config.data.test_split not in (None, config.data.val_split):  # what is wrong with it must not wait for the end
         fingerprints["test"] = eval_source(config, config.data.test_split)[1]
     features = open_features(config, summary.fingerprint)
+    if features is not None:
+        fingerprints["teacher features"] = features.fingerprint
     batches = pipeline.train_iterator(
         train_source, crop=crop, batch_size=config.batch_size, seed=config.seed, flip=config.data.flip,
         photometric=config.data.photometric, on_corrupt=config.data.on_corrupt, features=features,
@@ -145,7 +147,8 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
     split = config.data.test_split or config.data.val_split
     trained = (workdir / "checkpoints").is_dir()
     if trained:
-        configs.compare(workdir, config, only=("model.", "data.name", "data.classes", "data.palette"))
+        what_it_sees = ("data.bands", "data.rgb", "data.scale", "data.nodata")
+        configs.compare(workdir, config, only=("model.", "data.name", "data.classes", "data.palette", *what_it_sees))
     if not trained and config.weights.model is None:
         raise ConfigError(
             f"no checkpoints in {workdir}; train first, give --workdir of a trained run, or config.weights.model"
@@ -166,7 +169,7 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
         program.eval_step, params, current.batch_stats, batches, program.mesh, num_classes=len(info.classes)
     )
     if jax.process_index() == 0:
-        table = evaluate.write_report(result, workdir, split, info, configs.bands_of(config)[1])
+        table = evaluate.write_report(result, workdir, split, info, reading.bands_of(config.data)[1])
         if (workdir / "metrics.jsonl").exists():
             figures.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
         _append_final(workdir, step, split, result)

@@ -203,17 +203,18 @@ def inflate(kernel: np.ndarray, bands: int, rgb: tuple[int, int, int]) -> np.nda
 
 
 def _other_bands(arrays: Arrays, found, wanted, rgb: tuple[int, int, int]):
-    """Weights for RGB made to fit another number of bands; all others as they are."""
+    """Weights for RGB made to fit another number or order of bands; all others as they are."""
     if isinstance(found, ViTConfig):
         return arrays, found
     whole = isinstance(found, KTDAConfig)
     theirs, bands = (found.student if whole else found), (wanted.student if whole else wanted).bands
-    if theirs.bands != 3 or bands == 3:
+    usual = (3, (0, 1, 2))
+    if (theirs.bands, found.rgb if whole else usual[1]) != usual or (bands, rgb) == usual:
         return arrays, found
     stem = "student/downsample/0/conv/kernel" if whole else "downsample/0/conv/kernel"
     theirs = dataclasses.replace(theirs, bands=bands)
     found = dataclasses.replace(found, student=theirs, rgb=wanted.rgb) if whole else theirs
-    logging.info("%s: from RGB to %d bands", stem, bands)
+    logging.info("%s: from RGB to %d bands, of which %s are red, green, blue", stem, bands, rgb)
     return {**arrays, stem: inflate(arrays[stem], bands, rgb)}, found
 
 
@@ -236,6 +237,13 @@ def _compare(where: str, path: str, found, wanted) -> None:
     raise ValueError(f"{where}: the {part} in {path} has {listed}; {hint}, or take other weights")
 
 
+_ELSEWHERE = {  # settings of the model that config.data decides
+    "config.model.rgb": "positions of config.data.rgb",
+    "config.model.student.bands": "number of config.data.bands",
+    "bands": "number of config.data.bands",
+}
+
+
 def _differences(found, wanted, prefix: str) -> list[tuple[str, Any, Any]]:
     differ = []
     for field in dataclasses.fields(found):
@@ -244,5 +252,5 @@ def _differences(found, wanted, prefix: str) -> list[tuple[str, Any, Any]]:
         if dataclasses.is_dataclass(theirs) and dataclasses.is_dataclass(ours):
             differ += _differences(theirs, ours, name)
         elif field.name not in (*_FREE, "grid", "dropout") and theirs != ours:
-            differ.append((name, theirs, ours))
+            differ.append((_ELSEWHERE.get(name, name), theirs, ours))
     return differ

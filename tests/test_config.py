@@ -9,6 +9,7 @@ import pytest
 import runs
 
 from ktda_jax import config as configs
+from ktda_jax import reading
 from ktda_jax.config import ConfigError
 from ktda_jax.models.ktda import KTDAConfig
 
@@ -44,6 +45,13 @@ def tiny(**overrides):
         ("data.scale", ((0, 1), (0, 2)), "one such pair for each of the 3 bands"),
         ("data.label_map", ((128, 5),), "config.data.label_map turns 128 into 5; give a class from 0 to 4, or 255"),
         ("data.label_map", ((128, 0), ((0, 0, 0), 1)), "either whole numbers or .red, green, blue. triples, not both"),
+        ("data.label_map", ((128, 0), (128, 1)), "config.data.label_map maps 128 twice; leave one of them"),
+        ("data.label_map", ((1.5, 0),), "config.data.label_map maps 1.5; give a whole number, or a colour"),
+        ("data.label_map", (((300, 0, 0), 0),), r"config.data.label_map maps \(300, 0, 0\); give a whole number, or"),
+        ("data.label_map", ((0, "background"),), "config.data.label_map turns 0 into 'background'; give a class"),
+        ("data.bands", (1, "b"), r"config.data.bands is \(1, 'b'\); give different band numbers"),
+        ("data.scale", (0, "a"), r"config.data.scale is \(0, 'a'\); give \(low, high\)"),
+        ("data.nodata", float("nan"), "config.data.nodata is nan; leave it None"),
         ("data.label_map", (128, 0), r"config.data.label_map is \(128, 0\); give \(\(stored value, class\), ...\)"),
     ],
 )
@@ -85,10 +93,10 @@ def test_tiny_configs_take_a_preset():
 
 
 def test_bands_and_their_colours():
-    assert configs.bands_of(tiny()) == (3, (0, 1, 2))
-    assert configs.bands_of(tiny(**{"data.bands": (2, 3, 4, 8), "data.rgb": (4, 3, 2)})) == (4, (2, 1, 0))
-    assert configs.bands_of(tiny(**{"data.bands": (8, 4, 3, 2)})) == (4, (0, 1, 2))
-    assert configs.bands_of(tiny(**{"data.bands": (5,)})) == (1, (0, 0, 0))
+    assert reading.bands_of(tiny().data) == (3, (0, 1, 2))
+    assert reading.bands_of(tiny(**{"data.bands": (2, 3, 4, 8), "data.rgb": (4, 3, 2)}).data) == (4, (2, 1, 0))
+    assert reading.bands_of(tiny(**{"data.bands": (8, 4, 3, 2)}).data) == (4, (0, 1, 2))
+    assert reading.bands_of(tiny(**{"data.bands": (5,)}).data) == (1, (0, 0, 0))
 
 
 def test_tfds_sets_are_read_as_they_are():

@@ -129,6 +129,40 @@ def test_what_is_there_is_kept_and_what_differs_is_refused(config, tmp_path, cap
         opened(config(teacher__mode="precomputed", model__teacher__antialias=True, weights__teacher=None))
 
 
+def test_places_that_will_not_do(config, tmp_path):
+    (tmp_path / "features").mkdir()  # made by hand: as good as none
+    extract.run(config())
+    with pytest.raises(ConfigError, match="features are there, but as bfloat16, not float16; choose another"):
+        extract.run(config(teacher__dtype="float16"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="other exists and holds no teacher features; choose another"):
+        extract.run(config(teacher__features=str(tmp_path / "other")))
+    with pytest.raises(ConfigError, match="cannot write to config.teacher.features=/proc/x: "):
+        extract.run(config(teacher__features="/proc/x"))
+    with pytest.raises(DataError, match="images are smaller than the crop of 64 x 64"):
+        extract.run(config(data__crop=(64, 64)))
+
+
+def test_of_two_extractions_at_once_one_gives_way(config, tmp_path, monkeypatch):
+    """And what a killed one left is no hindrance."""
+    (tmp_path / ".features.tmp").mkdir()
+    (tmp_path / ".features.tmp" / "features-00000-of-00001.array_record").write_bytes(b"half")
+    write, refused = extract.FeatureWriter.write, []
+
+    def during(*arguments):
+        if not refused:
+            with pytest.raises(ConfigError, match="another extraction is writing to .*features; wait for it") as error:
+                extract._claim(tmp_path / ".features.tmp", tmp_path / "features")
+            refused.append(error)
+        return write(*arguments)
+
+    monkeypatch.setattr(extract.FeatureWriter, "write", during)
+    settings = config(teacher__mode="precomputed")
+    extract.run(settings)
+    assert refused and len(read_all(opened(settings))) == 10
+
+
 def test_another_teacher_is_refused(config, tmp_path, tiles):
     extract.run(settings := config(teacher__mode="precomputed"))
     arrays = {k: v + 1 for k, v in runs.random_teacher(settings).items()}

@@ -89,6 +89,20 @@ def test_pixels_without_data_are_ignored_in_training(tmp_path):
     assert check_split(source).ignored == 16 * 64
 
 
+def test_a_fourth_band_is_no_alpha_unless_it_is_one(tmp_path):
+    """rasterio marks the fourth band of an 8-bit file as alpha; near infrared of 0 is water, not missing data."""
+    values = random((8, 8, 4), np.uint8)
+    values[:4, :, 3] = 0
+    path = write_raster(tmp_path / "rgbn.tif", values)
+    for bands in ((1, 2, 3, 4), (1, 2, 3), (4, 3, 2)):
+        pixels, present = read_bands(path, bands, None, None)
+        np.testing.assert_array_equal(pixels, values[..., [b - 1 for b in bands]])
+        assert present.all()
+    values[4:, :, 3] = 255  # nothing but 0 and 255: an alpha band, as mosaics have it
+    pixels, present = read_bands(write_raster(tmp_path / "rgba.tif", values), (1, 2, 3), None, None)
+    assert not present[:4].any() and present[4:].all() and not pixels[:4].any()
+
+
 def test_what_is_wrong_with_an_image_is_one_line(tmp_path):
     deep = write_raster(tmp_path / "deep.tif", random((8, 8, 3), np.uint16))
     assert f"image {deep} is stored as" in (text := error_of(read_image, deep)) and "config.data.scale" in text
@@ -157,6 +171,19 @@ def test_colours_become_classes(tmp_path, mode):
     )
 
 
+def test_tiff_labels_whose_numbers_pillow_would_change(tmp_path):
+    """8-bit signed and 32-bit unsigned numbers keep their value; what cannot be told is refused."""
+    for dtype, extreme in (("int8", -1), ("uint32", 2**32 - 1)):
+        path = write_raster(tmp_path / f"{dtype}.tif", np.array([extreme, 3], dtype).reshape(1, 2, 1))
+        assert read_label(path, {extreme: 255, 3: 0}).tolist() == [[255, 0]]
+        assert "holds values from" in error_of(read_label, path)
+    two = write_raster(tmp_path / "two.tif", np.ones((4, 4, 2), np.uint8))
+    assert "has 2 bands, not one of class indices" in error_of(read_label, two)
+    path = str(tmp_path / "inverted.tif")
+    Image.fromarray(np.ones((4, 4), np.uint8)).save(path, tiffinfo={262: 0})
+    assert "white as 0" in error_of(read_label, path)
+
+
 def test_what_is_wrong_with_a_label_is_one_line(tmp_path):
     floats = write_label(tmp_path / "float.tif", np.ones((4, 4), np.float32))
     assert f"label {floats} is F, not one band of class indices" in error_of(read_label, floats)
@@ -193,3 +220,5 @@ def test_stretch():
     assert stretch(values, (0, 10), (1, 20)).tolist() == [[[0, 0], [0, 255]]]
     assert minmax(values) == (0.0, 99.0)
     assert not stretch(np.full((2, 2, 3), 7), 7, 7).any()  # a constant patch
+    for high in (*range(1, 65536, 7), 0.3, 0.7, 1e-3):
+        assert stretch(np.array([[[high]]]), 0, high)[0, 0, 0] == 255

@@ -30,7 +30,8 @@ def folder(request, tmp_path):
         for tile in tiles:
             writer.write(f"t{tile}", *(taps(tile, m).astype(DTYPES[request.param]) for m in (False, True)))
         writer.close()
-    manifest = {"format": 1, "made_from": MADE_FROM, "dtype": request.param, "shards": list(shards)}
+    manifest = {"format": 1, "made_from": MADE_FROM, "dtype": request.param, "computed_in": "float32"}
+    manifest["shards"] = {name: (path / name).stat().st_size for name in shards}
     (path / "manifest.json").write_text(json.dumps(manifest))
     np.save(path / "records.npy", [[0, 0, 3, 5], [1, 0, 3, 5], [0, 1, 3, 5]])
     return path
@@ -77,6 +78,8 @@ def test_damage_is_one_line(folder):
     (folder / "second").write_bytes((folder / "second").read_bytes()[:100])
     with pytest.raises(DataError, match=r"cannot read the teacher features of tile 1 in .*features: extract them"):
         features.read(1, False)
+    with pytest.raises(DataError, match="second has 100 bytes, not the .* that were written: extract them again"):
+        TeacherFeatures(folder, MADE_FROM)
     (folder / "first").unlink()
     with pytest.raises(DataError, match="lack .*first: extract them again"):
         TeacherFeatures(folder, MADE_FROM)

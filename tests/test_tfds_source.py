@@ -137,6 +137,14 @@ def test_manual_dir(tmp_path):
     assert not any((tmp_path / "empty").iterdir()) and not (tmp_path / "data").exists()
 
 
+def test_the_data_dir_goes_before_the_working_directory(data_dir, tmp_path, monkeypatch):
+    (tmp_path / "meadow" / "9.0.0").mkdir(parents=True)
+    (tmp_path / "meadow" / "9.0.0" / "dataset_info.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert tfds_source.find_built("meadow", data_dir) == f"{data_dir}/meadow/1.0.0"
+    assert tfds_source.find_built("meadow", tmp_path / "nothing") == "meadow/9.0.0"
+
+
 def test_empty_folder_in_the_way(tmp_path):
     (tmp_path / "meadow" / "1.0.0").mkdir(parents=True)
     with pytest.raises(DataError, match="holds no data set: remove it"):
@@ -177,7 +185,8 @@ def test_two_builds_at_once(tmp_path, monkeypatch):
 
 def test_command_line(data_dir, tmp_path, capsys):
     tfds_source.main(["meadow", f"--data_dir={data_dir}"])
-    assert capsys.readouterr() == (f"{data_dir}/meadow/1.0.0\n", "")
+    out, err = capsys.readouterr()
+    assert out == f"{data_dir}/meadow/1.0.0\n" and err.startswith("it was there already")
     with pytest.raises(SystemExit, match="error: grass is not built"):
         tfds_source.main(["grass", f"--data_dir={tmp_path}"])
 

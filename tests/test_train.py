@@ -108,10 +108,28 @@ def test_other_tiles_are_refused_on_resume(toy, tiles, tmp_path):
     toy()
     train.train_and_evaluate(runs.config(tiles), tmp_path / "run")
     other = runs.make_tiles(tmp_path / "other", train=5)
-    with pytest.raises(ConfigError, match="the train and val tiles are not those that .*run was begun with"):
+    with pytest.raises(ConfigError, match="the train and val data are not those that .*run was begun with"):
         train.train_and_evaluate(runs.config(other), tmp_path / "run")
     moved = runs.make_tiles(tmp_path / "moved")
     train.train_and_evaluate(runs.config(moved), tmp_path / "run")  # the same tiles elsewhere
+
+
+def test_other_teacher_features_are_refused_on_resume(toy, tiles, tmp_path, monkeypatch):
+    """Wherever they lie: what they are made from counts."""
+    monkeypatch.setattr(train.pipeline, "train_iterator", functools.partial(_without_features, train.pipeline))
+    for number, (fingerprint, message) in enumerate((("a", None), ("a", None), ("b", "the teacher features data are"))):
+        features = type("Features", (), {"fingerprint": fingerprint, "folder": f"f{number}", "source": None})
+        monkeypatch.setattr(train, "open_features", lambda *_, features=features: features)
+        toy()
+        if message is None:
+            train.train_and_evaluate(runs.config(tiles), tmp_path / "run")
+        else:
+            with pytest.raises(ConfigError, match=message):
+                train.train_and_evaluate(runs.config(tiles), tmp_path / "run")
+
+
+def _without_features(pipeline, *arguments, features, original=train.pipeline.train_iterator, **options):
+    return original(*arguments, **options)
 
 
 def test_evaluation_of_another_model_is_refused(toy, tiles, tmp_path):

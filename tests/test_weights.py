@@ -46,7 +46,7 @@ def test_what_is_saved_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["student", "ktda"])
-@pytest.mark.parametrize("bands, rgb", [(5, (4, 2, 0)), (1, (0, 0, 0))])
+@pytest.mark.parametrize("bands, rgb", [(5, (4, 2, 0)), (3, (2, 1, 0)), (1, (0, 0, 0))])
 def test_weights_for_rgb_serve_other_bands(tmp_path, kind, bands, rgb):
     """An image whose bands are all the same gives what it gave as RGB; the colours' kernels are where they belong."""
     rgb_config = STUDENT if kind == "student" else WHOLE
@@ -63,9 +63,20 @@ def test_weights_for_rgb_serve_other_bands(tmp_path, kind, bands, rgb):
         return jax.lax.conv_general_dilated(image, kernel, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     np.testing.assert_allclose(convolve(kernel), convolve(original), rtol=1e-5, atol=1e-5)
-    if bands == 5:
-        np.testing.assert_allclose(kernel[:, :, [4, 2, 0]], original * (3 / 5), rtol=1e-6)
+    if bands > 1:
+        np.testing.assert_allclose(kernel[:, :, list(rgb)], original * (3 / bands), rtol=1e-6)
     assert kernel.dtype == np.float32 and kernel.shape[2] == bands
+
+
+def test_other_bands_are_named_by_their_setting(tmp_path):
+    """What was trained on four bands does not serve another four."""
+    four = dataclasses.replace(WHOLE, student=dataclasses.replace(STUDENT, bands=4), rgb=(2, 1, 0))
+    weights.save(tmp_path / "w", made("ktda", four))
+    other = dataclasses.replace(four, rgb=(0, 1, 2))
+    with pytest.raises(ValueError, match=r"has positions of config.data.rgb \(2, 1, 0\) \(config: \(0, 1, 2\)\)"):
+        weights.load(str(tmp_path / "w"), expected("ktda", other), "model", other, rgb=other.rgb)
+    with pytest.raises(ValueError, match=r"has number of config.data.bands 4 \(config: 3\)"):
+        weights.load(str(tmp_path / "w"), expected("student", STUDENT), "student", STUDENT)
 
 
 def test_transposed_views_are_saved_by_value(tmp_path):

@@ -20,8 +20,8 @@ from ktda_jax.data.images import DataError
 
 BIOMES = ("barren", "forest", "grass_crops", "shrubland", "snow_ice", "urban", "water", "wetlands")
 SPLITS = ("train", "val", "test")
-# Scenes of 5 that go to each split. The published lists of scenes could not be had, so these splits are ours.
-_DEAL = ("train", "val", "train", "test", "train")
+# Share of the scenes up to each split's end. The published lists of scenes could not be had, so these splits are ours.
+_SHARES = {"train": 0.6, "val": 0.8, "test": 1.0}
 
 _RGB = (4, 3, 2)  # OLI bands
 _SCENE_FILE = re.compile(r"(.+?)(?:_fixedmask\.(?:img|tiff?)|_B[234]\.tiff?|_MTL\.txt)", re.IGNORECASE)
@@ -71,10 +71,10 @@ def scene_folders(manual_dir, scratch) -> Iterator[list[Scene]]:
 
 
 def split_scenes(scenes: list[Scene]) -> dict[str, list[Scene]]:
-    """{split: scenes}, no scene in two: as the folders train, val and test say, or else dealt 3 : 1 : 1.
+    """{split: scenes}, no scene in two: as the folders train, val and test say, or else dealt about 3 : 1 : 1.
 
-    Dealt in turn within each biome, by sha256 of the id: the same scenes are dealt alike everywhere. DataError if
-    only some scenes lie below such folders, or none below train.
+    Dealt by the id alone (sha256), so that a scene is in the same split whichever others are there. DataError if only
+    some scenes lie below such folders, or if train gets none.
     """
     loose = [scene for scene in scenes if not scene.split]
     if loose and len(loose) < len(scenes):
@@ -83,14 +83,19 @@ def split_scenes(scenes: list[Scene]) -> dict[str, list[Scene]]:
             f"{', '.join(scene.id for scene in loose[:5])}; move them, or give folders without these names"
         )
     if loose:
-        order = sorted(scenes, key=lambda scene: (scene.biome, hashlib.sha256(scene.id.encode()).hexdigest()))
-        dealt = {scene.id: _DEAL[index % len(_DEAL)] for index, scene in enumerate(order)}
+        dealt = {scene.id: _dealt(scene.id) for scene in scenes}
     else:
         dealt = {scene.id: scene.split for scene in scenes}
     splits = {split: [scene for scene in scenes if dealt[scene.id] == split] for split in SPLITS}
     if not splits["train"]:
-        raise DataError(f"no scene lies below a folder train: the {len(scenes)} scenes are all for val or test")
+        how = "by their ids" if loose else "by their folders"
+        raise DataError(f"none of the {len(scenes)} scenes is for train {how}: put some below a folder named train")
     return {split: found for split, found in splits.items() if found}
+
+
+def _dealt(scene_id: str) -> str:
+    share = int(hashlib.sha256(scene_id.encode()).hexdigest()[:12], 16) / 16**12
+    return next(split for split, end in _SHARES.items() if share < end)
 
 
 def biome_of(folders: tuple[str, ...]) -> str:

@@ -48,6 +48,14 @@ def _all_fill(folder):
 
 
 BAND = np.ones((HEIGHT, WIDTH), np.uint16)
+
+
+def _second_mask(folder):
+    for path in folder.glob("*_fixedmask*"):
+        path.unlink()
+    write_raster(folder / f"{folder.name}_fixedmask.TIF", [np.full(BAND.shape, 128, np.uint8)], origin=(0, 0))
+
+
 REFUSALS = {
     "no mask": (_remove("*fixedmask*"), r"scene LC8\S+ in .*urban\S* has no mask: add LC8\S+_fixedmask.img"),
     "no header": (_remove("*.hdr"), r"_fixedmask.img has no header: add \S+_fixedmask.hdr"),
@@ -55,7 +63,8 @@ REFUSALS = {
     "size": (_write("_B3.TIF", BAND[1:]), r"_B3.TIF is 149 x 130 pixels, its mask \S+ 150 x 130: replace one"),
     "type": (_write("_B2.TIF", BAND.astype(np.uint8)), r"_B2.TIF has 1 bands of uint8, not 1 of uint16: replace"),
     "count": (_write("_B2.TIF", BAND, BAND), r"_B2.TIF has 2 bands of uint16, not 1 of uint16: replace"),
-    "place": (_write("_B2.TIF", BAND, origin=(0, 0)), r"_B4.TIF, \S+_B3.TIF, \S+_B2.TIF do not lie on the same"),
+    "place": (_write("_B2.TIF", BAND, origin=(0, 0)), r"_B4.TIF, \S+_B3.TIF, \S+_B2.TIF, \S+ do not lie on the same"),
+    "mask's place": (_second_mask, r"_fixedmask.TIF do not lie on the same ground"),
     "values": (_unknown_values, r"scene LC8\S+: mask \S+_fixedmask.img holds 7, 191, where only 0 \(fill\), 64"),
     "all fill": (_all_fill, r"_fixedmask.img is all fill \(0\): replace it"),
     "no raster": (_cut("_B4.TIF", 3), r"cannot read \S+_B4.TIF: .*Cannot read TIFF header; download the scene again"),
@@ -78,7 +87,7 @@ def test_refusals(case, tmp_path, capfd):
 
 
 def test_stack_of_other_bands(tmp_path):
-    folder = write_scene(tmp_path / "s", scene_id(2), *random_scene(2, HEIGHT, WIDTH), stacked=True)
+    folder = write_scene(tmp_path / "s", scene_id(1), *random_scene(2, HEIGHT, WIDTH), stacked=True)
     write_raster(folder / f"{folder.name}.TIF", [BAND] * 7)
     with pytest.raises(DataError, match=r"LGN00.TIF has 7 bands of uint16, not 11 of uint16"):
         prepare("l8_biome/scenes", tmp_path / "data", tmp_path / "s")
@@ -93,7 +102,7 @@ def test_no_scenes(tmp_path):
 
 
 def test_without_rasterio(tmp_path, monkeypatch):
-    write_scene(tmp_path / "s", scene_id(2), *random_scene(2, HEIGHT, WIDTH))
+    write_scene(tmp_path / "s", scene_id(1), *random_scene(2, HEIGHT, WIDTH))
     monkeypatch.setitem(sys.modules, "rasterio", None)
     with pytest.raises(DataError, match=r"takes rasterio: pip install rasterio, or pip install -e '\.\[geo\]'"):
         prepare("l8_biome/scenes", tmp_path / "data", tmp_path / "s")

@@ -214,8 +214,10 @@ def _check_files(scene):
                 "or remove the scene"
             )
         places = {(str(band.crs), band.transform) for band in files.bands}
+        if files.mask.crs:  # the ENVI masks of the USGS have no place
+            places.add((str(files.mask.crs), files.mask.transform))
         if len(places) > 1:
-            names = ", ".join(pathlib.Path(band.name).name for band in files.bands)
+            names = ", ".join(pathlib.Path(raster.name).name for raster in (*files.bands, files.mask))
             raise DataError(
                 f"scene {scene.id}: {names} do not lie on the same ground: replace them or remove the scene"
             )

@@ -69,7 +69,7 @@ def read_bands(
             if bands is None and file.count != 3:
                 raise DataError(f"image {path} has {file.count} bands: choose some with config.data.bands, from 1")
             values = np.moveaxis(file.read(chosen), 0, -1)
-            masks = None if nodata is not None else np.moveaxis(file.read_masks(chosen), 0, -1)
+            present = _present(file, chosen, values) if nodata is None else values != nodata
     except DataError:
         raise
     except Exception as error:
@@ -77,7 +77,6 @@ def read_bands(
         raise unreadable(path, error.__cause__ or error) from error
     if values.dtype.kind not in "uif":
         raise DataError(f"image {path} holds {values.dtype}: only whole and floating numbers can be read")
-    present = values != nodata if masks is None else masks > 0
     if values.dtype.kind == "f":
         present &= np.isfinite(values)
     if scale is None:
@@ -94,6 +93,26 @@ def read_bands(
         pixels = stretch(values, low, high)
     pixels[~present] = 0
     return pixels, present.any(-1)
+
+
+def _present(file, bands: tuple[int, ...], values: np.ndarray) -> np.ndarray:
+    """Where each of `bands` has data, bool (H, W, bands), by the file's own word: a value, a mask, or an alpha band.
+
+    GDAL calls the fourth band of every 8-bit file alpha that it is not told about, which in our files is as often near
+    infrared. So alpha counts only where it is no band of ours and says nothing but 0 and 255.
+    """
+    from rasterio.enums import ColorInterp, MaskFlags
+
+    present = np.ones(values.shape, bool)
+    for place, band in enumerate(bands):
+        if MaskFlags.alpha not in file.mask_flag_enums[band - 1]:
+            present[..., place] = file.read_masks(band) > 0
+    alphas = [k for k, kind in enumerate(file.colorinterp, 1) if kind == ColorInterp.alpha and k not in bands]
+    for band in alphas:
+        alpha = file.read(band)
+        if np.isin(alpha, (0, 255)).all():
+            present &= (alpha > 0)[..., None]
+    return present
 
 
 def _rasterio(path: str):
@@ -120,6 +139,10 @@ def read_label(path: str, mapping: Mapping[int | Colour, int] | None = None) -> 
         with Image.open(path) as file:
             mode, stored = file.mode, _stored_mode(file)
             values = np.asarray(file.convert("RGB") if coloured and mode in _RGB_LIKE else file)
+            if not coloured and file.format == "TIFF":
+                values = _tiff_values(path, file, values)
+    except DataError:
+        raise
     except Exception as error:
         raise unreadable(path, error) from error
     if coloured:
@@ -143,6 +166,24 @@ def read_label(path: str, mapping: Mapping[int | Colour, int] | None = None) -> 
             f"{IGNORE - 1}, with {IGNORE} for ignored pixels; other values can be mapped by config.data.label_map"
         )
     return values.astype(np.uint8, copy=False)
+
+
+_BANDS, _PHOTOMETRIC, _SAMPLE_FORMAT = 277, 262, 339  # TIFF tags
+
+
+def _tiff_values(path: str, file: Image.Image, values: np.ndarray) -> np.ndarray:
+    """What Pillow passes over: further bands, white as 0, and numbers with another sign than its modes have."""
+    tags = file.tag_v2
+    if tags.get(_BANDS, 1) != 1 and values.ndim == 2:
+        raise DataError(f"label {path} has {tags[_BANDS]} bands, not one of class indices: write only that one")
+    if tags.get(_PHOTOMETRIC) == 0:
+        raise DataError(
+            f"label {path} is stored with white as 0, so its numbers are not sure: write it as 'black is 0'"
+        )
+    signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
+    if values.dtype == np.uint8 and signed:
+        return values.view(np.int8)
+    return values.view(np.uint32) if values.dtype == np.int32 and not signed else values
 
 
 def _mapped(path: str, values: np.ndarray, mapping: Mapping) -> np.ndarray:

@@ -8,11 +8,12 @@ def stretch(pixels: np.ndarray, low, high) -> np.ndarray:
 
     low, high: numbers, or one per band. Where both are equal, as in a constant patch, the result is 0.
     """
-    low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
+    low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
     width = high - low
-    scale = np.divide(np.float32(255), width, out=np.zeros_like(width), where=width > 0)
-    values = (pixels.astype(np.float32) - low) * scale
-    return np.clip(np.nan_to_num(values, copy=False, nan=0.0), 0, 255).astype(np.uint8)
+    # In 64 bits, and by a division at the end: whole numbers are exact then, and `high` is 255 and not 254.
+    values = (pixels.astype(np.float64) - low) * 255
+    values = np.divide(values, width, out=np.zeros_like(values), where=width > 0)
+    return np.clip(np.nan_to_num(values, copy=False, nan=0.0) + 1e-9, 0, 255).astype(np.uint8)
 
 
 def minmax(pixels: np.ndarray) -> tuple[float, float]:

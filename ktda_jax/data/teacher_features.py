@@ -5,6 +5,7 @@ records, of the tile and of its mirror image: the four taps of the whole tile, (
 were made from; whoever reads them says what is wanted, and anything else is refused.
 """
 
+import hashlib
 import json
 import pathlib
 import threading
@@ -57,10 +58,14 @@ class TeacherFeatures:
         self.patch = manifest["made_from"]["patch"]
         self.source = manifest["made_from"]["teacher"]
         self._dtype, self._width = DTYPES[manifest["dtype"]], manifest["made_from"]["width"]
+        told = {k: manifest[k] for k in ("made_from", "dtype", "computed_in")}
+        self.fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()  # wherever they lie
         self._paths = [str(self.folder / name) for name in manifest["shards"]]
-        for path in (*self._paths, self.folder / RECORDS):
+        for path, size in [*zip(self._paths, manifest["shards"].values(), strict=True), (self.folder / RECORDS, None)]:
             if not pathlib.Path(path).is_file():
                 raise DataError(f"the teacher features in {self.folder} lack {path}: {AGAIN}")
+            if size is not None and (found := pathlib.Path(path).stat().st_size) != size:
+                raise DataError(f"{path} has {found:,} bytes, not the {size:,} that were written: {AGAIN}")
         self._records = np.load(self.folder / RECORDS)  # (tiles, 4): shard, place in it, h, w
         self._lock, self._open = threading.Lock(), None
 
@@ -121,7 +126,7 @@ def read_manifest(folder: pathlib.Path) -> dict:
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
             raise DataError(f"the teacher features in {folder} have format {manifest['format']}, not {FORMAT}: {AGAIN}")
-        if not {"made_from", "dtype", "shards"} <= manifest.keys():
+        if not {"made_from", "dtype", "computed_in", "shards"} <= manifest.keys():
             raise ValueError("parts are missing")
         return manifest
     except FileNotFoundError as error:

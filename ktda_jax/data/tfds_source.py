@@ -167,7 +167,7 @@ def find_built(name_or_dir: str | os.PathLike, data_dir: str | os.PathLike | Non
     """
     root = epath.Path(os.path.expanduser(data_dir or default_data_dir()))
     name = os.fspath(name_or_dir)
-    for path in (epath.Path(os.path.expanduser(name)), root / name):  # an absolute name replaces the root
+    for path in (root / name, epath.Path(os.path.expanduser(name))):  # an absolute name replaces the root
         if (path / "dataset_info.json").exists():
             return os.fspath(path)
         # A folder of the working directory that merely has the name, such as data_builders/meadow, has none.
@@ -317,6 +317,7 @@ def _line(error: Exception) -> str:
 def main(argv=None):
     """`python -m ktda_jax.data.tfds_source NAME[/CONFIG] [--data_dir=DIR] [--manual_dir=DIR]` builds a data set."""
     import argparse
+    import signal
     import sys
 
     parser = argparse.ArgumentParser(prog="python -m ktda_jax.data.tfds_source", description=prepare.__doc__)
@@ -324,10 +325,17 @@ def main(argv=None):
     parser.add_argument("--data_dir", help=f"default {default_data_dir()}")
     parser.add_argument("--manual_dir", help="folder with img_dir and ann_dir, their archives, or scenes")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by a signal"))
+    started = time.time()
     try:
-        print(prepare(args.name, args.data_dir, args.manual_dir))
+        path = prepare(args.name, args.data_dir, args.manual_dir)
     except DataError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: stopped from the keyboard")
+    print(path)
+    if os.stat(os.path.join(path, "dataset_info.json")).st_mtime < started:
+        print("it was there already and is left as it was; remove it to build it again", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""What config.data says about reading raw tiles: bands, value range, the meaning of stored labels."""
+
+import math
+from numbers import Integral, Real
+
+from ktda_jax.data.datasets import IGNORE
+
+
+def bands_of(data) -> tuple[int, tuple[int, int, int]]:
+    """Number of bands in an image, and the positions of red, green and blue among them."""
+    bands = tuple(data.bands or (1, 2, 3))
+    rgb = data.rgb or (bands[:3] if len(bands) > 2 else bands[:1] * 3)
+    return len(bands), tuple(bands.index(band) for band in rgb)
+
+
+def label_map_of(data) -> dict | None:
+    """{stored value or colour: class}."""
+    return data.label_map and {tuple(k) if _is_sequence(k) else k: v for k, v in data.label_map}
+
+
+def check(data, num_classes: int) -> None:
+    """ValueError for what no file could be read by."""
+    bands = data.bands if data.bands is not None else (1, 2, 3)
+    if not bands or not all(_is_whole(b) and b > 0 for b in bands) or len(set(bands)) < len(bands):
+        raise ValueError(f"config.data.bands is {tuple(bands)}; give different band numbers, counted from 1")
+    if data.rgb is not None and (len(data.rgb) != 3 or set(data.rgb) - set(bands)):
+        raise ValueError(f"config.data.rgb is {tuple(data.rgb)}; give three of config.data.bands {tuple(bands)}")
+    pairs = data.scale or ()
+    pairs = pairs if pairs and _is_sequence(pairs[0]) else [pairs] * bool(pairs)
+    if len(pairs) not in (0, 1, len(bands)) or not all(map(_is_range, pairs)):
+        raise ValueError(
+            f"config.data.scale is {data.scale}; give (low, high), or one such pair for each of the {len(bands)} bands"
+        )
+    if data.nodata is not None and not math.isfinite(data.nodata):
+        raise ValueError(f"config.data.nodata is {data.nodata}; leave it None: what is not finite never counts as data")
+    if data.source == "tfds" and any(data[k] is not None for k in ("bands", "scale", "nodata", "label_map")):
+        raise ValueError("config.data.bands, scale, nodata and label_map are for folders; a TFDS builder has done it")
+    _check_label_map(data.label_map or (), num_classes)
+
+
+def _check_label_map(pairs, num_classes: int) -> None:
+    where = "config.data.label_map"
+    if any(not _is_sequence(pair) or len(pair) != 2 for pair in pairs):
+        raise ValueError(f"{where} is {pairs}; give ((stored value, class), ...)")
+    stored = [tuple(key) if _is_sequence(key) else key for key, _ in pairs]
+    if len({isinstance(key, tuple) for key in stored}) > 1:
+        raise ValueError(f"{where}: give either whole numbers or (red, green, blue) triples, not both")
+    for key, (_, index) in zip(stored, pairs, strict=True):
+        colour = isinstance(key, tuple)
+        if not (len(key) == 3 and all(_is_whole(v) and 0 <= v < 256 for v in key) if colour else _is_whole(key)):
+            raise ValueError(f"{where} maps {key!r}; give a whole number, or a colour of three from 0 to 255")
+        if stored.count(key) > 1:
+            raise ValueError(f"{where} maps {key} twice; leave one of them")
+        if not _is_whole(index) or (index != IGNORE and not 0 <= index < num_classes):
+            raise ValueError(
+                f"{where} turns {key} into {index!r}; give a class from 0 to {num_classes - 1}, or {IGNORE} to ignore"
+            )
+
+
+def _is_sequence(value) -> bool:
+    return isinstance(value, (tuple, list))
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_range(pair) -> bool:
+    return len(pair) == 2 and all(isinstance(v, Real) and math.isfinite(v) for v in pair) and pair[0] < pair[1]
