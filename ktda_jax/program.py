@@ -1,12 +1,10 @@
 """From a config to the parts of a run that are compiled once: model structure, optimiser, steps, placements."""
 
-import ctypes
 import dataclasses
 import functools
 import gc
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ktda_jax import config as configs
-from ktda_jax import evaluate, losses, optim, reading, sharding, state, weights
+from ktda_jax import evaluate, libc, losses, optim, reading, sharding, state, weights
 from ktda_jax.config import ConfigError
 from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.models.vit import ViT
@@ -172,10 +170,7 @@ def compile_ahead(jitted: Callable, *args) -> jax.stages.Compiled:
     """
     compiled = jitted.lower(*args).compile()
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
-        if trim is not None:
-            trim(0)
+    libc.trim()
     return compiled
 
 

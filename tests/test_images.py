@@ -8,6 +8,7 @@ import pytest
 import rasterio
 from PIL import Image
 
+from ktda_jax.data import images
 from ktda_jax.data.check import check_split
 from ktda_jax.data.images import DataError, read_bands, read_image, read_label
 from ktda_jax.data.sources import FolderSource
@@ -128,6 +129,22 @@ def test_unreadable_images_are_named(tmp_path, capfd, damage, reader):
     read = read_image if reader == "RGB" else lambda path: read_bands(path, (1, 2, 3), None, None)
     assert error_of(read, str(path)).startswith(f"cannot read {path}: ")
     assert capfd.readouterr() == ("", "")  # GDAL adds nothing of its own
+
+
+@pytest.mark.parametrize("strips", [1, 7, 64])
+def test_uncompressed_tiffs_are_read_from_where_they_lie(tmp_path, strips):
+    """The fast way and Pillow's give the same; a strip too few is an error, not an image of something else."""
+    values, path = random((64, 50, 3), np.uint8), tmp_path / "a.tif"
+    Image.fromarray(values).save(path, tiffinfo={278: -(-64 // strips)})
+    np.testing.assert_array_equal(read_image(str(path)), values)
+    with Image.open(path) as file:
+        assert images._plain_rgb(path.read_bytes(), file) is not None
+    for options in (dict(compression="tiff_lzw"), dict(compression="jpeg")):
+        Image.fromarray(values).save(tmp_path / "other.tif", **options)
+        with Image.open(tmp_path / "other.tif") as file:
+            assert images._plain_rgb((tmp_path / "other.tif").read_bytes(), file) is None
+    path.write_bytes(path.read_bytes()[:-40])
+    assert "cannot read" in error_of(read_image, str(path))
 
 
 def test_a_truncated_png_is_named(tmp_path):

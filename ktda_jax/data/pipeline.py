@@ -14,6 +14,7 @@ import grain
 import numpy as np
 from absl import logging
 
+from ktda_jax import libc
 from ktda_jax.data import augment
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.images import DataError
@@ -57,6 +58,7 @@ def train_iterator(
     if features is not None and len(features) != len(source):
         raise DataError(f"{len(features)} tiles have teacher features, but {source!r} has {len(source)}")
     cv2.setNumThreads(0)  # the parallelism is Grain's: one thread per batch in flight
+    libc.keep_tile_sized_blocks()
     rows_source = _TrainRows(
         source, seed=seed, crop=crop, flip=flip, photometric=photometric, on_corrupt=on_corrupt, features=features
     )
