@@ -95,7 +95,8 @@ def check_ours(config, folder: pathlib.Path) -> dict:
     config = copy.deepcopy(config)
     config.dtype, config.model.dropout, config.model.student.drop_path = "float32", 0.0, 0.0
     batch = read_batch(folder)
-    with jax.default_matmul_precision("highest"):  # not TF32
+    exact = None if jax.default_backend() == "cpu" else "highest"  # accelerators would take TF32 or less
+    with jax.default_matmul_precision(exact):
         program = build(config)
         current, teacher = program.init(), program.teacher()
         sharp = {k: SHARPEN * v if k.endswith("conv_seg/kernel") else v for k, v in current.params.items()}
@@ -149,7 +150,7 @@ def measure_ours(config, folder: pathlib.Path) -> dict:
 def child(name: str, folder: pathlib.Path) -> dict:
     """Runs one side, `check`, `ours`, `torch_check` or a variant, in a process of its own and reads its report."""
     if name in ("check", "ours"):
-        command = [sys.executable, __file__, *sys.argv[1:], f"--role={name}", f"--folder={folder}"]
+        command = [sys.executable, str(HERE / "torch_peer.py"), *sys.argv[1:], f"--role={name}", f"--folder={folder}"]
     else:
         command = [sys.executable, str(HERE / "torch_worker.py"), f"--folder={folder}", f"--variant={name}"]
     log = folder / f"{name}.log"

@@ -54,8 +54,8 @@ WARMUP = flags.DEFINE_integer("warmup", 2, "Steps and forward passes before the 
 FORWARDS = flags.DEFINE_integer("forwards", 5, "Timed forward passes.", lower_bound=1)
 FORWARD_BATCH = flags.DEFINE_integer("forward_batch", None, "Images per forward pass. Default: config.batch_size.")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
-ROLE = flags.DEFINE_enum("role", None, ["check", "ours"], "Of a child process; set by this program.")
-FOLDER = flags.DEFINE_string("folder", None, "A child's place for files; set by this program.")
+ROLE = flags.DEFINE_enum("role", None, ["check", "ours"], "Of a child process; set by this program alone.")
+FOLDER = flags.DEFINE_string("folder", None, "Keeps weights, batch, logs and reports of both sides here.")
 
 
 def machine() -> dict:
@@ -94,9 +94,11 @@ def main(_):
         "forwards": FORWARDS.value,
         "forward_batch": FORWARD_BATCH.value or config.batch_size,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        write_inputs(config, pathlib.Path(folder), sizes)
-        report = compare(config, pathlib.Path(folder), VARIANTS.value, save)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(FOLDER.value or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_inputs(config, folder, sizes)
+        report = compare(config, folder, VARIANTS.value, save)
     print(f"{report['config']} {report['crop']}, batch {report['batch_size']}, {report['device']}\n{table(report)}")
 
 
