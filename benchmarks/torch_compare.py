@@ -31,6 +31,7 @@ PUBLISHED = {  # settings that change what is computed, and that the PyTorch sid
     "loss.kl_axis": "width", "model.fam": True, "model.fmm.enabled": True, "model.fmm.form": "transformer",
     "data.bands": None, "data.rgb": None,
 }  # fmt: skip
+NOISY = 1.5  # slowest step against the fastest: beyond this other work was on the machine
 
 
 class ChildError(RuntimeError):
@@ -232,4 +233,9 @@ def table(report: dict) -> str:
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*text, *(f"{name}: {why}" for name, why in report["left_out"].items())])
+    text += [f"{name}: {why}" for name, why in report["left_out"].items()]
+    for name, row in report["rows"].items():
+        low, high = row["train"]["spread_s"]
+        if high > NOISY * low:
+            text.append(f"{name}: steps took {low:.4g} to {high:.4g} s; the machine was busy, quote nothing from this")
+    return "\n".join(text)

@@ -63,7 +63,7 @@ def machine() -> dict:
     if pathlib.Path("/proc/cpuinfo").is_file():
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return {"platform": platform.platform(), "cpu": model, "cores": os.cpu_count()}
+    return {"platform": platform.platform(), "cpu": model, "cores": os.cpu_count(), "load": os.getloadavg()}
 
 
 def main(_):

@@ -170,7 +170,18 @@ def test_the_table(run):
     assert run.lines[start + 1].startswith("ours (float32)")
     assert run.lines[start + 1].split()[-4:] == ["1.00", "x"] * 2
     assert run.lines[start + 2].startswith("once (default)")
-    assert run.lines[start + 3 :] == ["tf32: left out: CPUs have no TF32"]
+    assert run.lines[start + 3] == "tf32: left out: CPUs have no TF32"
+
+
+def test_a_busy_machine_is_told():
+    def row(low, high):
+        train = {"median_s": low, "spread_s": [low, high], "images_per_s": 1.0, "peak_bytes": 1}
+        return {"precision": "float32", "train": train, "inference": {"median_s": 1.0, "images_per_s": 1.0}}
+
+    report = {"rows": {"ours": row(1.0, 1.1), "once": row(3.0, 6.0)}, "left_out": {}}
+    assert torch_compare.table(report).splitlines()[3:] == [
+        "once: steps took 3 to 6 s; the machine was busy, quote nothing from this"
+    ]
 
 
 def test_the_report(run):
