@@ -1,0 +1,178 @@
+"""`python -m ktda_jax.benchmark --config=...`: how fast and how large the training step and a forward pass are.
+
+    python -m ktda_jax.benchmark --config=configs/grass.py --config.batch_size=2
+    python -m ktda_jax.benchmark --config=configs/cloud.py --config.batch_size=2 --steps=1
+    python -m ktda_jax.benchmark --config=configs/grass.py --config.teacher.mode=precomputed    # without the teacher
+
+Random tiles and weights: neither changes the time. A step's time includes moving the batch to the device. On CPU the
+peak memory is the process's largest resident set, which holds everything, the compiler's work too.
+"""
+
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import sys
+import time
+from importlib import metadata
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from ktda_jax import config as configs
+from ktda_jax import flops, sharding, state
+from ktda_jax import main as command  # its flags, and its one-line errors
+from ktda_jax.config import ConfigError
+from ktda_jax.data.teacher_features import DTYPES
+from ktda_jax.program import build, model_config_of
+
+STEPS = flags.DEFINE_integer("steps", 3, "Timed training steps; 0: none.", lower_bound=0)
+WARMUP = flags.DEFINE_integer("warmup", 1, "Steps and passes before the clock starts.", lower_bound=0)
+FORWARDS = flags.DEFINE_integer("forwards", 3, "Timed forward passes; 0: none.", lower_bound=0)
+FORWARD_BATCH = flags.DEFINE_integer("forward_batch", 1, "Images in a forward pass.", lower_bound=1)
+PEAK = flags.DEFINE_float("peak_tflops", None, "Of one device, for MFU; known for the devices in benchmark.py.")
+TRACE = flags.DEFINE_string("trace", None, "Folder for a profiler trace of three training steps.")
+OUTPUT = flags.DEFINE_string("output", None, "JSON file of the results.")
+
+# Dense bfloat16 TFLOP/s, as their makers state them.
+PEAKS = {
+    "NVIDIA H200": 990, "NVIDIA H100 80GB HBM3": 990, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-SXM4-40GB": 312,
+    "TPU v4": 275, "TPU v5 lite": 197, "TPU v5": 459, "TPU v6 lite": 918,
+}  # fmt: skip
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def run(config, *, steps=3, warmup=1, forwards=3, forward_batch=1, peak=None, trace=None) -> dict:
+    """The measurements by name; times in seconds, memory in GB (1e9), operations in TFLOP."""
+    configs.check(config)
+    program = build(config)
+    model = model_config_of(config)
+    crop, rng = tuple(config.data.crop), np.random.default_rng(0)
+    device = jax.devices()[0]
+    current, teacher = program.init(), program.teacher()
+    operations = flops.of_model(model, crop, distill=bool(teacher))
+    peak = peak or PEAKS.get(device.device_kind)
+    report = {
+        "config": config.data.name,
+        "crop": crop,
+        "batch_size": config.batch_size,
+        "dtype": str(configs.compute_dtype(config)),
+        "devices": f"{program.mesh.size} x {device.device_kind}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+        "parameters_M": round(state.count({**program.abstract.params, **teacher}) / 1e6, 1),
+        "training_tflop_per_image": round(operations["training"] / 1e12, 6),
+        "inference_tflop_per_image": round(operations["inference"] / 1e12, 6),
+    }
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: name == COMPILED and compiled.append(name)
+    )
+
+    def measure(function, count, images, operations):
+        for _ in range(warmup):
+            jax.block_until_ready(function())
+        compiled.clear()
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            times.append(time.perf_counter() - start)
+        if compiled:
+            raise RuntimeError(f"{len(compiled)} programs were compiled within the timed calls; the times mean nothing")
+        median = statistics.median(times)
+        found = {"s": median, "spread_s": [min(times), max(times)], "images_per_s": images / median}
+        if peak:
+            found["mfu"] = operations * images / median / (peak * 1e12 * program.mesh.size)
+        return found
+
+    host = _batch(config, model, crop, rng)
+    if steps:
+        start = time.perf_counter()
+        step = program.compile_step(current, sharding.to_global(program.mesh, host), teacher)
+        report["compile_s"] = time.perf_counter() - start
+        report["temporary_gb"] = step.memory_analysis().temp_size_in_bytes / 1e9
+
+        def train():
+            nonlocal current
+            current, terms = step(current, sharding.to_global(program.mesh, host), teacher)
+            return terms
+
+        report["step"] = measure(train, steps, config.batch_size, operations["training"])
+        report["peak_training_gb"] = _peak_gb(device)
+        if trace:
+            with jax.profiler.trace(trace):
+                for _ in range(3):
+                    jax.block_until_ready(train())
+    if forwards:
+        image = jax.device_put(rng.integers(0, 256, (forward_batch, *crop, model.student.bands), np.uint8))
+
+        @jax.jit
+        def forward(params, stats, image):
+            return state.merge(program.graphdef, params, stats)(image).logits
+
+        arguments = current.params, current.batch_stats, image
+        jax.block_until_ready(forward(*arguments))
+        report["forward"] = measure(lambda: forward(*arguments), forwards, forward_batch, operations["inference"])
+        report["peak_gb"] = _peak_gb(device)
+    return report
+
+
+def _batch(config, model, crop, rng) -> dict:
+    made = {
+        "image": rng.integers(0, 256, (config.batch_size, *crop, model.student.bands), np.uint8),
+        "label": rng.integers(0, model.num_classes, (config.batch_size, *crop), np.uint8),
+    }
+    if config.distill and config.teacher.mode == "precomputed":
+        taps = rng.normal(size=(config.batch_size, *model.teacher.grid_of(*crop), model.teacher.width))
+        made["teacher"] = (taps.astype(DTYPES[config.teacher.dtype]),) * 4
+    return made
+
+
+def _peak_gb(device) -> float:
+    memory = device.memory_stats() or {}  # None on CPU
+    used = memory.get("peak_bytes_in_use")
+    return (used or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9  # Linux counts KiB
+
+
+def table(report: dict) -> str:
+    """The report for people."""
+    rows = [(key.replace("_", " "), _shown(value)) for key, value in report.items() if not isinstance(value, dict)]
+    for key in ("step", "forward"):
+        for name, value in report.get(key, {}).items():
+            rows.append((f"{key} {name.replace('_', ' ')}", _shown(value)))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def _shown(value) -> str:
+    if isinstance(value, (list, tuple)):
+        return " to ".join(map(_shown, value)) if isinstance(value, list) else " x ".join(map(_shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main(_: list[str]) -> None:
+    command.start()
+    config = command.CONFIG.value
+    with config.unlocked():
+        config.eval_batch_size = config.batch_size  # evaluation is not run; let it divide by the devices
+    try:
+        report = run(
+            config, steps=STEPS.value, warmup=WARMUP.value, forwards=FORWARDS.value,
+            forward_batch=FORWARD_BATCH.value, peak=PEAK.value, trace=TRACE.value,
+        )  # fmt: skip
+        if OUTPUT.value:
+            pathlib.Path(OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
+            configs.write_json(pathlib.Path(OUTPUT.value), {**report, "command": " ".join(sys.argv)})
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: cannot write to --output={OUTPUT.value}: {error.strerror}")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=command.parse)

@@ -1,0 +1,69 @@
+"""Operations counted from the traced program: known products, and the whole model against XLA's count."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ktda_jax import flops, state
+from ktda_jax.models.attention import attention
+from ktda_jax.models.convnext import ConvNeXtConfig
+from ktda_jax.models.fmm import FMMConfig
+from ktda_jax.models.ktda import KTDA, KTDAConfig
+from ktda_jax.models.vit import ViT, ViTConfig
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def test_products():
+    assert flops.count(jnp.matmul, shape(3, 5, 7), shape(3, 7, 11)) == 2 * 3 * 5 * 7 * 11
+
+    def conv(x, kernel, groups):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+        )
+
+    assert flops.count(lambda x, k: conv(x, k, 1), shape(2, 8, 8, 6), shape(3, 3, 6, 10)) == 2 * 2 * 4 * 4 * 10 * 9 * 6
+    assert flops.count(lambda x, k: conv(x, k, 6), shape(2, 8, 8, 6), shape(7, 7, 1, 6)) == 2 * 2 * 4 * 4 * 6 * 49
+
+
+def test_loops_count_every_turn_and_branches_once():
+    def looped(x):
+        return jax.lax.fori_loop(0, 6, lambda _, y: y @ y, x)
+
+    assert flops.count(looped, shape(5, 5)) == 6 * 2 * 5**3
+    assert flops.count(jax.jit(jax.checkpoint(looped)), shape(5, 5)) == 6 * 2 * 5**3
+    with pytest.raises(ValueError, match="a while loop's length is not known"):
+        flops.count(lambda x: jax.lax.while_loop(lambda y: y.sum() < 0, lambda y: y @ y, x), shape(5, 5))
+
+
+@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+def test_attention_costs_the_same_however_it_is_computed(implementation):
+    query = shape(2, 256, 3, 16)
+    found = flops.count(lambda q: attention(q, q, q, implementation=implementation), query)
+    assert found == 2 * 2 * 2 * 3 * 256 * 256 * 16
+
+
+def test_a_model_agrees_with_xla():
+    """XLA counts elementwise work too, but no products with padding, and a depthwise convolution by its CPU form: hence
+    a student without blocks."""
+    model = KTDAConfig(
+        num_classes=3, student=ConvNeXtConfig((0, 0, 0, 0), (32, 64, 64, 128)), fmm=FMMConfig(blocks=2, heads=2),
+        teacher=ViTConfig(width=64, depth=4, heads=2, image_size=(64, 64)), head_channels=64, aux_channels=32,
+    )  # fmt: skip
+    found = flops.of_model(model, (64, 64))
+    graphdef, params, stats = state.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))
+
+    def xla(function, *args):
+        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+    forward = xla(lambda p, s, x: state.merge(graphdef, p, s)(x).logits, params, stats, shape(1, 64, 64, 3))
+    vit, arrays, _ = state.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
+    teacher = xla(lambda a, x: state.merge(vit, a, {})(x), arrays, shape(1, 64, 64, 3))
+    assert found["inference"] == pytest.approx(forward, rel=0.05)
+    assert found["teacher"] == pytest.approx(teacher, rel=0.05)
+    assert found["training"] > 3 * found["inference"] + found["teacher"]  # and the auxiliary head
+    assert np.diff([flops.of_model(model, (64, 64), distill=d)["training"] for d in (False, True)]) == found["teacher"]
