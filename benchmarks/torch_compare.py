@@ -17,6 +17,7 @@ from ktda_jax import config as configs
 from ktda_jax import sharding, state
 from ktda_jax.config import ConfigError
 from ktda_jax.convert import mmseg
+from ktda_jax.data.datasets import IGNORE
 from ktda_jax.models.vit import ViTConfig
 from ktda_jax.program import build, model_config_of
 
@@ -63,7 +64,7 @@ def write_inputs(config, folder: pathlib.Path, sizes: dict[str, int]) -> None:
     rows, crop, classes = config.batch_size, tuple(config.data.crop), len(configs.classes_of(config).classes)
     rng = np.random.default_rng(config.seed)
     labels = rng.integers(0, classes, (rows, *crop), np.uint8)
-    labels[:, : crop[0] // 8] = configs.IGNORE
+    labels[:, : crop[0] // 8] = IGNORE
     np.savez(
         folder / "batch.npz",
         image=rng.integers(0, 256, (rows, *crop, 3), np.uint8),

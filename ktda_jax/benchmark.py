@@ -28,14 +28,6 @@ from ktda_jax.config import ConfigError
 from ktda_jax.data.teacher_features import DTYPES
 from ktda_jax.program import build, model_config_of
 
-STEPS = flags.DEFINE_integer("steps", 3, "Timed training steps; 0: none.", lower_bound=0)
-WARMUP = flags.DEFINE_integer("warmup", 1, "Steps and passes before the clock starts.", lower_bound=0)
-FORWARDS = flags.DEFINE_integer("forwards", 3, "Timed forward passes; 0: none.", lower_bound=0)
-FORWARD_BATCH = flags.DEFINE_integer("forward_batch", 1, "Images in a forward pass.", lower_bound=1)
-PEAK = flags.DEFINE_float("peak_tflops", None, "Of one device, for MFU; known for the devices in benchmark.py.")
-TRACE = flags.DEFINE_string("trace", None, "Folder for a profiler trace of three training steps.")
-OUTPUT = flags.DEFINE_string("output", None, "JSON file of the results.")
-
 # Dense bfloat16 TFLOP/s, as their makers state them.
 PEAKS = {
     "NVIDIA H200": 990, "NVIDIA H100 80GB HBM3": 990, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-SXM4-40GB": 312,
@@ -156,23 +148,30 @@ def _shown(value) -> str:
 
 def main(_: list[str]) -> None:
     command.start()
-    config = command.CONFIG.value
+    config, given = command.CONFIG.value, flags.FLAGS
     with config.unlocked():
         config.eval_batch_size = config.batch_size  # evaluation is not run; let it divide by the devices
     try:
         report = run(
-            config, steps=STEPS.value, warmup=WARMUP.value, forwards=FORWARDS.value,
-            forward_batch=FORWARD_BATCH.value, peak=PEAK.value, trace=TRACE.value,
+            config, steps=given.steps, warmup=given.warmup, forwards=given.forwards,
+            forward_batch=given.forward_batch, peak=given.peak_tflops, trace=given.trace,
         )  # fmt: skip
-        if OUTPUT.value:
-            pathlib.Path(OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
-            configs.write_json(pathlib.Path(OUTPUT.value), {**report, "command": " ".join(sys.argv)})
+        if given.output:
+            pathlib.Path(given.output).parent.mkdir(parents=True, exist_ok=True)
+            configs.write_json(pathlib.Path(given.output), {**report, "command": " ".join(sys.argv)})
     except ConfigError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: cannot write to --output={OUTPUT.value}: {error.strerror}")
+        sys.exit(f"error: cannot write to --output={given.output}: {error.strerror}")
     print(table(report))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have an --output too
+    flags.DEFINE_integer("steps", 3, "Timed training steps; 0: none.", lower_bound=0)
+    flags.DEFINE_integer("warmup", 1, "Steps and passes before the clock starts.", lower_bound=0)
+    flags.DEFINE_integer("forwards", 3, "Timed forward passes; 0: none.", lower_bound=0)
+    flags.DEFINE_integer("forward_batch", 1, "Images in a forward pass.", lower_bound=1)
+    flags.DEFINE_float("peak_tflops", None, "Of one device, for MFU; known for the devices in benchmark.py.")
+    flags.DEFINE_string("trace", None, "Folder for a profiler trace of three training steps.")
+    flags.DEFINE_string("output", None, "JSON file of the results.")
     app.run(main, flags_parser=command.parse)

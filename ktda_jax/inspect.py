@@ -22,8 +22,6 @@ from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import read_tile
 from ktda_jax.inputs import open_source
 
-OUTPUT = flags.DEFINE_string("output", None, "Where to write; default inspection/<data set>.")
-SAMPLES = flags.DEFINE_integer("samples", 6, "Random training tiles in the sheet.", lower_bound=1)
 AUGMENTED = 3  # draws of the augmentation beside each
 
 
@@ -142,9 +140,9 @@ def _sheet(path: pathlib.Path, source, config, info, samples: int) -> None:
 
 
 def main(_: list[str]) -> None:
-    config = command.CONFIG.value
+    config, given = command.CONFIG.value, flags.FLAGS
     try:
-        problems = run(config, pathlib.Path(OUTPUT.value or f"inspection/{config.data.name}"), SAMPLES.value)
+        problems = run(config, pathlib.Path(given.output or f"inspection/{config.data.name}"), given.samples)
     except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
     if problems:
@@ -152,5 +150,7 @@ def main(_: list[str]) -> None:
     print("nothing wrong found")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have an --output too
+    flags.DEFINE_string("output", None, "Where to write; default inspection/<data set>.")
+    flags.DEFINE_integer("samples", 6, "Random training tiles in the sheet.", lower_bound=1)
     app.run(main, flags_parser=command.parse)

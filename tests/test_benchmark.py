@@ -21,7 +21,7 @@ def test_the_command(tmp_path):
         assert found["spread_s"][0] <= found["s"] <= found["spread_s"][1]
         assert found["images_per_s"] == pytest.approx(images / found["s"])
         operations = report[f"{'training' if part == 'step' else 'inference'}_tflop_per_image"]
-        assert found["mfu"] == pytest.approx(operations * found["images_per_s"] / 0.1, rel=5e-3)
+        assert found["mfu"] == pytest.approx(operations * found["images_per_s"] / 0.1, rel=0.02)  # of a rounded number
     assert report["compile_s"] > 0 and report["peak_gb"] > report["temporary_gb"] > 0
     assert report["command"].endswith(" ".join(flags)) and report["versions"]["jax"]
 

@@ -189,6 +189,7 @@ def test_a_full_disk_is_said_first(config, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_training_from_features_through_the_command(tiles, teacher, tmp_path):
     settings = {**SETTINGS, "weights.teacher": teacher, "teacher.features": tmp_path / "features", "total_steps": 4}
     settings |= {"eval_every": 4, "teacher.mode": "precomputed", "model.student.depths": (0, 0, 0, 0)}

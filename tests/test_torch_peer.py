@@ -165,6 +165,7 @@ def run(tmp_path_factory) -> Run:
     return Run(done.stdout.splitlines(), json.loads((place / "result.json").read_text()), place / "sides")
 
 
+@pytest.mark.slow
 def test_the_table(run):
     (start,) = (k for k, line in enumerate(run.lines) if line.lstrip().startswith("train step s"))
     assert run.lines[start + 1].startswith("ours (float32)")
@@ -184,6 +185,7 @@ def test_a_busy_machine_is_told():
     ]
 
 
+@pytest.mark.slow
 def test_the_report(run):
     report = run.report
     assert report["command"].startswith("python benchmarks/torch_peer.py --config=configs/grass.py:tiny")
@@ -200,6 +202,7 @@ def test_the_report(run):
         assert row["train"]["peak_bytes"] > 1e8
 
 
+@pytest.mark.slow
 def test_both_compute_the_same_loss(run):
     ours = run.report["check"]["ours"]
     theirs = torch_worker.check(torch_worker.read_spec(run.folder), run.folder, CPU)["terms"]
@@ -208,6 +211,7 @@ def test_both_compute_the_same_loss(run):
     assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5) and theirs["acc"] == pytest.approx(ours["acc"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, term",
     [("backbone.stages.2.0.pointwise_conv2.weight", "distill"), ("fmm.adapters.0.0.attn.qkv.weight", "decode"),
@@ -226,6 +230,7 @@ def test_a_changed_weight_is_refused(run, tmp_path, name, term):
         torch_compare.agree(ours, theirs)
 
 
+@pytest.mark.slow
 def test_nothing_is_timed_unless_they_agree(run):
     ours, asked = run.report["check"]["ours"], []
 
@@ -253,6 +258,7 @@ def fake_child(terms: dict, failing: str = "", torch_on: str = "cpu"):
     return child
 
 
+@pytest.mark.slow
 def test_a_variant_that_fails_is_named_and_the_others_go_on(run):
     config, saved = types.SimpleNamespace(data=types.SimpleNamespace(name="grass")), []
     child = fake_child(run.report["check"]["ours"], failing="compiled")
@@ -266,6 +272,7 @@ def test_a_variant_that_fails_is_named_and_the_others_go_on(run):
         torch_compare.compare(config, run.folder, wanted, print, child=child)
 
 
+@pytest.mark.slow
 def test_different_devices_are_not_compared(run):
     config = types.SimpleNamespace(data=types.SimpleNamespace(name="grass"))
     child = fake_child(run.report["check"]["ours"], torch_on="gpu")
