@@ -9,11 +9,14 @@ from ktda_jax import benchmark
 
 
 def test_the_command(tmp_path):
+    """Where neither grain nor TFDS is installed, as on the machine with the GPU."""
+    for name in ("grain", "tensorflow_datasets"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not here')")
     settings = {**runs.TINY, "data.root": "nowhere", "model.student.depths": (0, 0, 0, 0), "model.aux_channels": 0}
     flags = [f"--config={runs.REPOSITORY / 'configs' / 'grass.py'}:tiny"]
     flags += [f"--config.{key}={value}" for key, value in settings.items()]
     flags += ["--steps=2", "--forwards=2", "--peak_tflops=0.1", f"--output={tmp_path / 'out' / 'report.json'}"]
-    out, err = runs.finish(runs.start(*flags, verb="benchmark"))
+    out, err = runs.finish(runs.start(*flags, verb="benchmark", PYTHONPATH=str(tmp_path)))
     assert "step images per s" in out and "Traceback" not in err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     for part, images in (("step", settings["batch_size"]), ("forward", 1)):

@@ -10,7 +10,6 @@ import json
 import pathlib
 import threading
 
-import grain
 import ml_dtypes
 import numpy as np
 
@@ -84,6 +83,8 @@ class TeacherFeatures:
     def _shards(self) -> list:
         with self._lock:
             if self._open is None:
+                import grain  # only here: benchmarks run where it is not installed
+
                 self._open = [grain.sources.ArrayRecordDataSource([path]) for path in self._paths]
             return self._open
 

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# All that a GPU is to show, checked and timed in one call:
+#
+#   pip download --no-deps -d wheels ml-collections     # once, where there is a network
+#   bash benchmarks/gpu.sh                              # on the machine with the GPU; results in $OUT or results/
+#
+# It needs jax, flax, optax, orbax and torch, and neither grain nor tensorflow-datasets nor a network. A part that
+# fails is named at the end, and the others go on. CONFIG, BATCH, FORWARD_BATCH, STEPS and VARIANTS may be set.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-results}
+config=${CONFIG:-configs/grass.py} batch=${BATCH:-64} forward=${FORWARD_BATCH:-64} steps=${STEPS:-20}
+variants=${VARIANTS:-published,once,tf32,compiled,compiled_once}
+PYTHONPATH=$PWD:$(printf '%s:' "$PWD"/wheels/*.whl)${PYTHONPATH:-}
+export PYTHONPATH
+mkdir -p "$out"
+failed=()
+
+part() { # NAME COMMAND...
+  local name=$1 begun=$SECONDS
+  shift
+  echo "== $name"
+  if "$@" 2>&1 | tee "$out/$name.log"; then echo "== $name: $((SECONDS - begun)) s"; else failed+=("$name"); fi
+}
+
+if python -c 'import pytest, xdist' 2>/dev/null; then
+  part tests python -m pytest -n 0 -q tests/test_attention.py tests/test_depthwise.py
+fi
+# Ours first: small and large batches, and what precomputed features save.
+for size in 4 "$batch"; do
+  part "ours_$size" python -m ktda_jax.benchmark --config="$config" --config.batch_size="$size" --steps="$steps" \
+    --warmup=3 --forwards="$steps" --forward_batch="$forward" --output="$out/ours_$size.json"
+done
+part precomputed python -m ktda_jax.benchmark --config="$config" --config.batch_size="$batch" --steps="$steps" \
+  --warmup=3 --forwards=0 --config.teacher.mode=precomputed --output="$out/precomputed.json"
+part peer python benchmarks/torch_peer.py --config="$config" --config.batch_size="$batch" --steps="$steps" \
+  --warmup=3 --forwards="$steps" --forward_batch="$forward" --variants="$variants" --output="$out/peer.json"
+
+if ((${#failed[@]})); then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
