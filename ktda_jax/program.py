@@ -5,7 +5,7 @@ import functools
 import gc
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -108,16 +108,19 @@ def model_config_of(config) -> KTDAConfig:
     return model
 
 
-def build(config, *, teacher: bool = True, initial: bool = True) -> Program:
+def build(
+    config, *, teacher: bool = True, initial: bool = True, devices: Sequence[jax.Device] | None = None
+) -> Program:
     """Checks the model settings, loads weights, and jits the steps; compiles nothing yet.
 
-    Evaluation needs neither the `teacher` nor, with a checkpoint at hand, the `initial` weights.
+    Evaluation needs neither the `teacher` nor, with a checkpoint at hand, the `initial` weights. `devices` are those of
+    a machine to compile for, where it is not this one.
     """
     dtype = configs.compute_dtype(config)
     param_dtype = jnp.promote_types(dtype, jnp.float32)
     info = configs.classes_of(config)
     try:
-        mesh = sharding.make_mesh(**config.mesh)
+        mesh = sharding.make_mesh(**config.mesh, devices=devices)
         sharding.check_batch_size(mesh, config.batch_size, "config.batch_size", config.grad_accum)
         sharding.check_batch_size(mesh, config.eval_batch_size, "config.eval_batch_size")
         model_config = model_config_of(config)

@@ -1,5 +1,6 @@
 """The `(data, fsdp)` mesh, and shardings by rule. Both axes split the batch; `fsdp` also splits the parameters."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,18 +12,22 @@ BATCH = ("data", "fsdp")
 MIN_SIZE = 2**13  # smaller arrays stay whole: gathering them would cost more than they save
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """A mesh over the devices of all processes; -1 takes what is left. One process may use fewer devices."""
-    devices, given = jax.device_count(), f"data={data}, fsdp={fsdp}"
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over the devices of all processes, or over `devices`; -1 takes what is left.
+
+    One process may use fewer devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    count, given = len(devices), f"data={data}, fsdp={fsdp}"
     if fsdp == -1:
-        fsdp = devices // max(data, 1)
+        fsdp = count // max(data, 1)
     if data == -1:
-        data = devices // max(fsdp, 1)
+        data = count // max(fsdp, 1)
     used = data * fsdp
-    if data < 1 or fsdp < 1 or used > devices or (used < devices and jax.process_count() > 1):
-        raise ValueError(f"config.mesh ({given}) does not fit {devices} devices")
+    if data < 1 or fsdp < 1 or used > count or (used < count and jax.process_count() > 1):
+        raise ValueError(f"config.mesh ({given}) does not fit {count} devices")
     # Auto axes: under Explicit ones a sharded convolution kernel is an error.
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:used])
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[:used])
 
 
 def spec(shape: tuple[int, ...], fsdp: int) -> P:
