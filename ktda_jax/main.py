@@ -15,6 +15,10 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
 PROCESS = flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.")
+JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "With --coordinator: seconds to wait for all to start.", 1)
+STOPPED_STATUS = flags.DEFINE_integer(
+    "stopped_status", 0, "Exit status if a signal stopped training before its end, for launchers that start it again."
+)
 
 
 def _workdir() -> str:
@@ -41,6 +45,8 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit("error: give a config: --config=configs/grass.py")
     if COORDINATOR.value not in (None, "auto") and None in (PROCESSES.value, PROCESS.value):
         sys.exit("error: --coordinator=HOST:PORT needs --num_processes and --process_id too")
+    if "://" in (WORKDIR.value or ""):  # pathlib would make a local folder of that name
+        sys.exit(f"error: --workdir={WORKDIR.value} is not a path; mount the bucket and give the folder it is mounted at")
     return rest
 
 
