@@ -1,8 +1,10 @@
 """The user's entry: `python -m ktda_jax.main --config=configs/grass.py [--config.KEY=VALUE ...]`."""
 
 import logging as standard_logging
+import os
 import pathlib
 import sys
+import threading
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -46,7 +48,7 @@ def parse(argv: list[str]) -> list[str]:
     if COORDINATOR.value not in (None, "auto") and None in (PROCESSES.value, PROCESS.value):
         sys.exit("error: --coordinator=HOST:PORT needs --num_processes and --process_id too")
     if "://" in (WORKDIR.value or ""):  # pathlib would make a local folder of that name
-        sys.exit(f"error: --workdir={WORKDIR.value} is not a path; mount the bucket and give the folder it is mounted at")
+        sys.exit(f"error: --workdir={WORKDIR.value} is not a path; mount it and give the folder")
     return rest
 
 
@@ -62,14 +64,32 @@ def _unknown_setting(error: Exception, argv: list[str]) -> str:
     raise error  # not the command line's fault but the config file's
 
 
+def _join(jax) -> None:
+    """Waits for the other processes, then this one dies with them: JAX notices a dead one after 100 s at the latest."""
+    address = None if COORDINATOR.value == "auto" else COORDINATOR.value
+
+    def give_up():
+        sys.stderr.write(
+            f"error: not all processes met at --coordinator={COORDINATOR.value} within {JOIN_TIMEOUT.value} s; start "
+            "all with the same host:port, let the port through firewalls, or give a longer --join_timeout\n"
+        )
+        sys.stderr.flush()
+        os._exit(1)
+
+    # JAX's own timeout aborts the process with a C++ stack trace, so this one comes first.
+    timer = threading.Timer(JOIN_TIMEOUT.value, give_up)
+    timer.daemon = True
+    timer.start()
+    jax.distributed.initialize(address, PROCESSES.value, PROCESS.value, initialization_timeout=JOIN_TIMEOUT.value + 60)
+    timer.cancel()
+
+
 def start() -> None:
     """Joins the other processes that the flags speak of, if any, and lets only warnings through to the terminal."""
     import jax  # after the flags, so that --help and their errors are quick
 
-    if COORDINATOR.value == "auto":
-        jax.distributed.initialize()
-    elif COORDINATOR.value:
-        jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    if COORDINATOR.value:
+        _join(jax)
     logging.set_verbosity(logging.WARNING)
     handler = logging.get_absl_handler()
     handler.setFormatter(standard_logging.Formatter("%(levelname)s: %(message)s"))
@@ -85,9 +105,11 @@ def main(_: list[str]) -> None:
 
     verbs = {"train": train.train_and_evaluate, "eval": train.evaluate_workdir}
     try:
-        verbs[MODE.value](CONFIG.value, _workdir())
+        result = verbs[MODE.value](CONFIG.value, _workdir())
     except (ConfigError, DataError, train.TrainingError) as error:
         sys.exit(f"error: {error}")
+    if result is None:
+        sys.exit(STOPPED_STATUS.value)
 
 
 def run() -> None:

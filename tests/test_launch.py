@@ -156,7 +156,7 @@ def script(folder: pathlib.Path, name: str, body: str) -> pathlib.Path:
 
 @pytest.fixture
 def local(tmp_path):
-    """local(N, *flags, worker=BASH) starts local.sh; workers know K, which they are, and leave their flags in `seen`."""
+    """local(N, *flags, worker=BASH) starts local.sh; workers know their number K and leave their flags in `seen`."""
     seen = tmp_path / "seen"
     seen.mkdir()
 
@@ -288,7 +288,7 @@ def slurm(tmp_path):
 
     def start(*flags, srun="exit 0", **environment):
         bins = tmp_path / "bin"
-        record = f"printf '%s|' \"${{0##*/}}\" \"$@\" >> {seen}; echo >> {seen}"
+        record = f'(IFS="|"; echo "${{0##*/}}|$*|") >> {seen}'
         script(bins, "srun", f'echo "${{JAX_LOCAL_DEVICE_IDS:-}}" > {tmp_path / "devices"}\n{record}\n{srun}')
         script(bins, "scontrol", record)
         script(bins, "scancel", f"{record}\nkill -TERM $(cat {tmp_path / 'task'})")
@@ -347,17 +347,17 @@ def pod(tmp_path):
     (home / "ktda_jax").mkdir(parents=True)
 
     def start(verb, *flags, train="exit 0", **environment):
-        script(home / "ktda_venv/bin", "python", f'printf "%s\\n" "$@" > {tmp_path}/flags\nstate={tmp_path}/state\n{train}')
+        script(home / "ktda_venv/bin", "python", f'printf "%s\\n" "$@" > ~/flags\nstate={tmp_path}/state\n{train}')
         script(
             tmp_path / "bin",
             "gcloud",
             f"""cd {tmp_path}
-printf '%q ' "$@" | sed 's/--command=.*//' >> seen; echo >> seen
+printf '%q ' "$@" | sed -E "s/[$]?'?--command=.*//" >> seen; echo >> seen
 case "$*" in
   *"queued-resources list"*) cat state 2>/dev/null || true ;;
   *"queued-resources create"*) echo ${{CREATED:-ACTIVE}} > state ;;
   *"queued-resources delete"*) rm state ;;
-  *"tpu-vm scp"*) [[ -s $4 ]] ;;
+  *"tpu-vm scp"*) [[ -s $5 ]] ;;
   *--command=*)
     command=${{!#}}; command=${{command#--command=}}
     case $command in
@@ -395,25 +395,23 @@ def test_a_slice_is_created_and_trains_with_the_flags_as_given(pod):
     out, err = launcher.communicate(timeout=30)
     assert launcher.returncode == 0 and "training\n" in out and "finished. pod still costs" in err
     expected = ["-m", "ktda_jax.main", *ODD, "--coordinator=auto", "--stopped_status=75"]
-    assert (pod.folder / "flags").read_text().splitlines() == expected
+    assert (pod.home / "flags").read_text().splitlines() == expected
     issued = pod.issued()
     assert brief(issued) == ["list", "create", "list", "scp", "ssh", "install", "ssh", "setup", "ssh"]
-    assert issued[1].split() == (
-        "compute tpus queued-resources create pod --zone=z --project=p --node-id=pod --accelerator-type=v5litepod-16 "
-        "--runtime-version=rt --spot"
-    ).split()
+    options = "--node-id=pod --accelerator-type=v5litepod-16 --runtime-version=rt --spot"
+    assert issued[1].strip() == f"compute tpus queued-resources create pod --zone=z --project=p {options}"
     assert issued[-1].split() == "compute tpus tpu-vm ssh pod --zone=z --project=p --worker=all".split()
     assert issued[-2] == f"setup {setup}"
     assert pod("run").wait(30) == 0 and brief(pod.issued()[len(issued) :])[:2] == ["list", "scp"]  # taken as it is
 
 
 def test_a_preempted_slice_is_made_anew_and_trains_again(pod):
-    train = 'if [[ -e $state.2 ]]; then echo resuming; else touch $state.2; echo SUSPENDED > $state; exit 255; fi'
+    train = "if [[ -e $state.2 ]]; then echo resuming; else touch $state.2; echo SUSPENDED > $state; exit 255; fi"
     launcher = pod("run", "--config=x", train=train, RETRIES="0")
     out, err = launcher.communicate(timeout=30)
     assert launcher.returncode == 0 and out.endswith("resuming\n") and "pod was preempted; it is made anew" in err
-    once = ["scp", "ssh", "install", "ssh"]
-    assert brief(pod.issued()) == ["list", "create", "list", *once, "list", "list", "delete", "list", "create", "list", *once]
+    new, once = ["list", "create", "list"], ["scp", "ssh", "install", "ssh"]
+    assert brief(pod.issued()) == [*new, *once, "list", "list", "delete", *new, *once]
 
 
 @pytest.mark.parametrize(
@@ -483,7 +481,8 @@ def test_the_jobset_is_consistent_and_its_flags_are_known():
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     assert container["command"] == ["python", "-m", "ktda_jax.main"]
     # As main parses them, in a process of its own since flags are global; a folder that all hosts see.
-    code = "import sys; from ktda_jax import main; main.parse(sys.argv); print(main.COORDINATOR.value, main.CONFIG.value.data.crop)"
+    code = "import sys; from ktda_jax import main as m; m.parse(sys.argv)"
+    code += "; print(m.COORDINATOR.value, m.CONFIG.value.data.crop)"
     parsed = subprocess.run(
         [sys.executable, "-c", code, *container["args"]], cwd=runs.REPOSITORY, capture_output=True, text=True
     )
