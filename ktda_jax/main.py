@@ -88,13 +88,13 @@ def start() -> None:
     """Joins the other processes that the flags speak of, if any, and lets only warnings through to the terminal."""
     import jax  # after the flags, so that --help and their errors are quick
 
-    if COORDINATOR.value:
-        _join(jax)
     logging.set_verbosity(logging.WARNING)
     handler = logging.get_absl_handler()
     handler.setFormatter(standard_logging.Formatter("%(levelname)s: %(message)s"))
     # Orbax warns about ordinary things, such as a checkpoint between two evaluations, which has no score.
     handler.addFilter(lambda record: record.levelno > standard_logging.WARNING or "orbax" not in record.pathname)
+    if COORDINATOR.value:
+        _join(jax)
 
 
 def main(_: list[str]) -> None:

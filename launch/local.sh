@@ -52,6 +52,7 @@ fi
 pids=()
 signals=0
 
+# shellcheck disable=SC2329 # the trap's
 pass_on() { # the first signal lets the workers save and stop, a second one ends them now
   signals=$((signals + 1))
   local name=TERM pid

@@ -28,6 +28,7 @@ fi
 # SIGTERM, 300 s before the time limit or on preemption, comes to this script alone (B:). Passed on to the tasks by
 # scancel, which leaves this script out; srun itself would answer a SIGTERM by killing them.
 requeue=0 interrupted=0
+# shellcheck disable=SC2329 # the trap's
 pass_on() {
   requeue=1 interrupted=1
   scancel --signal=TERM "$SLURM_JOB_ID"

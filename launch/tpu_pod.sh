@@ -24,8 +24,8 @@ case $verb in
   *) die "'$verb' is not a subcommand; use run, stop or delete" ;;
 esac
 shift
-for name in $needed; do
-  [[ -n ${!name:-} ]] || die "$name is not set; the top of tpu_pod.sh has examples"
+for variable in $needed; do
+  [[ -n ${!variable:-} ]] || die "$variable is not set; the top of tpu_pod.sh has examples"
 done
 command -v gcloud >/dev/null || die "no gcloud on PATH; install the Google Cloud SDK"
 readonly POLL=${POLL:-30} RETRIES=${RETRIES:-3}
