@@ -22,6 +22,8 @@ STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status", 0, "Exit status if a signal stopped training before its end, for launchers that start it again."
 )
 
+FAILED_SECONDS = 5  # that a process which failed waits for the others
+
 
 def _workdir() -> str:
     if WORKDIR.value:
@@ -68,20 +70,28 @@ def _join(jax) -> None:
     """Waits for the other processes, then this one dies with them: JAX notices a dead one after 100 s at the latest."""
     address = None if COORDINATOR.value == "auto" else COORDINATOR.value
 
-    def give_up():
-        sys.stderr.write(
-            f"error: not all processes met at --coordinator={COORDINATOR.value} within {JOIN_TIMEOUT.value} s; start "
-            "all with the same host:port, let the port through firewalls, or give a longer --join_timeout\n"
-        )
+    # JAX's own timeout aborts the process with a C++ stack trace, so this one comes first.
+    timer = _end_after(
+        JOIN_TIMEOUT.value,
+        f"error: not all processes met at --coordinator={COORDINATOR.value} within {JOIN_TIMEOUT.value} s; start "
+        "all with the same host:port, let the port through firewalls, or give a longer --join_timeout\n",
+    )
+    jax.distributed.initialize(address, PROCESSES.value, PROCESS.value, initialization_timeout=JOIN_TIMEOUT.value + 60)
+    timer.cancel()
+
+
+def _end_after(seconds: int, message: str = "") -> threading.Timer:
+    """Ends this process, wherever it waits, unless the timer is cancelled."""
+
+    def end():
+        sys.stderr.write(message)
         sys.stderr.flush()
         os._exit(1)
 
-    # JAX's own timeout aborts the process with a C++ stack trace, so this one comes first.
-    timer = threading.Timer(JOIN_TIMEOUT.value, give_up)
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
-    jax.distributed.initialize(address, PROCESSES.value, PROCESS.value, initialization_timeout=JOIN_TIMEOUT.value + 60)
-    timer.cancel()
+    return timer
 
 
 def start() -> None:
@@ -106,8 +116,13 @@ def main(_: list[str]) -> None:
     verbs = {"train": train.train_and_evaluate, "eval": train.evaluate_workdir}
     try:
         result = verbs[MODE.value](CONFIG.value, _workdir())
-    except (ConfigError, DataError, train.TrainingError) as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        if COORDINATOR.value:
+            # JAX waits at exit for the others, minutes, while they wait for this one; unless all fail alike.
+            _end_after(FAILED_SECONDS)
+        if isinstance(error, (ConfigError, DataError, train.TrainingError)):
+            sys.exit(f"error: {error}")
+        raise
     if result is None:
         sys.exit(STOPPED_STATUS.value)
 

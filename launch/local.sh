@@ -30,7 +30,7 @@ mkdir -p "$logs" || die "cannot make the log folder '$logs'; set LOGS to a folde
 # Workers inherit the lock: those that outlive a killed local.sh still write to the workdir and must be ended first.
 if command -v flock >/dev/null; then
   exec 9>"$logs/lock"
-  flock -n 9 || die "processes of an earlier local.sh still run with logs in '$logs'; stop them, or use another --workdir"
+  flock -w 5 9 || die "processes of an earlier local.sh still run with logs in '$logs'; stop them, or use another --workdir"
 fi
 
 # One GPU for each process, if there are as many. CPUs need nothing: a process has one CPU device unless XLA_FLAGS
