@@ -26,8 +26,8 @@ ODD = ("--config.data.crop=(64,64)", "--config.name=two words", "--config.note=i
 
 # Little to compile, since only process 0 uses JAX's cache of compiled programs.
 SETTINGS = {
-    "total_steps": 24, "eval_every": 24, "checkpoint_every": 2, "ema": 0.9, "model.student.depths": (0, 0, 0, 0),
-    "model.aux_channels": 0, "model.fmm.enabled": False, "distill": False,
+    "total_steps": 24, "eval_every": 24, "eval_batch_size": 4, "checkpoint_every": 2, "ema": 0.9, "distill": False,
+    "model.student.depths": (0, 0, 0, 0), "model.aux_channels": 0, "model.fmm.enabled": False,
 }  # fmt: skip
 
 
