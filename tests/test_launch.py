@@ -113,7 +113,7 @@ def killed_and_resumed_is_the_same_run(train, tiles, tmp_path, processes, *, sto
     # One worker dies: all stop within seconds.
     workdir = tmp_path / "broken"
     launcher = train(workdir, processes)
-    runs.wait_for(functools.partial(runs.reached, workdir, 8), launcher)
+    runs.wait_for(lambda: runs.reached(workdir, 8) and any(workdir.glob("checkpoints/[0-9]*")), launcher)
     pids = workers(workdir)
     assert sorted(pids) == list(range(processes))
     os.kill(pids[processes - 1], signal.SIGKILL)
@@ -144,7 +144,8 @@ def killed_and_resumed_is_the_same_run(train, tiles, tmp_path, processes, *, sto
     assert_same_run(tmp_path / "whole", workdir, tiles)
 
 
-def test_two_processes_killed_one_and_all_change_nothing(train, tiles, tmp_path):
+def test_two_processes_killed_one_and_all_change_nothing(train, tiles, tmp_path, monkeypatch):
+    monkeypatch.setitem(SETTINGS, "checkpoint_every", 6)  # a checkpoint takes longer than the steps between
     killed_and_resumed_is_the_same_run(train, tiles, tmp_path, 2)
 
 
