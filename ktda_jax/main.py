@@ -1,8 +1,10 @@
 """The user's entry: `python -m ktda_jax.main --config=configs/grass.py [--config.KEY=VALUE ...]`."""
 
 import logging as standard_logging
+import os
 import pathlib
 import sys
+import threading
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -15,6 +17,12 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
 PROCESS = flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.")
+JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "With --coordinator: seconds to wait for all to start.", 1)
+STOPPED_STATUS = flags.DEFINE_integer(
+    "stopped_status", 0, "Exit status if a signal stopped training before its end, for launchers that start it again."
+)
+
+FAILED_SECONDS = 5  # that a process which failed waits for the others
 
 
 def _workdir() -> str:
@@ -41,6 +49,8 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit("error: give a config: --config=configs/grass.py")
     if COORDINATOR.value not in (None, "auto") and None in (PROCESSES.value, PROCESS.value):
         sys.exit("error: --coordinator=HOST:PORT needs --num_processes and --process_id too")
+    if "://" in (WORKDIR.value or ""):  # pathlib would make a local folder of that name
+        sys.exit(f"error: --workdir={WORKDIR.value} is not a path; mount it and give the folder")
     return rest
 
 
@@ -56,19 +66,45 @@ def _unknown_setting(error: Exception, argv: list[str]) -> str:
     raise error  # not the command line's fault but the config file's
 
 
+def _join(jax) -> None:
+    """Waits for the other processes, then this one dies with them: JAX notices a dead one after 100 s at the latest."""
+    address = None if COORDINATOR.value == "auto" else COORDINATOR.value
+
+    # JAX's own timeout aborts the process with a C++ stack trace, so this one comes first.
+    timer = _end_after(
+        JOIN_TIMEOUT.value,
+        f"error: not all processes met at --coordinator={COORDINATOR.value} within {JOIN_TIMEOUT.value} s; start "
+        "all with the same host:port, let the port through firewalls, or give a longer --join_timeout\n",
+    )
+    jax.distributed.initialize(address, PROCESSES.value, PROCESS.value, initialization_timeout=JOIN_TIMEOUT.value + 60)
+    timer.cancel()
+
+
+def _end_after(seconds: int, message: str = "") -> threading.Timer:
+    """Ends this process, wherever it waits, unless the timer is cancelled."""
+
+    def end():
+        sys.stderr.write(message)
+        sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
 def start() -> None:
     """Joins the other processes that the flags speak of, if any, and lets only warnings through to the terminal."""
     import jax  # after the flags, so that --help and their errors are quick
 
-    if COORDINATOR.value == "auto":
-        jax.distributed.initialize()
-    elif COORDINATOR.value:
-        jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     logging.set_verbosity(logging.WARNING)
     handler = logging.get_absl_handler()
     handler.setFormatter(standard_logging.Formatter("%(levelname)s: %(message)s"))
     # Orbax warns about ordinary things, such as a checkpoint between two evaluations, which has no score.
     handler.addFilter(lambda record: record.levelno > standard_logging.WARNING or "orbax" not in record.pathname)
+    if COORDINATOR.value:
+        _join(jax)
 
 
 def main(_: list[str]) -> None:
@@ -79,9 +115,16 @@ def main(_: list[str]) -> None:
 
     verbs = {"train": train.train_and_evaluate, "eval": train.evaluate_workdir}
     try:
-        verbs[MODE.value](CONFIG.value, _workdir())
-    except (ConfigError, DataError, train.TrainingError) as error:
-        sys.exit(f"error: {error}")
+        result = verbs[MODE.value](CONFIG.value, _workdir())
+    except Exception as error:
+        if COORDINATOR.value:
+            # JAX waits at exit for the others, minutes, while they wait for this one; unless all fail alike.
+            _end_after(FAILED_SECONDS)
+        if isinstance(error, (ConfigError, DataError, train.TrainingError)):
+            sys.exit(f"error: {error}")
+        raise
+    if result is None:
+        sys.exit(STOPPED_STATUS.value)
 
 
 def run() -> None:

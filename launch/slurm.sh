@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Several nodes with GPUs under Slurm: sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh CONFIG-FLAGS...
+# One task per GPU, or --ntasks-per-node=1 for one per node. Do not use --gpus-per-task: JAX picks a task's GPU by its
+# SLURM_LOCALID among all of the node's. Submit from the repository, with the environment active (or set PYTHON).
+#SBATCH --job-name=ktda
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --output=ktda-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@300
+set -euo pipefail
+
+readonly PYTHON=${PYTHON:-python}
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+  echo "slurm.sh: error: no SLURM_JOB_ID; submit it: sbatch launch/slurm.sh --config=FILE [FLAGS...]" >&2
+  exit 2
+fi
+
+# Under Slurm JAX gives a task one GPU. A task alone on its node shall have all of them.
+if [[ ${SLURM_NTASKS_PER_NODE:-} == 1 && ${SLURM_GPUS_ON_NODE:-1} -gt 1 ]]; then
+  JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
+  export JAX_LOCAL_DEVICE_IDS
+fi
+
+# SIGTERM, 300 s before the time limit or on preemption, comes to this script alone (B:). Passed on to the tasks by
+# scancel, which leaves this script out; srun itself would answer a SIGTERM by killing them.
+requeue=0 interrupted=0
+# shellcheck disable=SC2329 # the trap's
+pass_on() {
+  requeue=1 interrupted=1
+  scancel --signal=TERM "$SLURM_JOB_ID"
+}
+trap pass_on TERM
+
+srun --kill-on-bad-exit=1 "$PYTHON" -m ktda_jax.main "$@" --coordinator=auto &
+tasks=$!
+while :; do
+  status=0 interrupted=0
+  wait "$tasks" || status=$?
+  ((interrupted)) || break # a trap ends `wait` early: the tasks are still saving
+done
+
+if ((requeue)); then
+  echo "slurm.sh: stopped by SIGTERM (tasks ended with status $status); requeued to go on from the last checkpoint"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
