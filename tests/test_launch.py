@@ -144,6 +144,7 @@ def killed_and_resumed_is_the_same_run(train, tiles, tmp_path, processes, *, sto
     assert_same_run(tmp_path / "whole", workdir, tiles)
 
 
+@pytest.mark.slow
 def test_two_processes_killed_one_and_all_change_nothing(train, tiles, tmp_path, monkeypatch):
     monkeypatch.setitem(SETTINGS, "checkpoint_every", 6)  # a checkpoint takes longer than the steps between
     killed_and_resumed_is_the_same_run(train, tiles, tmp_path, 2)
