@@ -24,7 +24,7 @@ CROP = (256, 256)  # height, width in pixels, from 32
 # Labels hold class numbers from 0, and 255 where pixels are to be ignored. Whatever else yours hold, name it all:
 LABELS = None  # {128: 0, 64: 1, 0: 255}, or colours: {(255, 0, 0): 0, (0, 0, 0): 255}
 
-# Images are 8-bit RGB. For anything else (pip install 'ktda-jax[geo]'), as in this Sentinel-2 example:
+# Images are 8-bit RGB. For anything else (pip install -e '.[geo]'), as in this Sentinel-2 example:
 BANDS = None  # (2, 3, 4, 8): blue, green, red, near infrared, as GDAL counts the bands of the file
 RGB = None  # (4, 3, 2): which of BANDS the teacher and the figures see as red, green and blue
 SCALE = None  # (0, 4000): these values become 0 and 255, the rest is clipped; or ((0, 3000), ...), one pair per band

@@ -152,17 +152,19 @@ def main(_: list[str]) -> None:
     with config.unlocked():
         config.eval_batch_size = config.batch_size  # evaluation is not run; let it divide by the devices
     try:
+        if given.output:
+            pathlib.Path(given.output).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: cannot write to --output={given.output}: {error.strerror}")
+    try:
         report = run(
             config, steps=given.steps, warmup=given.warmup, forwards=given.forwards,
             forward_batch=given.forward_batch, peak=given.peak_tflops, trace=given.trace,
         )  # fmt: skip
-        if given.output:
-            pathlib.Path(given.output).parent.mkdir(parents=True, exist_ok=True)
-            configs.write_json(pathlib.Path(given.output), {**report, "command": " ".join(sys.argv)})
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: cannot write to --output={given.output}: {error.strerror}")
+    if given.output:
+        configs.write_json(pathlib.Path(given.output), {**report, "command": " ".join(sys.argv)})
     print(table(report))
 
 

@@ -9,8 +9,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, from malloc.h
 def keep_tile_sized_blocks() -> None:
     """Lets malloc keep blocks up to 4 MB, 64 MB in all for each arena.
 
-    By default it hands tiles and batches back to the system at once, and the next one is paid for page by page: an
-    eighth of the input pipeline's time on two threads (benchmarks/NOTES.md).
+    By default it hands tiles and batches back to the system at once, and the next one is paid for page by page
+    (benchmarks/NOTES.md).
     """
     if mallopt := _function("mallopt"):
         mallopt(_M_MMAP_THRESHOLD, 4 << 20)

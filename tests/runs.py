@@ -16,8 +16,10 @@ from flax import nnx
 from PIL import Image
 
 from ktda_jax import state
+from ktda_jax.checkpoint import Checkpoints
 from ktda_jax.models.ktda import KTDAConfig
 from ktda_jax.models.vit import ViT
+from ktda_jax.program import build
 from ktda_jax.state import TrainState
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -175,3 +177,41 @@ def rows(workdir: pathlib.Path) -> list[dict]:
 def steps(workdir: pathlib.Path, name: str) -> list[int]:
     """The steps of the rows that hold scalar `name`."""
     return [row["step"] for row in rows(workdir) if name in row]
+
+
+def read(path: pathlib.Path, default: str = "") -> str:
+    """The text of a file that may not be there yet, or, below /proc, any more."""
+    try:
+        return path.read_text()
+    except OSError:
+        return default
+
+
+def saved_state(workdir: pathlib.Path, tiles: pathlib.Path, settings: dict) -> tuple[int, dict, dict]:
+    """The latest checkpoint: step, all arrays by path, data position."""
+    program = build(config(tiles, settings))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        step = checkpoints.latest_step()
+        current, position = checkpoints.restore(step, program.abstract, program.shardings)
+    return step, {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(current)}, position
+
+
+def assert_same_run(ours: pathlib.Path, theirs: pathlib.Path, tiles: pathlib.Path, settings: dict) -> None:
+    """Two finished workdirs hold the same state, data position and metrics, bit for bit."""
+    (step, arrays, position), (other, others, elsewhere) = (saved_state(w, tiles, settings) for w in (ours, theirs))
+    assert step == other == settings["total_steps"] and position == elsewhere
+    for part in (".params", ".batch_stats", ".opt_state", ".ema"):
+        assert any(path.startswith(part) for path in arrays)
+    assert arrays.keys() == others.keys()
+    for path, value in arrays.items():
+        assert value.tobytes() == others[path].tobytes(), path
+    assert (ours / "metrics.jsonl").read_text() == (theirs / "metrics.jsonl").read_text()
+
+
+def script(folder: pathlib.Path, name: str, body: str) -> pathlib.Path:
+    """An executable bash script, to stand in for a command."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+    return path

@@ -4,7 +4,6 @@ import functools
 import json
 import multiprocessing
 import os
-import pathlib
 import re
 import runpy
 import shutil
@@ -22,10 +21,8 @@ from PIL import Image
 
 from ktda_jax import config as configs
 from ktda_jax import state, weights
-from ktda_jax.checkpoint import Checkpoints
 from ktda_jax.models.convnext import ConvNeXt, ConvNeXtConfig
 from ktda_jax.models.ktda import KTDAConfig
-from ktda_jax.program import build
 
 SETTINGS = {"total_steps": 24, "eval_every": 6, "checkpoint_every": 2, "ema": 0.9}
 
@@ -63,26 +60,6 @@ def whole(command, tmp_path_factory):
 # Resuming ---------------------------------------------------------------------------------------------------------
 
 
-def saved_state(workdir, tiles):
-    """The latest checkpoint: step, all arrays by path, data position."""
-    program = build(runs.config(tiles, SETTINGS))
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        step = checkpoints.latest_step()
-        state, position = checkpoints.restore(step, program.abstract, program.shardings)
-    return step, {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}, position
-
-
-def assert_same_run(ours, theirs, tiles):
-    (step, arrays, position), (other, others, elsewhere) = saved_state(ours, tiles), saved_state(theirs, tiles)
-    assert step == other == SETTINGS["total_steps"] and position == elsewhere
-    for part in (".params", ".batch_stats", ".opt_state", ".ema"):
-        assert any(path.startswith(part) for path in arrays)
-    assert arrays.keys() == others.keys()
-    for path, value in arrays.items():
-        assert value.tobytes() == others[path].tobytes(), path
-    assert (ours / "metrics.jsonl").read_text() == (theirs / "metrics.jsonl").read_text()
-
-
 def being_written(workdir) -> bool:
     """A checkpoint after step 4 is on its way to the disk."""
     names = [path.name for path in workdir.glob("checkpoints/*")]
@@ -104,7 +81,7 @@ def test_killed_while_saving_then_stopped_then_finished_is_the_same_run(whole, c
 
     out, _ = runs.finish(command(tmp_path))
     assert f"resuming at step {stopped}" in out
-    assert_same_run(whole[0], tmp_path, tiles)
+    runs.assert_same_run(whole[0], tmp_path, tiles, SETTINGS)
     assert runs.steps(tmp_path, "train/loss") == list(range(1, 25))
     assert runs.steps(tmp_path, "val/mIoU") == [6, 12, 18, 24]
     assert all(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())  # no half-written ones left
@@ -123,7 +100,7 @@ def test_kills_at_random_times_change_nothing(whole, command, tiles, tmp_path, s
             process.kill()
             kills += 1
     assert process.returncode == 0 and kills
-    assert_same_run(whole[0], tmp_path, tiles)
+    runs.assert_same_run(whole[0], tmp_path, tiles, SETTINGS)
 
 
 @pytest.mark.slow
@@ -137,7 +114,7 @@ def test_a_kill_changes_nothing_as_users_compile(tiles, tmp_path):
     process.wait()
     out, _ = runs.finish(runs.start(*killed, quickly=False))
     assert "resuming at step" in out
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", tiles)
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "killed", tiles, SETTINGS)
 
 
 def table(out: str) -> str:
@@ -220,15 +197,11 @@ def refusal(tiles, tmp_path):
         lines = (tmp_path / "err").read_text().splitlines()
         assert process.exitcode == 1, lines
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
-        slow = [s for s in json.loads(_read(tmp_path / "compiled", "[]")) if s > 0.5]
+        slow = [s for s in json.loads(runs.read(tmp_path / "compiled", "[]")) if s > 0.5]
         assert compiles or not slow
         return lines[0]
 
     return run
-
-
-def _read(path: pathlib.Path, default: str) -> str:
-    return path.read_text() if path.exists() else default
 
 
 @pytest.mark.parametrize(

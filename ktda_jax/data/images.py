@@ -53,20 +53,15 @@ def read_image(path: str) -> np.ndarray:
 def _plain_rgb(data: bytes, file: Image.Image) -> np.ndarray | None:
     """Pixels that lie uncompressed and in order in the file, read-only; None for any other file.
 
-    Pillow would take them apart and pack them again, and hold Python's lock for half of it: with this, two threads
-    read 256 px TIFFs three times as fast (benchmarks/NOTES.md).
+    Pillow would take them apart and pack them again, much of it under Python's lock, so that a second reading thread
+    would gain nothing (benchmarks/NOTES.md).
     """
     width, height = file.size
     start = file.tile[0].offset if file.tile else 0
     end = start
     for codec, (left, top, right, bottom), offset, args in file.tile:
-        if (codec, left, right, offset, args) != (
-            "raw",
-            0,
-            width,
-            end,
-            ("RGB", 0, 1),
-        ) or end - start != top * width * 3:
+        in_order = offset == end and end - start == top * width * 3
+        if not in_order or (codec, left, right, args) != ("raw", 0, width, ("RGB", 0, 1)):
             return None
         end = offset + (bottom - top) * width * 3
     if not file.tile or end - start != height * width * 3 or end > len(data):
@@ -149,7 +144,7 @@ def _rasterio(path: str):
         import rasterio
     except ImportError as error:
         raise DataError(
-            f"{path}: reading bands other than 8-bit RGB takes rasterio; pip install 'ktda-jax[geo]'"
+            f"{path}: reading bands other than 8-bit RGB takes rasterio; pip install -e '.[geo]'"
         ) from error
     # A tile without a place on Earth is as good as any, and what goes wrong is raised anyway.
     warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
