@@ -1,7 +1,8 @@
 """`python -m ktda_jax.extract --config=...`: the frozen teacher's features of the training split, once and for all.
 
 Runs the teacher over every training tile and its mirror image, sharded over all devices, into config.teacher.features.
-Training with --config.teacher.mode=precomputed then reads them in step with the tiles.
+Training with --config.teacher.mode=precomputed then reads them in step with the tiles. Of several processes each writes
+a file of its own, so that all must see the folder.
 """
 
 import fcntl
