@@ -7,7 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from ktda_jax.state import TrainState, check_shapes
+from ktda_jax.state import Arrays, TrainState, check_shapes
 
 METRIC = "mIoU"
 
@@ -59,6 +59,29 @@ class Checkpoints:
             args=ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()),
         )
         return restored["state"], restored["data"]
+
+    def restore_model(self, step: int, params: Arrays, stats: Arrays) -> tuple[Arrays, Arrays]:
+        """What prediction needs: parameters (their average, where one was kept) and statistics, on one device.
+
+        params, stats: the model's abstract arrays. The optimiser's moments, two thirds of a checkpoint, are not read.
+        """
+        where = f"checkpoint {self._directory / str(step)}"
+        saved = self._manager.item_metadata(step)["state"]
+        chosen = "params" if saved["ema"] is None else "ema"
+        check_shapes(dict(saved[chosen]), params, where)
+        check_shapes(dict(saved["batch_stats"]), stats, where)
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), {chosen: params, "batch_stats": stats}
+        )
+        arguments = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            found = reader.restore(self._directory / str(step) / "state", args=arguments)
+        return found[chosen], found["batch_stats"]
 
     def _check(self, step: int, abstract: TrainState) -> None:
         saved = self._manager.item_metadata(step)["state"]

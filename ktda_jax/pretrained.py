@@ -2,17 +2,22 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
 from ktda_jax import state, weights
+from ktda_jax.checkpoint import Checkpoints
+from ktda_jax.config import classes_of
 from ktda_jax.data.images import read_image
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.layers import at_least_float32, resize
+from ktda_jax.program import model_config_of
 
 LARGEST = 2048  # pixels a side: attention over the whole image
 
@@ -30,6 +35,7 @@ class Segmenter:
         if found.kind != "ktda":
             raise ValueError(f"these weights are a {found.kind}; prediction needs a whole KTDA model")
         self.config, self.classes, self.palette, self.source = found.config, found.classes, found.palette, found.source
+        self.data = found.data  # how training read its images, where that is known
         graphdef, params, stats = state.abstract(lambda: KTDA(found.config, dtype=dtype, rngs=nnx.Rngs(0)))
         ours = {k: v for k, v in found.arrays.items() if k in params or k in stats}
         state.check_shapes(ours, {**params, **stats}, "the weights")
@@ -76,4 +82,27 @@ def load_pretrained(
     path: str | pathlib.Path, *, dtype=jnp.float32, teacher_heads: int | None = None, fmm_heads: int | None = None
 ) -> Segmenter:
     """See `ktda_jax.load_pretrained`."""
+    folder = pathlib.Path(path)
+    if (folder / "checkpoints").is_dir():
+        return Segmenter(from_workdir(folder), dtype)
     return Segmenter(weights.read(path, teacher_heads=teacher_heads, fmm_heads=fmm_heads), dtype)
+
+
+def from_workdir(workdir: pathlib.Path) -> weights.Weights:
+    """The best checkpoint of a training (the latest, if none was validated), with what its config says of the data."""
+    try:
+        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+        model = model_config_of(config)
+        info = classes_of(config)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{workdir}: its config.json does not describe a training of ours: {error}") from error
+    _, params, stats = state.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        step = checkpoints.best_step()
+        if step is None:
+            raise ValueError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
+        params, stats = checkpoints.restore_model(step, params, stats)
+    return weights.Weights(
+        kind="ktda", config=model, arrays={**params, **stats}, source={"workdir": str(workdir), "step": step},
+        classes=info.classes, palette=info.palette, data=config.data.to_dict(),
+    )  # fmt: skip

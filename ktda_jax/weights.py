@@ -38,6 +38,7 @@ class Weights:
     source: dict[str, Any]
     classes: tuple[str, ...] | None = None
     palette: tuple[tuple[int, int, int], ...] | None = None
+    data: dict[str, Any] | None = None  # config.data of the training, where it is known: bands, scale, nodata, crop
 
 
 def save(path: str | pathlib.Path, weights: Weights) -> None:
