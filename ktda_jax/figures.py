@@ -108,7 +108,7 @@ def save_curves(path: str | os.PathLike, metrics_jsonl_path: str | os.PathLike) 
     A key is recognised by its last part, after the slashes: `LOSS_TERMS` or anything with `loss` in it, `lr`,
     `mIoU`. Panels without values are left out.
     """
-    curves = _read_curves(metrics_jsonl_path)
+    curves = read_curves(metrics_jsonl_path)
     last = {k: k.split("/")[-1] for k in curves}
     losses = {k: v for k, v in curves.items() if last[k] in LOSS_TERMS or "loss" in last[k]}
     rates = {k: v for k, v in curves.items() if last[k] == "lr"}
@@ -183,8 +183,8 @@ def _dots(values: np.ndarray) -> dict[str, object]:
     return {"marker": "o", "markersize": 3.5} if len(values) < 15 else {}
 
 
-def _read_curves(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Key to (steps, values), in order of appearance; nulls and a line cut short are left out."""
+def read_curves(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of a `metrics.jsonl`: key to (steps, values), in order of appearance; nulls and a line cut short are left out."""
     points: dict[str, list[tuple[float, float]]] = {}
     for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
         try:

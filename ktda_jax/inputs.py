@@ -16,8 +16,8 @@ from ktda_jax.data.teacher_features import TeacherFeatures
 from ktda_jax.program import model_config_of, teacher_identity
 
 
-def open_source(config, split: str):
-    """The tiles of a split, from TFDS array_records or from a folder in the published layout."""
+def open_source(config, split: str, *, build: bool = True):
+    """The tiles of a split, from TFDS array_records, which `build` makes where they can be, or from a folder."""
     data, num_classes = config.data, len(configs.classes_of(config).classes)
     if data.source == "folder":
         if data.root is None:
@@ -26,7 +26,7 @@ def open_source(config, split: str):
         return FolderSource(data.root, split, num_classes=num_classes, **raw)
     from ktda_jax.data import tfds_source
 
-    if jax.process_index() == 0:
+    if build and jax.process_index() == 0:
         tfds_source.prepare(data.name, data.root, data.manual_dir)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("data set prepared")

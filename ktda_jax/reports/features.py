@@ -1,0 +1,98 @@
+"""Teacher and student in the same colours: the three main directions of the teacher's features, level by level."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from ktda_jax import program, state
+from ktda_jax.inputs import open_features
+from ktda_jax.reports.trained import Trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """Of one tile at one level: maps of colours, uint8 (h, w, 3), and the mean cosine of the two at a patch."""
+
+    teacher: np.ndarray
+    student: np.ndarray
+    cosine: float
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureMaps:
+    names: list[str]
+    images: list[np.ndarray]  # uint8 (H, W, bands)
+    levels: list[list[Level]]  # by tile, then by level
+    teacher: str  # which one, in words
+
+
+def why_not(config) -> str | None:
+    """Why there are no two maps to compare, if so."""
+    if not config.distill:
+        return "trained without distillation (config.distill=False), so there is no teacher to compare with"
+    return None
+
+
+def computed(trained: Trained, config, names: list[str], images: list[np.ndarray]) -> FeatureMaps:
+    """With the frozen teacher of the config; ValueError if its weights cannot be had."""
+    graphdef, place = program.frozen_teacher(config, trained.model, trained.dtype, trained.mesh)
+    which = config.weights.teacher or "random weights, as config.weights.teacher was not set"
+    arrays = place()
+
+    @jax.jit
+    def run(params, stats, teacher, image):
+        outputs = state.merge(trained.graphdef, params, stats)(image, teacher=state.merge(graphdef, teacher, {}))
+        return outputs.student, outputs.teacher
+
+    pairs = []
+    for image in images:
+        student, teacher = jax.device_get(run(trained.params, trained.stats, arrays, image[None]))
+        pairs.append([(t[0], s[0]) for t, s in zip(teacher, student, strict=True)])
+    return FeatureMaps(names, images, _levels(pairs), which)
+
+
+def precomputed(trained: Trained, config, source, fingerprint: str, count: int) -> FeatureMaps:
+    """With the features on disk, which are those of the training split's tiles; DataError if they are not there."""
+    features = open_features(config, fingerprint)
+
+    @jax.jit
+    def run(params, stats, image):
+        return state.merge(trained.graphdef, params, stats)(image).student
+
+    pairs, names, images = [], [], []
+    for index in np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist():
+        tile, teacher = source[index], features.read(index, False)
+        student = jax.device_get(run(trained.params, trained.stats, tile["image"][None]))
+        pairs.append([(t, s[0]) for t, s in zip(teacher, student, strict=True)])
+        names.append(tile["name"])
+        images.append(tile["image"])
+    which = f"precomputed, made by {features.source or 'a random teacher'}; tiles of the training split"
+    return FeatureMaps(names, images, _levels(pairs), which)
+
+
+def _levels(pairs: list[list[tuple[np.ndarray, np.ndarray]]]) -> list[list[Level]]:
+    """pairs: by tile, then by level, teacher's and student's maps (h, w, C)."""
+    by_level = [_colours(list(level)) for level in zip(*pairs, strict=True)]
+    return [list(tile) for tile in zip(*by_level, strict=True)]
+
+
+def _colours(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Level]:
+    """One level of all tiles. The teacher's middle 98 % of each direction become 0..255, for the student too."""
+    pairs = [tuple(np.asarray(x, np.float64) for x in pair) for pair in pairs]
+    tokens = np.concatenate([teacher.reshape(-1, teacher.shape[-1]) for teacher, _ in pairs])
+    mean = tokens.mean(0)
+    _, vectors = np.linalg.eigh(np.cov(tokens - mean, rowvar=False).reshape(len(mean), len(mean)))
+    basis = vectors[:, ::-1][:, :3]
+    basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(basis.shape[1])])  # eigh's signs are arbitrary
+    low, high = np.percentile((tokens - mean) @ basis, (1, 99), axis=0)
+    levels = []
+    for teacher, student in pairs:
+        painted = []
+        for x in (teacher, student):
+            scaled = ((x - mean) @ basis - low) / np.maximum(high - low, 1e-12)
+            painted.append((255 * np.clip(scaled, 0, 1)).round().astype(np.uint8))
+        norms = np.linalg.norm(teacher, axis=-1) * np.linalg.norm(student, axis=-1)
+        cosine = float(((teacher * student).sum(-1) / np.maximum(norms, 1e-12)).mean())
+        levels.append(Level(*painted, cosine))
+    return levels

@@ -1,0 +1,136 @@
+"""From workdirs to all that a page shows: reads them, and runs their models where checkpoint and tiles can be had."""
+
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from ktda_jax.config import ConfigError
+from ktda_jax.data.check import SplitSummary, check_split
+from ktda_jax.data.images import DataError
+from ktda_jax.inputs import open_source
+from ktda_jax.reports import features, tiles, trained, workdir
+from ktda_jax.reports.workdir import Run
+
+FEATURE_TILES = 3
+
+
+def gather(
+    workdirs: Sequence[str], *, root: str | None, keep: int, say: Callable[[str], None] = print
+) -> list[Run]:
+    """ConfigError for what is no workdir. `keep`: best and worst tiles each; 0 runs no model and reads no tiles."""
+    paths = [pathlib.Path(path) for path in dict.fromkeys(workdirs)]
+    runs = [workdir.read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    leaders = {}  # tiles and classes -> the run whose best and worst tiles stand for all with the same
+    for run in runs:
+        for section in ("tiles", "features", "shares"):
+            if not keep:
+                run.missing[section] = "left out by --tiles=0"
+            elif "config" in run.missing:
+                run.missing[section] = f"needs the config, but {run.missing['config']}"
+        if keep and "config" not in run.missing:
+            _look(run, root, keep, leaders, lambda text, run=run: say(f"{run.name}: {text}"))
+    return runs
+
+
+def _names(paths: list[pathlib.Path]) -> list[str]:
+    """The folders' names, or the paths as they were given where these are the same."""
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _look(run: Run, root: str | None, keep: int, leaders: dict, say) -> None:
+    """Evaluates the run's split again; whatever cannot be had is said in one line in its place."""
+    config = run.config
+    if root:
+        with config.unlocked():
+            config.data.root = root
+    try:
+        model = trained.load(run.path, config)
+        source, summary = _open(run, run.split)
+    except (ConfigError, DataError, ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+        for section in ("tiles", "features", "shares"):
+            run.missing[section] = _line(error)
+        return
+    say(f"evaluating the {len(source)} tiles of {run.split} with the checkpoint of step {model.step}")
+    key = (summary.fingerprint, tuple(run.classes), tuple(config.data.crop))
+    leader = leaders.get(key)
+    wanted = [tile.name for tile in leader.worst + leader.best] if leader else []
+    try:
+        scored = tiles.score(model, source, config, keep=0 if leader else keep, names=set(wanted), say=say)
+    except (DataError, jax.errors.JaxRuntimeError) as error:
+        for section in ("tiles", "features", "shares"):
+            run.missing[section] = _line(error)
+        return
+    run.confusion = scored.confusion
+    run.scored = f"the {len(source):,} tiles of {run.split} with the checkpoint of step {model.step:,}"
+    run.missing.pop("scores", None)
+    if leader:
+        run.followed = leader.name
+        run.worst, run.best = ([scored.named[t.name] for t in group] for group in (leader.worst, leader.best))
+    else:
+        leaders[key] = run
+        run.worst, run.best = scored.worst, scored.best
+    if not run.worst:
+        run.missing["tiles"] = f"no tile of {run.split} has a labelled pixel"
+    opened = {run.split: (source, summary)}
+    _count_shares(run, model, opened, say)
+    _compare_features(run, model, opened, say)
+
+
+def _open(run: Run, split: str) -> tuple[object, SplitSummary]:
+    source = open_source(run.config, split, build=False)
+    data = run.config.data
+    skip = data.on_corrupt if split == data.train_split else "stop"
+    return source, check_split(source, on_corrupt=skip, num_threads=data.num_threads)
+
+
+def _count_shares(run: Run, model, opened: dict, say) -> None:
+    data = run.config.data
+    for split in dict.fromkeys(filter(None, (data.train_split, data.val_split, data.test_split))):
+        try:
+            if split not in opened:
+                opened[split] = _open(run, split)
+            source, summary = opened[split]
+            if split == run.split:
+                predictions, predicted = run.confusion.sum(0), len(source)
+            else:
+                some = tiles.Some(source, tiles.PREDICTED)
+                say(f"predicting {len(some)} of the {len(source)} tiles of {split}")
+                predictions, predicted = tiles.score(model, some, run.config, say=say).confusion.sum(0), len(some)
+        except (ConfigError, DataError, jax.errors.JaxRuntimeError) as error:
+            run.missing["shares"] = f"{split}: {_line(error)}"
+            continue
+        run.shares[split] = tiles.Shares(
+            summary.pixels, summary.ignored, np.asarray(predictions), summary.tiles, predicted
+        )
+
+
+def _compare_features(run: Run, model, opened: dict, say) -> None:
+    config, train = run.config, run.config.data.train_split
+    reason = features.why_not(config)
+    if reason is None and config.teacher.mode == "precomputed" and config.weights.teacher is None:
+        if train not in opened:
+            reason = f"the teacher's precomputed features need the tiles of {train}, which cannot be read"
+    if reason is not None:
+        run.missing["features"] = reason
+        return
+    say("features of teacher and student")
+    try:
+        if config.teacher.mode == "precomputed" and config.weights.teacher is None:
+            source, summary = opened[train]
+            run.features = features.precomputed(model, config, source, summary.fingerprint, FEATURE_TILES)
+            return
+        some = (run.worst[:2] + run.best[:1])[:FEATURE_TILES]
+        names, images = [tile.name for tile in some], [tile.image for tile in some]
+        if images:
+            run.features = features.computed(model, config, names, images)
+        else:
+            run.missing["features"] = run.missing["tiles"]
+    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+        run.missing["features"] = _line(error)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:600]

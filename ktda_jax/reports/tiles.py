@@ -1,0 +1,141 @@
+"""A model on the tiles of a split: the confusion matrix, the best and the worst tiles, the class shares."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection
+
+import jax
+import numpy as np
+
+from ktda_jax import evaluate, reading, sharding
+from ktda_jax.data import pipeline
+from ktda_jax.data.datasets import IGNORE
+from ktda_jax.data.sources import read_tile
+from ktda_jax.metrics import summarize
+from ktda_jax.reports.trained import Trained
+
+PREDICTED = 64  # tiles of a split that is not evaluated, for the shares of its predictions
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    name: str
+    index: int  # in the split
+    image: np.ndarray  # uint8 (h, w, bands), as the model sees it
+    label: np.ndarray  # uint8 (H, W)
+    prediction: np.ndarray  # uint8 (H, W)
+    accuracy: float  # percent of the labelled pixels
+    miou: float  # percent
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """Pixels by class, int64 (C,), of a split's labels and of the predictions for `predicted` of its tiles."""
+
+    labels: np.ndarray
+    ignored: int
+    predictions: np.ndarray
+    tiles: int
+    predicted: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    confusion: np.ndarray  # (C, C) int64
+    worst: list[Tile]
+    best: list[Tile]
+    named: dict[str, Tile]
+
+
+def score(
+    trained: Trained,
+    source,
+    config,
+    *,
+    keep: int = 0,
+    names: Collection[str] = (),
+    say: Callable[[str], None] = print,
+) -> Scored:
+    """Runs over all tiles, and keeps the `keep` best and worst by pixel accuracy, and those called `names`."""
+    classes = trained.model.num_classes
+    step = evaluate.make_eval_step(trained.graphdef, classes, trained.mesh)
+    batches = pipeline.eval_batches(
+        source, crop=tuple(config.data.crop), batch_size=config.eval_batch_size, num_threads=config.data.num_threads
+    )
+    total, worst, best, named = np.zeros((classes, classes), np.int64), [], [], {}
+    said = time.monotonic()
+
+    def take(batch, predictions):
+        for row in np.flatnonzero(batch["mask"]):
+            prediction = predictions[row]
+            confusion = _count(batch["label"][row], prediction, classes)
+            total[...] += confusion
+            labelled, name, index = confusion.sum(), batch["name"][row], int(batch["index"][row])
+            if not labelled or not (keep or names):
+                continue
+            accuracy = 100 * float(np.trace(confusion)) / float(labelled)
+
+            def make(row=row, prediction=prediction, name=name, index=index, accuracy=accuracy, confusion=confusion):
+                image, label = batch["image"][row].copy(), batch["label"][row].copy()  # not the whole batch
+                miou = summarize(confusion).summary["mIoU"]
+                return Tile(name, index, image, label, prediction.copy(), accuracy, miou)
+
+            _insert(worst, (accuracy, index), make, keep)
+            _insert(best, (-accuracy, index), make, keep)
+            if name in names:
+                named[name] = make()
+
+    pending = None
+    for number, batch in enumerate(batches):
+        arrays = {k: batch[k] for k in ("image", "label", "mask")}
+        _, predictions = step(trained.params, trained.stats, sharding.to_global(trained.mesh, arrays))
+        if pending is not None:  # one batch late: the device works while the host counts
+            take(pending[0], np.asarray(pending[1]))
+        pending = batch, predictions
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            say(f"{number * config.eval_batch_size:,} of {len(source):,} tiles")
+    if pending is not None:
+        take(pending[0], np.asarray(jax.device_get(pending[1])))
+    found = {tile.index: tile for _, tile in worst + best}
+    ordered = sorted(found.values(), key=lambda tile: (tile.accuracy, tile.index))
+    half = min(keep, -(-len(ordered) // 2))
+    return Scored(total, ordered[:half], ordered[half:][::-1], named)
+
+
+def _insert(kept: list, key: tuple, make: Callable[[], Tile], count: int) -> None:
+    """Into the `count` smallest by key."""
+    if count and (len(kept) < count or key < kept[-1][0]):
+        kept.append((key, make()))
+        kept.sort(key=lambda pair: pair[0])
+        del kept[count:]
+
+
+def _count(label: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
+    """Confusion matrix (C, C) int64 of one tile."""
+    counted = (label != IGNORE) & (label < classes)
+    cells = label[counted].astype(np.int64) * classes + prediction[counted]
+    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+
+
+def shown(tile: Tile, config) -> np.ndarray:
+    """The tile's image for people, uint8 (H, W, 3) at the label's size."""
+    (height, width), rgb = tile.label.shape, list(reading.bands_of(config.data)[1])
+    rows = np.arange(height) * tile.image.shape[0] // height
+    columns = np.arange(width) * tile.image.shape[1] // width
+    return tile.image[rows][:, columns][..., rgb]
+
+
+class Some:
+    """At most `count` tiles of a source, evenly spread."""
+
+    def __init__(self, source, count: int):
+        self._source, self.num_classes = source, source.num_classes
+        self.bands = getattr(source, "bands", 3)
+        self.indices = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict:
+        return read_tile(self._source, int(self.indices[index]))

@@ -1,0 +1,36 @@
+"""The model of a workdir on one device, for looking at what it does."""
+
+import dataclasses
+import pathlib
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from ktda_jax import config as configs
+from ktda_jax import pretrained, sharding, state
+from ktda_jax.config import ConfigError
+from ktda_jax.models.ktda import KTDA, KTDAConfig
+from ktda_jax.state import Arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    model: KTDAConfig
+    step: int  # of the checkpoint
+    dtype: jnp.dtype
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    params: Arrays
+    stats: Arrays
+
+
+def load(workdir: pathlib.Path, config) -> Trained:
+    """The best checkpoint so far; ConfigError or ValueError where there is none that fits."""
+    if not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):
+        raise ConfigError("no checkpoint in the workdir yet")
+    dtype = configs.compute_dtype(config)
+    found = pretrained.from_workdir(workdir)
+    graphdef, params, stats = state.abstract(lambda: KTDA(found.config, dtype=dtype, rngs=nnx.Rngs(0)))
+    params, stats = ({k: found.arrays[k] for k in names} for names in (params, stats))
+    return Trained(found.config, found.source["step"], dtype, sharding.make_mesh(1, 1), graphdef, params, stats)
