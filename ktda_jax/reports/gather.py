@@ -16,9 +16,7 @@ from ktda_jax.reports.workdir import Run
 FEATURE_TILES = 3
 
 
-def gather(
-    workdirs: Sequence[str], *, root: str | None, keep: int, say: Callable[[str], None] = print
-) -> list[Run]:
+def gather(workdirs: Sequence[str], *, root: str | None, keep: int, say: Callable[[str], None] = print) -> list[Run]:
     """ConfigError for what is no workdir. `keep`: best and worst tiles each; 0 runs no model and reads no tiles."""
     paths = [pathlib.Path(path) for path in dict.fromkeys(workdirs)]
     runs = [workdir.read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
@@ -49,9 +47,10 @@ def _look(run: Run, root: str | None, keep: int, leaders: dict, say) -> None:
     try:
         model = trained.load(run.path, config)
         source, summary = _open(run, run.split)
-    except (ConfigError, DataError, ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:  # ConfigError and DataError among them
+        hint = "; --root=... says where the data are now" if isinstance(error, DataError) and not root else ""
         for section in ("tiles", "features", "shares"):
-            run.missing[section] = _line(error)
+            run.missing[section] = _line(error) + hint
         return
     say(f"evaluating the {len(source)} tiles of {run.split} with the checkpoint of step {model.step}")
     key = (summary.fingerprint, tuple(run.classes), tuple(config.data.crop))

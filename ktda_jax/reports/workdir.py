@@ -21,6 +21,7 @@ class Run:
     path: pathlib.Path
     name: str
     config: ConfigDict | None = None
+    settings: dict = dataclasses.field(default_factory=dict)  # the config's, as saved: {'data.root': ...}
     environment: dict = dataclasses.field(default_factory=dict)
     curves: dict[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
     classes: tuple[str, ...] = ()
@@ -59,6 +60,7 @@ def read(path: pathlib.Path, name: str) -> Run:
     run = Run(path, name)
     try:
         run.config = ConfigDict(_json(path / "config.json"))
+        run.settings = configs.flat(run.config)
         configs.check(run.config)
         info = configs.classes_of(run.config)
         run.classes, run.palette = info.classes, info.palette

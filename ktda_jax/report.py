@@ -1,0 +1,79 @@
+"""`python -m ktda_jax.report --workdir=...`: one HTML page of a training, or of several side by side.
+
+    python -m ktda_jax.report --workdir=runs/grass
+    python -m ktda_jax.report --workdir=runs/grass,runs/grass_mlp --output=comparison.html --root=/new/place
+
+Curves, scores and settings come from the workdir. The best checkpoint is evaluated again on the split that training
+evaluates, for the best and worst tiles, the class shares and the feature maps; what cannot be had (no data, no
+checkpoint yet, no teacher) is said in the page, in one line. The page is one file and needs no network.
+"""
+
+import os
+import pathlib
+import sys
+import uuid
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+
+from ktda_jax.config import ConfigError
+from ktda_jax.reports.gather import gather
+from ktda_jax.reports.page import render
+
+
+def run(workdirs: Sequence[str], output: str | None = None, *, root: str | None = None, tiles: int = 4) -> pathlib.Path:
+    """Writes the page and returns its path; ConfigError for what is no workdir or cannot be written to."""
+    name = "report.html" if len(set(workdirs)) == 1 else "comparison.html"
+    path = pathlib.Path(output) if output else pathlib.Path(workdirs[0]) / name
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    for workdir in workdirs:  # before the output's folder is made
+        if not pathlib.Path(workdir).is_dir():
+            raise ConfigError(f"--workdir={workdir} is no folder; give the folder of a training")
+    if path.is_dir():
+        raise ConfigError(f"--output={path} is a folder; give a file, such as {path / name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # a place that will not do is said before minutes are spent
+        temporary.write_text(render(gather(workdirs, root=root, keep=tiles)), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"cannot write to --output={path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
+    if len(rest) > 1:
+        sys.exit(f"error: unexpected argument {rest[1]!r}; all options are flags, see --help")
+    if not _workdirs():
+        sys.exit("error: give a workdir: --workdir=runs/grass")
+    return rest
+
+
+def _workdirs() -> list[str]:
+    return [path for given in flags.FLAGS.workdir or () for path in given.split(",") if path]
+
+
+def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.ERROR)
+    given = flags.FLAGS
+    try:
+        path = run(_workdirs(), given.output, root=given.root, tiles=given.tiles)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: stopped from the keyboard")
+    print(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have these too
+    flags.DEFINE_multi_string("workdir", None, "A run's folder; several for a comparison, repeated or with commas.")
+    flags.DEFINE_string("output", None, "The page; default report.html (of several: comparison.html) in the first.")
+    flags.DEFINE_string("root", None, "Where the data are now, in the place of config.data.root.")
+    flags.DEFINE_integer("tiles", 4, "Best and worst tiles each; 0: without a model and without data.", lower_bound=0)
+    app.run(main, flags_parser=_parse)
