@@ -34,12 +34,14 @@ def run(workdirs: Sequence[str], output: str | None = None, *, root: str | None 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # a place that will not do is said before minutes are spent
-        temporary.write_text(render(gather(workdirs, root=root, keep=tiles)), encoding="utf-8")
+        page = render(gather(workdirs, root=root, keep=tiles))
+        temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise ConfigError(f"cannot write to --output={path}: {error.strerror}") from error
+        raise ConfigError(f"cannot write to --output={path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
     return path
 
 

@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 14, 42  # room for the ticks and the axes' names
+LEFT, RIGHT, TOP, BOTTOM = 70, 12, 14, 42  # room for the ticks and the axes' names
 POINTS = 400  # of one line; longer ones become means of neighbours
 COLOURS = 8  # that the style sheet has
 

@@ -64,6 +64,9 @@ def _look(run: Run, root: str | None, keep: int, leaders: dict, say) -> None:
         return
     run.confusion = scored.confusion
     run.scored = f"the {len(source):,} tiles of {run.split} with the checkpoint of step {model.step:,}"
+    role = "test" if run.split == config.data.test_split != config.data.val_split else "val"
+    if run.environment.get("data", {}).get(role, summary.fingerprint) != summary.fingerprint:
+        run.scored += ", which are not the tiles that training scored"
     run.missing.pop("scores", None)
     if leader:
         run.followed = leader.name

@@ -77,11 +77,11 @@ def _scores(runs: Sequence[Run]) -> str:
         cells = [percent(scores.get(name, math.nan)) for name in names]
         best = cell(selected, float(values.max()) if len(values) else math.nan)
         rows.append([cell(f"{swatch(number)}{escape(run.name)}", run.name), cell(escape(run.status)), *cells, best])
+        where = f"{escape(run.name)} ({escape(str(run.path.resolve()))})"
         if "scores" in run.missing:
-            notes.append(f'<p class="missing">{escape(run.name)}: {escape(run.missing["scores"])}</p>')
+            notes.append(f'<p class="missing">{where}: {escape(run.missing["scores"])}</p>')
         else:
-            notes.append(f'<p class="note">{escape(run.name)}: scores of {escape(run.scored)}</p>')
-        notes.append(f'<p class="note">{escape(run.name)}: {escape(str(run.path.resolve()))}</p>')
+            notes.append(f'<p class="note">{where}: scores of {escape(run.scored)}</p>')
     heads = ["run", "training", *(f"{text}, %" for text in names.values()), "best val mIoU in training, %"]
     return table(heads, rows) + "".join(notes)
 

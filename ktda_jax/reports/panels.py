@@ -94,9 +94,9 @@ def confusion(run: Run) -> str:
             cells.append(f'<td{kind} style="--share:{heat:.1f}%">{told}<small>{int(count):,}</small></td>')
         rows.append(f'<tr><th scope="row">{chip}</th>{"".join(cells)}</tr>')
     return (
-        '<h4>Confusion matrix</h4><p class="note">rows: label; columns: prediction; share of the row, pixels beneath</p>'
-        f'<div class="scroll"><table class="confusion"><thead><tr><th class="corner">label ↓ predicted →</th>{head}</tr>'
-        f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
+        '<h4>Confusion matrix</h4><p class="note">rows: label; columns: prediction; percent of the row, pixels</p>'
+        f'<div class="scroll"><table class="confusion"><thead><tr><th class="corner">label ↓ predicted →</th>'
+        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 import jax
 import numpy as np
 
-from ktda_jax import evaluate, reading, sharding
+from ktda_jax import reading, sharding
 from ktda_jax.data import pipeline
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.sources import read_tile
@@ -58,7 +58,6 @@ def score(
 ) -> Scored:
     """Runs over all tiles, and keeps the `keep` best and worst by pixel accuracy, and those called `names`."""
     classes = trained.model.num_classes
-    step = evaluate.make_eval_step(trained.graphdef, classes, trained.mesh)
     batches = pipeline.eval_batches(
         source, crop=tuple(config.data.crop), batch_size=config.eval_batch_size, num_threads=config.data.num_threads
     )
@@ -88,11 +87,11 @@ def score(
     pending = None
     for number, batch in enumerate(batches):
         arrays = {k: batch[k] for k in ("image", "label", "mask")}
-        _, predictions = step(trained.params, trained.stats, sharding.to_global(trained.mesh, arrays))
+        _, predictions = trained.eval_step(trained.params, trained.stats, sharding.to_global(trained.mesh, arrays))
         if pending is not None:  # one batch late: the device works while the host counts
             take(pending[0], np.asarray(pending[1]))
         pending = batch, predictions
-        if time.monotonic() - said > 10:
+        if number and time.monotonic() - said > 10:  # the first batch compiles
             said = time.monotonic()
             say(f"{number * config.eval_batch_size:,} of {len(source):,} tiles")
     if pending is not None:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from ktda_jax import config as configs
-from ktda_jax import pretrained, sharding, state
+from ktda_jax import evaluate, pretrained, sharding, state
 from ktda_jax.config import ConfigError
 from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.state import Arrays
@@ -23,6 +24,7 @@ class Trained:
     graphdef: nnx.GraphDef
     params: Arrays
     stats: Arrays
+    eval_step: Callable  # (params, stats, batch) -> confusion matrix, predictions
 
 
 def load(workdir: pathlib.Path, config) -> Trained:
@@ -33,4 +35,6 @@ def load(workdir: pathlib.Path, config) -> Trained:
     found = pretrained.from_workdir(workdir)
     graphdef, params, stats = state.abstract(lambda: KTDA(found.config, dtype=dtype, rngs=nnx.Rngs(0)))
     params, stats = ({k: found.arrays[k] for k in names} for names in (params, stats))
-    return Trained(found.config, found.source["step"], dtype, sharding.make_mesh(1, 1), graphdef, params, stats)
+    mesh = sharding.make_mesh(1, 1)
+    step = evaluate.make_eval_step(graphdef, found.config.num_classes, mesh)
+    return Trained(found.config, found.source["step"], dtype, mesh, graphdef, params, stats, step)

@@ -1,0 +1,320 @@
+"""`python -m ktda_jax.report`: the page says what was computed, escapes all, asks no network, works in a browser."""
+
+import html.parser
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import runs
+
+import ktda_jax
+from ktda_jax import config as configs
+from ktda_jax import extract, report
+from ktda_jax.checkpoint import Checkpoints
+from ktda_jax.config import ConfigError
+from ktda_jax.data.sources import FolderSource
+from ktda_jax.program import build
+from ktda_jax.reports import charts, features, page, panels
+from ktda_jax.reports.gather import gather
+from ktda_jax.reports.page import render
+
+EVIL = '<script>alert("1")</script>&'
+NAMES = (f"low {EVIL}", "b", "c", "d", "e")
+SETTINGS = {
+    "data.classes": NAMES,
+    "data.palette": ((185, 101, 71), (248, 202, 155), (211, 232, 158), (138, 191, 104), (92, 144, 77)),
+    "total_steps": 4,
+    "eval_every": 2,
+    "model.student.depths": (0, 0, 0, 0),
+    "mesh.data": 1,
+}
+KEEP = 2
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    root = runs.make_tiles(tmp_path_factory.mktemp("tiles"), train=4, val=6)
+    label = np.full((72, 72), 255)
+    label[:30] = 3
+    runs.write_tile(root, "val", 'x<b>&"', label[..., None] * np.ones(3), label)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(tiles, tmp_path_factory):
+    """The workdir of a real training."""
+    path = tmp_path_factory.mktemp("runs") / "first"
+    runs.finish(runs.start(*runs.arguments(tiles, path, SETTINGS)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def other(trained, tiles):
+    """Another one, still in training: the same tiles, another setting and other weights; no figures."""
+    path = trained.with_name("second & co")
+    config = runs.config(tiles, {**SETTINGS, "loss.alpha": 0.25, "total_steps": 100})
+    kept = runs.random_state(build(config))
+    configs.write(path_made(path), config)
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        checkpoints.save(2, kept, {}, {"mIoU": 1.0})
+    rows = [{"step": k, "train/loss": 2.0 - k / 10, "train/lr": 1e-3} for k in (1, 2)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "tra')
+    return path
+
+
+def path_made(path):
+    path.mkdir(parents=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(trained, other):
+    """Both, gathered once."""
+    return gather([str(trained), str(other)], root=None, keep=KEEP, say=lambda text: None)
+
+
+class Page(html.parser.HTMLParser):
+    """Fails where tags do not match; collects elements by tag."""
+
+    EMPTY = ("meta", "link", "img", "input", "br", "!doctype")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.text = [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] not in (["script"], ["style"]):
+            self.text += data + " "
+
+    def all(self, tag, **wanted):
+        return [a for t, a in self.elements if t == tag and all(a.get(k) == v for k, v in wanted.items())]
+
+
+def test_the_page_of_one_run_has_all_parts_and_no_resource_outside(found):
+    text = render([found[0]])
+    parsed = Page(text)
+    assert [a["id"] for a in parsed.all("section")] == list(page.SECTIONS)
+    assert len(parsed.all("svg")) == 3 and "log scale" in text
+    assert len(parsed.all("polyline")) == 4 + 1 + 1  # loss terms, mIoU, learning rate
+    assert len(parsed.all("figure", **{"class": "tile"})) == 2 * KEEP
+    for layer in panels.LAYERS:
+        assert len(parsed.all("div", **{"class": "panel", "data-layer": layer})) == 2 * KEEP
+    assert len(parsed.all("img", **{"class": "map"})) == 3 * 2 * 4  # tiles, teacher and student, levels
+    assert len(parsed.all("table", **{"class": "confusion"})) == 1
+    assert not parsed.all("p", **{"class": "missing"})
+    for tag, attributes in parsed.elements:
+        for name, value in attributes.items():
+            if name in ("src", "href", "srcset", "action", "data"):
+                assert value.startswith(("data:", "#")), (tag, name, value[:80])
+    assert "url(" not in text and "@import" not in text
+    assert len(parsed.all("script")) == 1 and not parsed.all("b", **{"class": "x"})
+    assert parsed.text.count(EVIL) > 5 and 'x<b>&"' in parsed.text + "".join(
+        a.get("alt", "") for a in parsed.all("img")
+    )
+    assert len(text) < 1e6
+
+
+def test_the_scores_are_those_of_training_and_the_tiles_the_worst(found, trained, tiles):
+    run = found[0]
+    assert run.confusion.tolist() == json.loads((trained / "figures" / "val.json").read_text())["confusion"]
+    model, right = ktda_jax.load_pretrained(trained), {}
+    for tile in FolderSource(tiles, "val", num_classes=runs.CLASSES):
+        resized = tile["image"][4:-4, 4:-4]  # of the crop's size; accuracies differ by more than this changes
+        predicted = model.predict(resized).labels
+        label = tile["label"][4:-4, 4:-4]
+        right[tile["name"]] = 100 * (predicted == label)[label != 255].mean()
+    ordered = [tile.accuracy for tile in run.worst] + [tile.accuracy for tile in run.best[::-1]]
+    assert ordered == sorted(ordered) and len({tile.name for tile in run.worst + run.best}) == 2 * KEEP
+    for tile in run.worst + run.best:
+        assert tile.accuracy == pytest.approx(right[tile.name], abs=8)
+        counted = tile.label != 255
+        assert tile.accuracy == pytest.approx(100 * (tile.prediction == tile.label)[counted].mean())
+    shares = run.shares["train"]
+    assert shares.predicted == shares.tiles == 4 and shares.predictions.sum() == shares.labels.sum() == 4 * 72 * 72
+    assert run.shares["val"].ignored == 42 * 72
+
+
+def test_two_runs_side_by_side(found):
+    parsed = Page(render(found))
+    first, second = found
+    assert second.followed == "first" and second.status == "not finished: step 2 of 100"
+    assert [t.name for t in second.worst + second.best] == [t.name for t in first.worst + first.best]
+    assert any((a.prediction != b.prediction).any() for a, b in zip(first.worst, second.worst, strict=True))
+    assert len(parsed.all("figure", **{"class": "tile"})) == 2 * KEEP
+    assert len(parsed.all("div", **{"class": "panel", "data-layer": "prediction"})) == 2 * 2 * KEEP
+    assert len(parsed.all("div", **{"class": "panel", "data-layer": "label"})) == 2 * KEEP
+    settings = page._config(found)
+    assert re.findall(r'data-key="([^"]+)"', settings) == ["loss.alpha", "total_steps"]
+    assert "second & co minus" in " ".join(parsed.text.split()) or "second & co" in parsed.text
+
+
+def test_what_is_missing_is_said_in_its_place(trained, tiles, tmp_path):
+    moved = tmp_path / "run"
+    shutil.copytree(trained, moved)
+    settings = json.loads((moved / "config.json").read_text())
+    settings["data"]["root"] = str(tmp_path / "gone")
+    (moved / "config.json").write_text(json.dumps(settings))
+    (run,) = gather([str(moved)], root=None, keep=KEEP)
+    assert "no such directory" in run.missing["tiles"] and "--root=... says where" in run.missing["tiles"]
+    assert run.scored == "figures/val.json" and run.curves and "scores" not in run.missing
+    text = render([run])
+    assert Page(text).all("table", **{"class": "confusion"}) and not Page(text).all("figure", **{"class": "tile"})
+    assert text.count("no such directory") == 3
+
+    shutil.rmtree(moved / "checkpoints")
+    shutil.rmtree(moved / "figures")
+    (run,) = gather([str(moved)], root=str(tiles), keep=KEEP)
+    assert run.missing["tiles"] == "no checkpoint in the workdir yet" and "not evaluated yet" in run.missing["scores"]
+    Page(render([run]))
+    assert not (moved / "checkpoints").exists()
+    (run,) = gather([str(moved)], root=None, keep=0)
+    assert run.missing["shares"] == "left out by --tiles=0"
+
+    (moved / "config.json").write_text('{"seed": 1, "data": {}}')
+    (moved / "run.json").write_text("{")
+    (moved / "metrics.jsonl").write_text("")
+    (run,) = gather([str(moved)], root=None, keep=KEEP)
+    assert "written by another version" in run.missing["config"] and "no values yet" in run.missing["curves"]
+    Page(render([run, run]))
+
+
+def test_what_is_no_workdir_is_an_error(tmp_path, trained):
+    with pytest.raises(ConfigError, match="is no folder; give the folder of a training"):
+        report.run([str(tmp_path / "none")])
+    with pytest.raises(ConfigError, match="is no workdir: neither config.json nor metrics.jsonl is in it"):
+        report.run([str(tmp_path)])
+    with pytest.raises(ConfigError, match="is a folder; give a file"):
+        report.run([str(trained)], str(tmp_path))
+    with pytest.raises(ConfigError, match="cannot write to --output=/proc/x/r.html: "):
+        report.run([str(trained)], "/proc/x/r.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(trained, tmp_path):
+    process = runs.start("--workdir=/none", verb="report")
+    out, err = process.communicate()
+    assert (process.returncode, out) == (
+        1,
+        "",
+    ) and err == "error: --workdir=/none is no folder; give the folder of a training\n"
+    out, _ = runs.finish(runs.start(f"--workdir={trained},{trained}", "--tiles=0", verb="report"))
+    assert out.startswith(f"{trained / 'report.html'}, 0.")
+    Page((trained / "report.html").read_text())
+    assert not list(trained.glob(".*"))
+
+
+def test_teacher_and_student_have_the_same_colours():
+    rng = np.random.default_rng(0)
+    directions = np.linalg.qr(rng.normal(size=(16, 16)))[0]
+    weights = rng.normal(size=(5, 6, 16)) * np.array([9, 3, 1] + [0.01] * 13)
+    teacher = (weights @ directions.T).astype(np.float32)
+    ((level,),) = features._levels([[(teacher, teacher)]])
+    np.testing.assert_array_equal(level.teacher, level.student)
+    assert level.cosine == pytest.approx(1)
+    for channel in range(3):  # each colour is one direction, up to its sign
+        assert abs(np.corrcoef(level.teacher[..., channel].ravel(), weights[..., channel].ravel())[0, 1]) > 0.99
+    ((level,),) = features._levels([[(teacher, 0 * teacher)]])
+    assert len(np.unique(level.student.reshape(-1, 3), axis=0)) == 1 and len(np.unique(level.teacher)) > 20
+
+
+def test_precomputed_features_are_those_on_disk(trained, tiles, tmp_path):
+    """They are the training split's; of tiles as large as the crop."""
+    small = runs.make_tiles(tmp_path / "tiles", train=3, val=2, size=64)
+    settings = {**SETTINGS, "teacher.mode": "precomputed", "teacher.features": str(tmp_path / "features")}
+    config = runs.config(small, settings)
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    configs.write(run, config)
+    (without,) = gather([str(run)], root=None, keep=1)
+    assert "no teacher features in" in without.missing["features"] and without.features is None
+    extract.run(config)
+    (found,) = gather([str(run)], root=None, keep=1)
+    assert found.features.names == ["t0", "t1", "t2"] and "precomputed, made by a random" in found.features.teacher
+    configs.write(run, runs.config(small, SETTINGS))
+    (computed,) = gather([str(run)], root=None, keep=1)
+    assert np.abs(computed.features.levels[0][0].cosine) <= 1
+    assert "not the tiles that training scored" in found.scored
+
+
+def test_ticks_enclose_the_values():
+    for low, high in ((0, 1), (37.2, 58.04), (1e-6, 2e-3), (5, 5), (-3, 8)):
+        ticks, first, last = charts._ticks(low, high)
+        assert first <= low <= high <= last and 2 <= len(ticks) <= 7
+    ticks, first, last = charts._log_ticks(np.array([0.09, 2.4]))
+    assert first <= 0.09 and last >= 2.4 and 0.5 in [round(t, 6) for t in ticks]
+    steps = np.arange(10_000.0)
+    drawn = charts._thinned(charts.Line("loss", steps, steps, 0))
+    assert len(drawn.steps) <= charts.POINTS and drawn.values.mean() == pytest.approx(steps.mean(), rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    needed = "needs a browser: pip install playwright, then playwright install chromium or apt-get install chromium"
+    playwright = pytest.importorskip("playwright.sync_api", reason=needed)
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with playwright.sync_playwright() as driver:
+        try:
+            browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except playwright.Error:
+            pytest.skip(needed)
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_in_a_browser(chromium, found, tmp_path, count):
+    path = tmp_path / "report.html"
+    path.write_text(render(found[:count]), encoding="utf-8")
+    context = chromium.new_context(offline=True, viewport={"width": 390, "height": 800})
+    tab, said, asked = context.new_page(), [], []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("dialog", lambda dialog: (said.append("dialog"), dialog.dismiss()))
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(path.as_uri())
+    assert not said and [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+    broken = "[...document.images].filter(picture => picture.complete && !picture.naturalWidth).length"
+    assert tab.evaluate(broken) == 0 and tab.evaluate("document.images.length") > 8
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390  # wide tables scroll by themselves
+
+    table = tab.locator("#classes table.sortable").last
+    head, names = table.locator("th button").nth(2), table.locator("tbody td:nth-child(3)")
+    for order, wanted in (("descending", True), ("ascending", False)):
+        head.click()
+        assert table.locator("th").nth(2).get_attribute("aria-sort") == order
+        values = [float(text) for text in names.all_inner_texts() if text != "–"]
+        assert len(values) > 1 and values == sorted(values, reverse=wanted)
+
+    for layer in panels.LAYERS:
+        shown = tab.locator(f'.panel[data-layer="{layer}"]').first
+        assert shown.is_visible()
+        tab.locator(f'input[data-layer="{layer}"]').uncheck()
+        assert not shown.is_visible()
+        tab.locator(f'input[data-layer="{layer}"]').check()
+    truth = tab.locator(".panel .truth").first
+    assert not truth.is_visible()
+    tab.locator("input[data-blink]").check()
+    assert truth.is_visible()
+    truth.wait_for(state="hidden")  # by itself, after less than a second
+    tab.locator("input[data-blink]").uncheck()
+    tab.locator("input[data-opacity]").fill("40")
+    top = tab.locator('.panel[data-layer="label"] .top').first
+    assert top.evaluate("element => getComputedStyle(element).opacity") == "0.4"
+    tab.locator("svg").first.hover()
+    assert tab.locator(".readout").first.inner_text().startswith("step ")
+    context.close()
