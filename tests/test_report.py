@@ -1,6 +1,7 @@
 """`python -m ktda_jax.report`: the page says what was computed, escapes all, asks no network, works in a browser."""
 
 import html.parser
+import io
 import json
 import re
 import shutil
@@ -11,14 +12,18 @@ import runs
 
 import ktda_jax
 from ktda_jax import config as configs
-from ktda_jax import extract, report
+from ktda_jax import extract, report, train
 from ktda_jax.checkpoint import Checkpoints
 from ktda_jax.config import ConfigError
+from ktda_jax.data.check import check_split
 from ktda_jax.data.sources import FolderSource
+from ktda_jax.inputs import open_source
 from ktda_jax.program import build
 from ktda_jax.reports import charts, features, page, panels
 from ktda_jax.reports.gather import gather
 from ktda_jax.reports.page import render
+from ktda_jax.reports.trained import load
+from ktda_jax.writers import Writer
 
 EVIL = '<script>alert("1")</script>&'
 NAMES = (f"low {EVIL}", "b", "c", "d", "e")
@@ -42,30 +47,40 @@ def tiles(tmp_path_factory):
     return root
 
 
+def begun(path, config, score: float):
+    """A workdir as training leaves it, of weights that no training made: that would take most of these tests' time."""
+    path.mkdir(parents=True)
+    configs.write(path, config)
+    kept = runs.random_state(build(config))
+    noise = np.random.default_rng(int(score))
+    kept.params["decode_head/conv_seg/bias"] = noise.normal(size=runs.CLASSES).astype(np.float32)
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        checkpoints.save(4, kept, {}, {"mIoU": score})
+    with Writer(path, total_steps=4, stream=io.StringIO()) as writer:
+        for step in range(1, 5):
+            terms = {"loss": 4.0 / step, "decode": 2.0 / step, "aux": 1.0 / step, "distill": 0.1, "lr": 1e-3 * step}
+            writer.write(step, {f"train/{k}": v for k, v in terms.items()})
+        writer.write(4, {"val/mIoU": score})
+    return path
+
+
 @pytest.fixture(scope="module")
 def trained(tiles, tmp_path_factory):
-    """The workdir of a real training."""
-    path = tmp_path_factory.mktemp("runs") / "first"
-    runs.finish(runs.start(*runs.arguments(tiles, path, SETTINGS)))
+    """A finished one, evaluated by training's own code."""
+    config = runs.config(tiles, SETTINGS)
+    path = begun(tmp_path_factory.mktemp("runs") / "first", config, 12.5)
+    train.evaluate_workdir(config, path)
+    configs.write_run(path, config, {"val": check_split(open_source(config, "val")).fingerprint})
     return path
 
 
 @pytest.fixture(scope="module")
 def other(trained, tiles):
     """Another one, still in training: the same tiles, another setting and other weights; no figures."""
-    path = trained.with_name("second & co")
     config = runs.config(tiles, {**SETTINGS, "loss.alpha": 0.25, "total_steps": 100})
-    kept = runs.random_state(build(config))
-    configs.write(path_made(path), config)
-    with Checkpoints(path / "checkpoints") as checkpoints:
-        checkpoints.save(2, kept, {}, {"mIoU": 1.0})
-    rows = [{"step": k, "train/loss": 2.0 - k / 10, "train/lr": 1e-3} for k in (1, 2)]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "tra')
-    return path
-
-
-def path_made(path):
-    path.mkdir(parents=True)
+    path = begun(trained.with_name("second & co"), config, 30.0)
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "tra')
     return path
 
 
@@ -152,7 +167,7 @@ def test_the_scores_are_those_of_training_and_the_tiles_the_worst(found, trained
 def test_two_runs_side_by_side(found):
     parsed = Page(render(found))
     first, second = found
-    assert second.followed == "first" and second.status == "not finished: step 2 of 100"
+    assert second.followed == "first" and second.status == "not finished: step 4 of 100"
     assert [t.name for t in second.worst + second.best] == [t.name for t in first.worst + first.best]
     assert any((a.prediction != b.prediction).any() for a, b in zip(first.worst, second.worst, strict=True))
     assert len(parsed.all("figure", **{"class": "tile"})) == 2 * KEEP
@@ -232,23 +247,25 @@ def test_teacher_and_student_have_the_same_colours():
     assert len(np.unique(level.student.reshape(-1, 3), axis=0)) == 1 and len(np.unique(level.teacher)) > 20
 
 
-def test_precomputed_features_are_those_on_disk(trained, tiles, tmp_path):
-    """They are the training split's; of tiles as large as the crop."""
-    small = runs.make_tiles(tmp_path / "tiles", train=3, val=2, size=64)
+def test_precomputed_features_are_those_on_disk(trained, tmp_path):
+    """They are the training split's; of tiles as large as the crop, which the teacher also sees when it is run."""
+    small, run = runs.make_tiles(tmp_path / "tiles", train=3, val=2, size=64), tmp_path / "run"
     settings = {**SETTINGS, "teacher.mode": "precomputed", "teacher.features": str(tmp_path / "features")}
     config = runs.config(small, settings)
-    run = tmp_path / "run"
     shutil.copytree(trained, run)
     configs.write(run, config)
-    (without,) = gather([str(run)], root=None, keep=1)
-    assert "no teacher features in" in without.missing["features"] and without.features is None
     extract.run(config)
     (found,) = gather([str(run)], root=None, keep=1)
+    assert "not the tiles that training scored" in found.scored  # its run.json speaks of others
     assert found.features.names == ["t0", "t1", "t2"] and "precomputed, made by a random" in found.features.teacher
-    configs.write(run, runs.config(small, SETTINGS))
-    (computed,) = gather([str(run)], root=None, keep=1)
-    assert np.abs(computed.features.levels[0][0].cosine) <= 1
-    assert "not the tiles that training scored" in found.scored
+    computed = features.computed(load(run, config), config, found.features.names, found.features.images)
+    for ours, theirs in zip(computed.levels, found.features.levels, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.cosine == pytest.approx(b.cosine, abs=1e-3)
+            assert np.abs(a.student.astype(int) - b.student).mean() < 8  # bfloat16
+    shutil.rmtree(tmp_path / "features")
+    (without,) = gather([str(run)], root=None, keep=1)
+    assert "no teacher features in" in without.missing["features"] and without.features is None
 
 
 def test_ticks_enclose_the_values():
