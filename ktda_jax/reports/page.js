@@ -64,7 +64,12 @@ for (const tile of tiles.querySelectorAll(".tile")) {
   };
   for (const panel of tile.querySelectorAll('.panel[data-layer="label"], .panel[data-layer="prediction"]')) {
     const frame = panel.querySelector(".frame");
-    if (panel.dataset.layer === "prediction") under(frame, "truth", "label");
+    if (panel.dataset.layer === "prediction") {
+      under(frame, "truth", "label");
+      const badge = frame.appendChild(document.createElement("b"));
+      badge.className = "badge";
+      badge.textContent = "label";
+    }
     under(frame, "base", "image");
   }
 }

@@ -82,7 +82,7 @@ def _scores(runs: Sequence[Run]) -> str:
             notes.append(f'<p class="missing">{where}: {escape(run.missing["scores"])}</p>')
         else:
             notes.append(f'<p class="note">{where}: scores of {escape(run.scored)}</p>')
-    heads = ["run", "training", *(f"{text}, %" for text in names.values()), "best val mIoU in training, %"]
+    heads = ["run", "training", *(f"{text},&nbsp;%" for text in names.values()), "best val mIoU in training,&nbsp;%"]
     return table(heads, rows) + "".join(notes)
 
 
@@ -100,7 +100,8 @@ def _curves(runs: Sequence[Run]) -> str:
             lines = [Line(key.removeprefix("train/"), *runs[0].curves[key], k) for k, key in enumerate(found)]
             drawn.append(chart("Loss terms", "loss", lines))
     else:
-        drawn += [_shared(runs, key, f"Loss: {key.removeprefix('train/')}", "loss") for key in losses]
+        names = ("Loss", *(f"Loss term: {term}" for term in LOSS_TERMS[1:]))
+        drawn += [_shared(runs, key, name, "loss") for key, name in zip(losses, names, strict=True)]
     drawn.append(_shared(runs, "val/mIoU", "Validation mIoU", "mIoU, %", best=True))
     drawn.append(_shared(runs, "train/lr", "Learning rate", "learning rate"))
     return f'{missing}<div class="charts">{"".join(drawn)}</div>'
@@ -123,7 +124,7 @@ def _classes(runs: Sequence[Run]) -> str:
             gains = [cell(_signed(v - values[0]), v - values[0]) for v in values[1:]]
             rows.append([panels.class_cell(name, colours.get(name)), *map(percent, values), *gains])
         first = escape(scored[0][1].name)
-        heads = ["class", *(f"{swatch(k)}IoU, %<br>{escape(r.name)}" for k, r in scored)]
+        heads = ["class", *(f"{swatch(k)}IoU,&nbsp;%<br>{escape(r.name)}" for k, r in scored)]
         heads += [f"{escape(r.name)}<br>minus {first}" for _, r in scored[1:]]
         compared = table(heads, rows)
     return compared + _each(runs, "scores", panels.per_class)
@@ -166,7 +167,7 @@ def _matrix(runs: Sequence[Run], section: str, values: list[dict], only_differen
         return missing or '<p class="note">all settings are the same</p>'
     heads = [f"{swatch(k)}{escape(run.name)}" for k, run in enumerate(runs)] if len(runs) > 1 else ["value"]
     note = '<p class="note">only the settings that differ</p>' if only_different else ""
-    return missing + note + table(["setting" if only_different else "", *heads], rows)
+    return missing + note + table(["setting" if only_different else "entry", *heads], rows)
 
 
 def _value(value) -> str:

@@ -71,7 +71,7 @@ def per_class(run: Run) -> str:
         scores = [percent(metrics.per_class[score][index]) for score in names]
         rows.append([class_cell(name, colour), percent(_share(labelled[index], labelled.sum())), *scores])
     foot = [cell("mean"), cell(""), *(percent(metrics.summary[f"m{score}"]) for score in names)]
-    heads = ["class", "share of labels, %", *(f"{text}, %" for text in names.values())]
+    heads = ["class", "share of labels,&nbsp;%", *(f"{text},&nbsp;%" for text in names.values())]
     return table(heads, rows, foot) + confusion(run)
 
 
@@ -190,7 +190,7 @@ def shares(run: Run) -> str:
         return ""
     heads, notes = ["class"], []
     for split, found in run.shares.items():
-        heads += [f"{escape(split)}<br>labels, %", f"{escape(split)}<br>predictions, %"]
+        heads += [f"{escape(split)}<br>labels,&nbsp;%", f"{escape(split)}<br>predictions,&nbsp;%"]
         told = "all" if found.predicted == found.tiles else f"{found.predicted:,} evenly spread"
         pixels = found.labels.sum() + found.ignored
         notes.append(
