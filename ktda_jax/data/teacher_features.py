@@ -127,7 +127,8 @@ def read_manifest(folder: pathlib.Path) -> dict:
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
             raise DataError(f"the teacher features in {folder} have format {manifest['format']}, not {FORMAT}: {AGAIN}")
-        if not {"made_from", "dtype", "computed_in", "shards"} <= manifest.keys():
+        parts = {"made_from", "dtype", "computed_in", "shards"}
+        if not parts <= manifest.keys() or not isinstance(manifest["shards"], dict):
             raise ValueError("parts are missing")
         return manifest
     except FileNotFoundError as error:
