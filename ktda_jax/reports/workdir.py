@@ -69,7 +69,8 @@ def read(path: pathlib.Path, name: str) -> Run:
         run.missing["config"] = "no config.json in the workdir"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         text = " ".join(str(error).split()).strip("'\"")
-        run.missing["config"] = f"config.json cannot be used, was it written by another version? {text}"
+        text = f"it lacks {text}" if isinstance(error, KeyError | AttributeError) else text
+        run.missing["config"] = f"config.json cannot be used, was it written by another version? ({text})"
     try:
         run.environment = _json(path / "run.json")
     except (OSError, ValueError) as error:
