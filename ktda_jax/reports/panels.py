@@ -12,6 +12,7 @@ from ktda_jax.reports.tiles import Tile, shown
 from ktda_jax.reports.workdir import Run
 
 LAYERS = ("image", "label", "prediction", "error")
+PICTURES = 32  # at full size: more become smaller, so that the page stays below about 10 MB
 
 
 def cell(content: str, key: float | str | None = None, style: str = "") -> str:
@@ -116,7 +117,7 @@ def tiles(runs: Sequence[Run]) -> str:
         '<label><input type="checkbox" data-blink> blink label in prediction</label>'
         '<label>classes over image <input type="range" data-opacity min="0" max="100" value="100"></label></fieldset>'
     )
-    side = int(pictures.SIDE / math.sqrt(max(1.0, len(runs) / 2)))  # many runs still make a page of some megabytes
+    side = _side(runs)
     for leader in leaders:
         members = [run for run in runs if run is leader or run.followed == leader.name]
         keys = "".join(f"<li>{_class(n, c)}</li>" for n, c in zip(leader.classes, leader.palette, strict=True))
@@ -129,6 +130,12 @@ def tiles(runs: Sequence[Run]) -> str:
             for index in range(len(getattr(leader, group))):
                 parts.append(_tile([(run, getattr(run, group)[index]) for run in members], len(runs) > 1, side))
     return "".join(parts)
+
+
+def _side(runs: Sequence[Run]) -> int:
+    """Pixels of a picture at most. A leader's tile has four of them, a follower's two more."""
+    count = sum((2 if run.followed else 4) * len(run.worst + run.best) for run in runs)
+    return int(pictures.SIDE * math.sqrt(min(1.0, PICTURES / count)))
 
 
 def _tile(found: list[tuple[Run, Tile]], several: bool, side: int) -> str:

@@ -23,7 +23,7 @@ def photo(image: np.ndarray, side: int = SIDE) -> str:
 
 def classes(ids: np.ndarray, palette: tuple, side: int = SIDE) -> str:
     """Class ids (H, W) in their colours -> PNG of at most `side` pixels; ignored ones striped."""
-    return _uri(Image.fromarray(sheets.paint(_nearest(ids, side), palette)), "png", optimize=True)
+    return _uri(Image.fromarray(sheets.paint(_nearest(ids, side), palette)), "png")
 
 
 def errors(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, side: int = SIDE) -> str:
