@@ -3,8 +3,8 @@
     python -m ktda_jax.export --checkpoint=runs/grass --format=stablehlo --output=grass.stablehlo
     python -m ktda_jax.export --checkpoint=weights/grass --size=256 --format=onnx --output=grass.onnx
 
-The file holds the weights, the normalisation and the argmax, and neither teacher nor auxiliary head. FILE.json beside it
-says what goes in and what comes out. One StableHLO file runs on CPU, CUDA and TPU, with `pip install jax flatbuffers`:
+The file holds the weights, the normalisation and the argmax, and neither teacher nor auxiliary head. FILE.json beside
+it says what goes in and what comes out. StableHLO runs on CPU, CUDA and TPU with nothing but jax and flatbuffers:
 
     import numpy as np
     from jax import export, jit
@@ -46,6 +46,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from absl import logging as absl_logging
 from flax import nnx
 from jax import export as jax_export
 
@@ -82,7 +83,10 @@ def run(
     check_free(output)
     check_free(beside)
     convert = _importable(format)
-    found = pretrained.find(checkpoint)
+    try:
+        found = pretrained.find(checkpoint)
+    except OSError as error:
+        raise ValueError(f"cannot read --checkpoint={checkpoint}: {error}") from error
     if found.kind != "ktda":
         raise ValueError(f"{checkpoint} holds a {found.kind}; an export needs a whole KTDA model")
     height, width = size = _size(found, size)
@@ -91,7 +95,8 @@ def run(
     needed = sum(array.nbytes for array in arrays.values())
     if needed > LARGEST_FILE:
         hint = "; --dtype=bfloat16 halves them" if (format, dtype) == ("stablehlo", "float32") else ""
-        raise ValueError(f"the weights take {needed / 1e9:.2f} GB, and a {format} file holds {LARGEST_FILE / 1e9:.2f}{hint}")
+        holds = f"a {format} file holds {LARGEST_FILE / 1e9:.2f}"
+        raise ValueError(f"the weights take {needed / 1e9:.2f} GB, and {holds}{hint}")
     output.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output.parent).free
     if needed > free:
@@ -177,7 +182,9 @@ def _to_stablehlo(infer: Callable, shape: tuple[int, int, int]) -> bytes:
 def _to_onnx(infer: Callable, shape: tuple[int, int, int]) -> bytes:
     import jax2onnx
 
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # one warning for each shape that it leaves out
+    # Warnings for each shape that is left out, and stacks for plugins of other libraries that do not import.
+    for name in ("onnx_ir", "jax2onnx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     names = dict(input_names=["images"], output_names=["labels", "probabilities"])
     return jax2onnx.to_onnx(infer, [_images(shape)], model_name="ktda", **names).SerializeToString()
 
@@ -195,8 +202,9 @@ def _describe(found: Weights, arrays, size: tuple[int, int], format: str, dtype:
             "shape": [*shape, config.student.bands],
             "bands": data.get("bands") or (["red", "green", "blue"] if config.student.bands == 3 else None),
             "rgb": list(config.rgb),  # positions among the bands
-            "scale": data.get("scale"),
-            "data": {k: data.get(k) for k in ("name", "nodata")},
+            "scale": data.get("scale"),  # what became 0 and 255; None: 8-bit values as they are stored
+            "nodata": data.get("nodata"),
+            "trained_on": data.get("name"),
         },
         "outputs": {
             "labels": {"dtype": "uint8", "shape": shape},
@@ -244,6 +252,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def main(_: list[str]) -> None:
     given, start = flags.FLAGS, time.monotonic()
+    absl_logging.set_verbosity(absl_logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by a signal"))  # through the cleaning up
     sides = [int(side) for side in given.size.split("x")] if given.size else []
     try:
@@ -252,7 +261,7 @@ def main(_: list[str]) -> None:
             size=(sides[0], sides[-1]) if sides else None,
         )  # fmt: skip
     except OSError as error:
-        sys.exit(f"error: cannot write --output={given.output}: {error.strerror or error}")
+        sys.exit(f"error: cannot write --output={given.output}: {error.strerror}: {error.filename}")
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
