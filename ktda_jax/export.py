@@ -89,6 +89,8 @@ def run(
         raise ValueError(f"cannot read --checkpoint={checkpoint}: {error}") from error
     if found.kind != "ktda":
         raise ValueError(f"{checkpoint} holds a {found.kind}; an export needs a whole KTDA model")
+    if found.config.num_classes > IGNORE:
+        raise ValueError(f"{checkpoint} has {found.config.num_classes} classes; 8-bit labels hold at most {IGNORE}")
     height, width = size = _size(found, size)
     shape = (height, width, found.config.student.bands)
     infer, arrays = _inference(found, jnp.dtype(dtype), for_onnx=format == "onnx")

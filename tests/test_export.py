@@ -78,7 +78,7 @@ def images(count=3) -> np.ndarray:
 
 
 def check(model, batch, labels, probabilities) -> None:
-    """At least 99.9 % of the pixels as the model has them; near ties, which may go either way, are too few to matter."""
+    """At least 99.9 % of the pixels as the model has them, of which few are near ties."""
     expected = model.predict(batch)
     best = np.sort(expected.probabilities, -1)
     assert (best[..., -1] - best[..., -2] < 1e-5).mean() < 0.001 and len(np.unique(expected.labels)) > 2
