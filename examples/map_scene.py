@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("map", help="the GeoTIFF to write")
     given = parser.parse_args()
     try:
-        predict.run(given.model, given.scene, given.map, overlay=True, confidence=True)
+        predict.run(given.model, given.scene, given.map, overlay=True)
         classes = ktda_jax.load_pretrained(given.model).classes
     except ValueError as error:
         sys.exit(f"error: {error}")
