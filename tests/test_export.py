@@ -163,7 +163,7 @@ def test_bfloat16_computes_the_same(workdir, tmp_path):
     narrow = pretrained.load_pretrained(workdir, dtype=jnp.bfloat16).predict(images())
     export.run(workdir, tmp_path / "narrow", format="stablehlo", dtype="bfloat16")
     found = jax.jit(jax.export.deserialize((tmp_path / "narrow").read_bytes()).call)(images())
-    assert (np.asarray(found["labels"]) == narrow.labels).mean() >= 0.99  # kernels fuse otherwise, and round elsewhere
+    assert (np.asarray(found["labels"]) == narrow.labels).mean() >= 0.999
 
 
 def test_no_attention_of_one_kind_of_gpu(workdir, tmp_path, monkeypatch):
