@@ -41,7 +41,7 @@ class Segmenter:
         state.check_shapes(ours, {**params, **stats}, "the weights")
         self._params = {k: jnp.asarray(ours[k], v.dtype) for k, v in params.items()}
         self._stats = {k: jnp.asarray(ours[k], v.dtype) for k, v in stats.items()}
-        self._run = jax.jit(functools.partial(_run, graphdef))
+        self._run = jax.jit(functools.partial(infer, graphdef))
 
     def logits(self, images: np.ndarray) -> jax.Array:
         """images: uint8 or float 0..255 (B, H, W, 3) -> float32 (B, h, w, classes) at the head's resolution."""
@@ -72,7 +72,8 @@ class Segmenter:
         return Prediction(labels, probabilities) if image.ndim == 4 else Prediction(labels[0], probabilities[0])
 
 
-def _run(graphdef, params, stats, images):
+def infer(graphdef, params, stats, images):
+    """images: uint8 (B, H, W, bands) -> logits (B, h, w, classes), labels uint8 (B, H, W), probabilities float32."""
     logits = at_least_float32(state.merge(graphdef, params, stats)(images).logits)
     full = resize(logits, images.shape[1:3])
     return logits, jnp.argmax(full, -1).astype(jnp.uint8), jax.nn.softmax(full, -1)
@@ -82,10 +83,17 @@ def load_pretrained(
     path: str | pathlib.Path, *, dtype=jnp.float32, teacher_heads: int | None = None, fmm_heads: int | None = None
 ) -> Segmenter:
     """See `ktda_jax.load_pretrained`."""
+    return Segmenter(find(path, teacher_heads=teacher_heads, fmm_heads=fmm_heads), dtype)
+
+
+def find(
+    path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_heads: int | None = None
+) -> weights.Weights:
+    """The weights of anything that `load_pretrained` takes; ValueError says in a line what is wrong."""
     folder = pathlib.Path(path)
     if (folder / "checkpoints").is_dir():
-        return Segmenter(from_workdir(folder), dtype)
-    return Segmenter(weights.read(path, teacher_heads=teacher_heads, fmm_heads=fmm_heads), dtype)
+        return from_workdir(folder)
+    return weights.read(path, teacher_heads=teacher_heads, fmm_heads=fmm_heads)
 
 
 def from_workdir(workdir: pathlib.Path) -> weights.Weights:

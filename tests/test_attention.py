@@ -36,12 +36,12 @@ def torch_value_and_grads(arrays, dout):
     return [x.detach().transpose(1, 2).numpy() for x in (out, *(t.grad for t in tensors))]
 
 
-# Below, at and above the chunk of 128 queries; sizes that it does not divide; head widths of the models.
-SHAPES = [(2, 9, 2, 3), (1, 128, 2, 96), (2, 129, 3, 8), (2, 300, 1, 64), (1, 1, 2, 2)]
+# Below, at and above the chunks of 128 and 512 queries; sizes that it does not divide; head widths of the models.
+SHAPES = [(2, 9, 2, 3), (1, 128, 2, 96), (2, 129, 3, 8), (2, 300, 1, 64), (1, 1, 2, 2), (1, 600, 1, 4)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("implementation", ["plain", "chunked", None])
+@pytest.mark.parametrize("implementation", ["plain", "chunked", "unrolled", None])
 def test_equals_torch_in_float64(shape, implementation):
     with jax.enable_x64(True):
         *arrays, dout = inputs(*shape, count=4, dtype=np.float64)

@@ -1,9 +1,10 @@
 """Self-attention whose memory grows with the number of tokens N, not with its square.
 
-Three ways to the same result:
-  plain    materialises (B, heads, N, N); fastest for short sequences.
-  chunked  holds the scores of one chunk of queries at a time, forward and backward.
-  cudnn    NVIDIA's flash attention, for bfloat16 and float16.
+Four ways to the same result:
+  plain     materialises (B, heads, N, N); fastest for short sequences.
+  chunked   holds the scores of one chunk of queries at a time, forward and backward.
+  unrolled  the same forward, as a graph without loops, for formats that have none to speak of (ONNX).
+  cudnn     NVIDIA's flash attention, for bfloat16 and float16.
 
 The batch axis is a batch dimension of every product and is never looped over, so it may be sharded.
 """
@@ -14,28 +15,33 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-IMPLEMENTATIONS = ("plain", "chunked", "cudnn")
+IMPLEMENTATIONS = ("plain", "chunked", "unrolled", "cudnn", "xla")
 PLAIN_TOKENS = 512  # on CPU plain is up to a third faster at 361 tokens, and half as fast from 1,024
 
 
 def attention(query, key, value, *, implementation=None):
     """softmax(query key^T / sqrt(head_dim)) value; all (B, N, heads, head_dim), floating, one dtype.
 
-    `implementation` is 'plain', 'chunked' or 'cudnn'; None chooses by device, dtype and N. 'cudnn' takes
-    16-bit inputs only and is 'chunked' for others. Softmax is float32 or wider.
+    `implementation` is one of the above; None chooses by this process's device, dtype and N, 'xla' by N alone, so that
+    the program runs on any device. 'cudnn' takes 16-bit inputs only and is 'chunked' for others. Softmax is float32
+    or wider.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"attention implementation {implementation!r} is none of {IMPLEMENTATIONS}")
     tokens, head_dim = query.shape[1], query.shape[3]
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    if implementation is None:
+    if implementation in (None, "xla"):
         # cuDNN's kernels take head_dim up to 128 in multiples of 8.
-        cudnn = half and head_dim % 8 == 0 and head_dim <= 128 and _has_cudnn_attention()
+        fits = implementation is None and half and head_dim % 8 == 0 and head_dim <= 128
+        cudnn = fits and _has_cudnn_attention()
         implementation = "cudnn" if cudnn else "plain" if tokens <= PLAIN_TOKENS else "chunked"
     if implementation == "cudnn" and half:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     if implementation == "plain":
         return _plain(query, key, value)
+    if implementation == "unrolled":
+        rows = (query[:, start : start + PLAIN_TOKENS] for start in range(0, tokens, PLAIN_TOKENS))
+        return jnp.concatenate([_plain(chunk, key, value) for chunk in rows], axis=1)
     return _chunked(query, key, value)
 
 

@@ -49,12 +49,14 @@ class Block(nnx.Module):
         self.gamma = None if config.v2 else nnx.Param(jnp.full(channels, config.layer_scale, param_dtype))
         self.rate = rate
         self.dtype = dtype
+        self.implementation = None  # of `depthwise_conv`; an export sets it
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """x: (B, H, W, C)."""
         conv = self.depthwise_conv
         # nnx.Conv holds the parameters; the product itself is ours, since XLA's is very slow on CPU.
-        y = depthwise_conv(x, conv.kernel[...].astype(self.dtype)) + conv.bias[...].astype(self.dtype)
+        y = depthwise_conv(x, conv.kernel[...].astype(self.dtype), implementation=self.implementation)
+        y = y + conv.bias[...].astype(self.dtype)
         y = norm_linear(self.norm, self.pointwise_conv1, y)
         if self.grn is None:
             y = activation_linear(gelu, self.pointwise_conv2, y)

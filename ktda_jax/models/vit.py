@@ -79,6 +79,7 @@ class Attention(nnx.Module):
         self.qkv = nnx.Linear(width, 3 * width, **common)
         self.proj = nnx.Linear(width, width, **common)
         self.heads = heads
+        self.implementation = None  # of `attention`; an export sets it
 
     def __call__(self, x: jax.Array, norm: nnx.LayerNorm, rotary: tuple[jax.Array, jax.Array] | None = None):
         """x: (B, N, C), normed here so that the normed copy need not be kept. `rotary`: see `rotary_angles`."""
@@ -88,7 +89,8 @@ class Attention(nnx.Module):
         query, key, value = (part.reshape(batch, tokens, self.heads, width // self.heads) for part in qkv)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
-        return self.proj(attention(query, key, value).reshape(batch, tokens, width))
+        out = attention(query, key, value, implementation=self.implementation)
+        return self.proj(out.reshape(batch, tokens, width))
 
 
 def rotary_angles(grid: tuple[int, int], head_dim: int, prefix: int, base: float = 100.0) -> np.ndarray:
