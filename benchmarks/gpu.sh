@@ -5,10 +5,13 @@
 #   bash benchmarks/gpu.sh                              # on the machine with the GPU; results in $OUT or results/
 #
 # It needs jax, flax, optax, orbax and torch, and neither grain nor tensorflow-datasets nor a network. A part that
-# fails is named at the end, and the others go on. CONFIG, BATCH, FORWARD_BATCH, STEPS and VARIANTS may be set.
+# fails is named at the end, and the others go on. PARTS (tests ops ours precomputed peer), CONFIG, BATCH,
+# FORWARD_BATCH, STEPS and VARIANTS may be set; where a call may last ten minutes only, run PARTS="tests ops ours" and
+# PARTS="precomputed peer" one after the other.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-results}
+parts=${PARTS:-tests ops ours precomputed peer}
 config=${CONFIG:-configs/grass.py} batch=${BATCH:-64} forward=${FORWARD_BATCH:-64} steps=${STEPS:-20}
 variants=${VARIANTS:-published,once,tf32,compiled,compiled_once}
 PYTHONPATH=$PWD:$(printf '%s:' "$PWD"/wheels/*.whl)${PYTHONPATH:-}
@@ -19,6 +22,7 @@ failed=()
 part() { # NAME COMMAND...
   local name=$1 begun=$SECONDS
   shift
+  [[ " $parts " == *" ${name%%_*} "* ]] || return 0
   echo "== $name"
   if "$@" 2>&1 | tee "$out/$name.log"; then echo "== $name: $((SECONDS - begun)) s"; else failed+=("$name"); fi
 }
@@ -26,6 +30,8 @@ part() { # NAME COMMAND...
 if python -c 'import pytest, xdist' 2>/dev/null; then
   part tests python -m pytest -n 0 -q tests/test_attention.py tests/test_depthwise.py
 fi
+# Which form of attention and depthwise convolution a model should take here.
+part ops python benchmarks/ops.py --batch="$batch" --dtype=bfloat16
 # Ours first: small and large batches, and what precomputed features save.
 for size in 4 "$batch"; do
   part "ours_$size" python -m ktda_jax.benchmark --config="$config" --config.batch_size="$size" --steps="$steps" \

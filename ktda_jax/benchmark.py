@@ -25,8 +25,7 @@ from ktda_jax import config as configs
 from ktda_jax import flops, sharding, state
 from ktda_jax import main as command  # its flags, and its one-line errors
 from ktda_jax.config import ConfigError
-from ktda_jax.data.teacher_features import DTYPES
-from ktda_jax.program import build, model_config_of
+from ktda_jax.program import batch_shapes, build, model_config_of
 
 # Dense bfloat16 TFLOP/s, as their makers state them.
 PEAKS = {
@@ -81,7 +80,7 @@ def run(config, *, steps=3, warmup=1, forwards=3, forward_batch=1, peak=None, tr
             found["mfu"] = operations * images / median / (peak * 1e12 * program.mesh.size)
         return found
 
-    host = _batch(config, model, crop, rng)
+    host = _batch(config, model, rng)
     if steps:
         start = time.perf_counter()
         step = program.compile_step(current, sharding.to_global(program.mesh, host), teacher)
@@ -113,15 +112,13 @@ def run(config, *, steps=3, warmup=1, forwards=3, forward_batch=1, peak=None, tr
     return report
 
 
-def _batch(config, model, crop, rng) -> dict:
-    made = {
-        "image": rng.integers(0, 256, (config.batch_size, *crop, model.student.bands), np.uint8),
-        "label": rng.integers(0, model.num_classes, (config.batch_size, *crop), np.uint8),
-    }
-    if config.distill and config.teacher.mode == "precomputed":
-        taps = rng.normal(size=(config.batch_size, *model.teacher.grid_of(*crop), model.teacher.width))
-        made["teacher"] = (taps.astype(DTYPES[config.teacher.dtype]),) * 4
-    return made
+def _batch(config, model, rng) -> dict:
+    def random(shape):
+        if shape.dtype != np.uint8:
+            return rng.normal(size=shape.shape).astype(shape.dtype)
+        return rng.integers(0, 256 if len(shape.shape) == 4 else model.num_classes, shape.shape, np.uint8)
+
+    return jax.tree.map(random, batch_shapes(config, model))
 
 
 def _peak_gb(device) -> float:

@@ -108,6 +108,19 @@ def model_config_of(config) -> KTDAConfig:
     return model
 
 
+def batch_shapes(config, model: KTDAConfig) -> dict:
+    """A global training batch as ShapeDtypeStructs: image, label and, where precomputed, the teacher's taps."""
+    rows, crop = config.batch_size, tuple(config.data.crop)
+    shapes = {
+        "image": jax.ShapeDtypeStruct((rows, *crop, model.student.bands), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((rows, *crop), jnp.uint8),
+    }
+    if config.distill and config.teacher.mode == "precomputed":
+        taps = (rows, *model.teacher.grid_of(*crop), model.teacher.width)
+        shapes["teacher"] = (jax.ShapeDtypeStruct(taps, jnp.dtype(config.teacher.dtype)),) * 4
+    return shapes
+
+
 def build(
     config, *, teacher: bool = True, initial: bool = True, devices: Sequence[jax.Device] | None = None
 ) -> Program:

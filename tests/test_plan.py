@@ -1,28 +1,28 @@
-"""`python -m ktda_jax.plan`: collectives of a compiled program, the roofline, and a real compilation."""
+"""`python -m ktda_jax.plan`: collectives of a compiled program, the search for settings, and real compilations."""
 
-import dataclasses
 import importlib.util
+import json
 
 import pytest
 import runs
+from test_slices import REPORT
 
 from ktda_jax import plan
 from ktda_jax.config import ConfigError
 
-REPORT = {
-    "topology": "v5e:2x2", "chips": 4, "batch_size": 8, "state_gb": 3.0, "new_outputs_gb": 0.5, "temporary_gb": 6.0,
-    "program_gb": 0.5, "tflop": 19.7, "touched_gb": 8.19, "collective_gb": {"all-reduce": 1.0, "all-gather": 0.5},
-}  # fmt: skip
+ALL = {"config": "grass", "crop": (64, 64), **REPORT}
 
 
 def test_collectives_are_added_up_by_kind():
     text = """
-  %all-reduce.1 = f32[1024,250]{1,0:T(8,128)} all-reduce(%x), channel_id=1
+ENTRY %main (x: f32[9]) -> f32[9] {
+  %all-reduce.1 = f32[1024,250]{1,0:T(8,128)} all-reduce(%x), channel_id=1, to_apply=%add
   %all-reduce.2 = (f32[1000]{0}, bf16[500]{0}) all-reduce(%a, %b), channel_id=2
   %s = (bf16[100]{0}, bf16[400]{0}) all-gather-start(%c), dimensions={0}
   %d = bf16[400]{0} all-gather-done(%s)
-  %p = pred[8]{0} collective-permute(%e), source_target_pairs={{0,1}}
+  %p = (pred[8]{0}, pred[8]{0}, u32[], u32[]) collective-permute-start(%e), source_target_pairs={{0,1}}
   %f = f32[9]{0} fusion(%all-reduce.1), kind=kLoop
+}
 """
     found = plan.collective_bytes(text)
     assert found == pytest.approx(
@@ -30,38 +30,116 @@ def test_collectives_are_added_up_by_kind():
     )
 
 
-def test_the_roofline_takes_the_slower_of_compute_and_memory_and_adds_the_links():
-    chip = plan.CHIPS["v5e"]
-    seconds = plan.step_seconds(REPORT, chip, 4)
-    assert seconds["compute"] == pytest.approx(0.1) and seconds["memory"] == pytest.approx(0.01)
-    assert seconds["links"] == pytest.approx((2 * 1.0 + 0.5) * 0.75 / 200)
-    assert seconds["step"] == pytest.approx(0.1 + seconds["links"])
-    slow = plan.step_seconds(REPORT, dataclasses.replace(chip, memory_bandwidth=8.19), 4)
-    assert slow["step"] == pytest.approx(1 + seconds["links"])
-    assert plan.step_seconds(REPORT, chip, 1)["links"] == 0
+def test_collectives_in_the_loop_count_as_often_as_it_runs_and_spread_ones_once():
+    text = """
+%body.1 (p: (s32[], f32[250])) -> (s32[], f32[250]) {
+  %r = f32[250]{0} all-reduce(%g), channel_id=1, to_apply=%add
+  %i = f32[250]{0} async-start(%r), calls=%wrapped
+}
+
+%wrapped (p: f32[250]) -> f32[250] {
+  ROOT %s = f32[125]{0} reduce-scatter(%p), channel_id=2, dimensions={0}
+}
+
+%fused.1 (p: f32[25]) -> f32[100] {
+  ROOT %g.1 = f32[100]{0} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%fused.2 (p: f32[25]) -> f32[100] {
+  ROOT %g.2 = f32[100]{0} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+ENTRY %main (x: f32[250]) -> f32[250] {
+  %w = (s32[], f32[250]) while(%t), condition=%c, body=%body.1
+  %r.2 = f32[250]{0} all-reduce(%h), channel_id=4, to_apply=%add
+}
+"""
+    assert plan.collective_bytes(text, 4) == pytest.approx(
+        {"all-reduce": 5 * 1000 / 1e9, "reduce-scatter": 4 * 500 / 1e9, "all-gather": 400 / 1e9}
+    )
 
 
 def test_the_text_says_what_fits_and_how_it_scales():
-    text = plan.text_of(REPORT)
-    assert "v5e:2x2, 4 chips, global batch 8: fits: 10.00 of 16 GB" in text
+    text = plan.text_of(ALL)
+    assert "v5e:2x2, 4 chips, global batch 8: fits: 10.00 of 16.88 GB a chip" in text
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line[:2] in ("v5", "v6", "v4")}
     assert rows["v5e:16x16"][:3] == ["256", "512", "yes"]
     assert rows["v5e:2x2"][-1] == "100.0%" and float(rows["v5e:16x16"][-1][:-1]) < 100
-    text = plan.text_of({**REPORT, "temporary_gb": 16.0})
-    assert "does not fit: 20.00 GB on a chip of 16 GB; lower the batch" in text
-    assert text.splitlines()[-1] == "smallest slices that fit at this batch a chip: v6e:2x2, v5p:2x2x1, v4:2x2x1"
+    assert text.splitlines()[-1].endswith("at these settings: v5e:2x2, v6e:2x2, v5p:2x2x1, v4:2x2x1")
+    assert "does not fit: 20.00 of 16.88 GB" in plan.text_of({**ALL, "temporary_gb": 16.0})
+
+
+def test_search_stops_at_the_first_settings_that_fit(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def compile_for(config, topology):
+        seen.append((config.grad_accum, config.model.fmm.remat))
+        if not config.model.fmm.remat:
+            raise plan.TooLarge("does not fit: needs 20 G")
+        return ALL
+
+    monkeypatch.setattr(plan, "compile_for", compile_for)
+    config = runs.config(tmp_path, {"batch_size": 8}).copy_and_resolve_references()
+    assert plan.search(config, "v5e:2x2") == ALL
+    assert seen == [(1, False), (2, False), (1, True)]
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "as configured: does not fit: needs 20 G",
+        "--config.grad_accum=2: does not fit: needs 20 G",
+        "--config.model.student.remat=True --config.model.fmm.remat=True: fits",
+    ]
+
+    def never(config, topology):
+        raise plan.TooLarge("does not fit: needs 30 G")
+
+    monkeypatch.setattr(plan, "compile_for", never)
+    with pytest.raises(plan.TooLarge, match="needs 30 G"):
+        plan.search(config, "v5e:2x2")
 
 
 def test_what_cannot_be_planned_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match="--topology is 'v9:2x2'; give KIND:SHAPE such as v5e:4x4, KIND of v5e, v5p"):
+    with pytest.raises(ConfigError, match="--topology is 'v9:2x2'; give KIND:SHAPE such as v5e:4x4, KIND of v5e, v6e"):
         plan.compile_for(runs.config(tmp_path).copy_and_resolve_references(), "v9:2x2")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'")
+with_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'"
+)
+SMALL = {**runs.TINY, "model.student.depths": (0, 0, 0, 0), "model.aux_channels": 0, "eval_batch_size": 8}
+
+
+def run_plan(settings, *more):
+    flags = [f"--config={runs.REPOSITORY / 'configs' / 'grass.py'}:tiny", "--topology=v5e:2x2", *more]
+    flags += [f"--config.{k}={v}" for k, v in {**SMALL, **settings}.items()]
+    return runs.start(*flags, verb="plan")
+
+
+@with_libtpu
 def test_a_real_compilation(tmp_path):
-    """Also that XLA's bytes are there to read, in the form that we expect."""
-    settings = {"model.student.depths": (0, 0, 0, 0), "model.aux_channels": 0, "batch_size": 8, "eval_batch_size": 8}
-    flags = [f"--config={runs.REPOSITORY / 'configs' / 'grass.py'}:tiny", "--topology=v5e:2x2"]
-    flags += [f"--config.{k}={v}" for k, v in {**runs.TINY, **settings}.items()]
-    out, _ = runs.finish(runs.start(*flags, verb="plan"))
-    assert "v5e:2x2, 4 chips, global batch 8: fits" in out and "all-reduce" in out
+    """Also that XLA's bytes and collectives are there to read, in the form that we expect."""
+    out, _ = runs.finish(run_plan({"batch_size": 8}, f"--output={tmp_path / 'plan.json'}"))
+    assert "v5e:2x2, 4 chips, global batch 8: fits" in out and "smallest slices for a global batch of 8" in out
+    report = json.loads((tmp_path / "plan.json").read_text())
+    trained = report["parameters"] * 2 / 1e9  # gradients are summed over the chips once, in bfloat16
+    assert trained <= report["collective_gb"]["all-reduce"] < 1.1 * trained
+    assert report["command"].startswith("python -m ktda_jax.plan --config=") and report["versions"]["libtpu"]
+
+
+@pytest.mark.slow
+@with_libtpu
+def test_split_parameters_are_gathered_and_accumulation_changes_neither(tmp_path):
+    """And that the compiler's word for what it cannot hold is understood."""
+    split = {"mesh.data": 1, "mesh.fsdp": 4, "model.head_channels": 64, "batch_size": 16}
+    runs.finish(run_plan(split, f"--output={tmp_path / 'split.json'}"))
+    runs.finish(run_plan(split | {"grad_accum": 2}, f"--output={tmp_path / 'twice.json'}"))
+    once, twice = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("split", "twice"))
+    large = once["parameters"] * 2 / 1e9
+    # Most of the parameters lie in large arrays, which are gathered once, or for the backward pass again.
+    assert 0.5 * large < once["collective_gb"]["all-gather"] < 2.5 * large
+    assert twice["temporary_gb"] < once["temporary_gb"] and twice["tflop"] == once["tflop"]
+    huge = {"batch_size": 4096, "data.crop": (512, 512), "eval_batch_size": 4096}
+    process = run_plan(huge)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 1 and err.startswith("v5e:2x2, global batch 4096: does not fit: Ran out of memory"), (
+        out + err
+    )
+    assert err.rstrip().endswith("--search tries settings that need less") and len(err.splitlines()) == 1

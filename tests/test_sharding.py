@@ -1,6 +1,8 @@
 """Shardings by rule, and that no mesh and no number of processes changes what is computed."""
 
+import math
 import re
+import runpy
 import signal
 
 import jax
@@ -45,6 +47,20 @@ def test_a_mesh_that_does_not_fit_is_named(given):
     message = f"config.mesh (data={given[0]}, fsdp={given[1]}) does not fit 8 devices"
     with pytest.raises(ValueError, match=re.escape(message)):
         sharding.make_mesh(*given)
+
+
+def test_an_eighth_of_the_published_model_lies_on_each_of_eight_devices():
+    """Parameters, moments and average of the base model, by the shardings that training places them with."""
+    config = runpy.run_path(str(runs.REPOSITORY / "configs" / "grass.py"))["get_config"]()
+    config.update_from_flattened_dict(
+        {"mesh.data": 1, "mesh.fsdp": 8, "batch_size": 8, "eval_batch_size": 8, "ema": 0.9}
+    )
+    program = build(config)
+    whole, share = 0, 0
+    for x, s in zip(jax.tree.leaves(program.abstract), jax.tree.leaves(program.shardings), strict=True):
+        whole += x.size * x.dtype.itemsize
+        share += math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+    assert whole > 4e9 and 1 / 8 <= share / whole < 1.02 / 8
 
 
 def test_every_device_gets_whole_rows_of_every_micro_batch():
@@ -122,6 +138,10 @@ def test_a_mesh_gives_the_losses_of_one_device(one_device, tiles, small_arrays_a
     moments = [x for x in jax.tree.leaves(current.opt_state) if x.shape == kernel.shape]
     for array in (kernel, *moments, current.ema["decode_head/bottleneck/conv/kernel"]):
         assert array.addressable_shards[0].data.size == array.size * share
+    arrays = jax.tree.leaves((current.params, current.opt_state, current.ema))
+    for device in range(data * fsdp):  # of all of them, but for the few that do not divide
+        held = sum(x.addressable_shards[device].data.nbytes for x in arrays)
+        assert share <= held / sum(x.nbytes for x in arrays) < share + 0.05
     assert not [w for w in recwarn if "donated buffers were not usable" in str(w.message)]
 
 

@@ -37,15 +37,21 @@ def recompute(function: Callable[[Any, jax.Array], jax.Array], modules: Any, x: 
         # A dependence on dy that no compiler may drop (0 * inf is not 0), so that nothing runs before dy is
         # there. One number per row of dy, so that it stays on the device that holds the row.
         x = x + (0 * dy[..., :1]).astype(x.dtype)
-        if jax.default_backend() == "cpu":
-            # The same for vectors such as a norm's scale, which XLA's CPU backend stretches to the shape of x
-            # as soon as it can, and keeps: 35 MB for each of the base model's norms at 76 x 76.
-            tick = 0 * dy[(0,) * dy.ndim]
-            params = jax.tree.map(lambda p: p + tick.astype(p.dtype) if p.ndim == 1 else p, params)
+        params = jax.lax.platform_dependent(params, dy, cpu=_late_vectors, default=lambda params, dy: params)
         return jax.vjp(plain, params, x)[1](dy)
 
     call.defvjp(forward, backward)
     return call(params, x)
+
+
+def _late_vectors(params: Any, dy: jax.Array) -> Any:
+    """The same dependence for vectors such as a norm's scale.
+
+    XLA's CPU backend stretches them to the shape of x as soon as it can, and keeps that: 35 MB for each of the base
+    model's norms at 76 x 76.
+    """
+    tick = 0 * dy[(0,) * dy.ndim]
+    return jax.tree.map(lambda p: p + tick.astype(p.dtype) if p.ndim == 1 else p, params)
 
 
 def norm_linear(norm: nnx.LayerNorm, linear: nnx.Linear, x: jax.Array) -> jax.Array:

@@ -1,0 +1,24 @@
+"""The installed command `ktda VERB ...`, which is `python -m ktda_jax.VERB ...`."""
+
+import runpy
+import sys
+
+VERBS = {
+    "main": "train, resume, evaluate",
+    "inspect": "look at the data before training",
+    "extract": "compute the teacher's features once",
+    "convert": "weights from and to PyTorch",
+    "benchmark": "time and memory of the training step and a forward pass",
+    "plan": "does the training step fit on a TPU slice",
+}
+
+
+def main() -> None:
+    verb = sys.argv[1] if len(sys.argv) > 1 else None
+    if verb in (None, "-h", "--help"):
+        print("ktda VERB [--help] ..., where VERB is\n" + "\n".join(f"  {k:10} {v}" for k, v in VERBS.items()))
+    elif verb not in VERBS:
+        sys.exit(f"error: ktda knows no {verb!r}; it knows {', '.join(VERBS)}")
+    else:
+        sys.argv[:2] = [f"ktda {verb}"]
+        runpy.run_module(f"ktda_jax.{verb}", run_name="__main__", alter_sys=False)
