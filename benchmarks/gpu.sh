@@ -27,9 +27,9 @@ part() { # NAME COMMAND...
   if "$@" 2>&1 | tee "$out/$name.log"; then echo "== $name: $((SECONDS - begun)) s"; else failed+=("$name"); fi
 }
 
-if python -c 'import pytest, xdist' 2>/dev/null; then
-  part tests python -m pytest -n 0 -q tests/test_attention.py tests/test_depthwise.py
-fi
+# On the GPU, which tests/conftest.py would otherwise hide; a part that cannot run has failed.
+platforms=$(python -c 'import jax; print("cuda,cpu" if jax.default_backend() == "gpu" else "cpu")')
+part tests env JAX_PLATFORMS="$platforms" python -m pytest -n 0 -q tests/test_attention.py tests/test_depthwise.py
 # Which form of attention and depthwise convolution a model should take here.
 part ops python benchmarks/ops.py --batch="$batch" --dtype=bfloat16
 # Ours first: small and large batches, and what precomputed features save.

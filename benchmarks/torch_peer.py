@@ -68,7 +68,10 @@ def machine() -> dict:
 
 def main(_):
     config = CONFIG.value
+    if config is None:
+        raise ConfigError("give --config=FILE, such as --config=configs/grass.py")
     configs.check(config)
+    configs.check_output(OUTPUT.value, "output")
     # One device on either side; with more than one, PyTorch would need a launcher.
     config.mesh.data, config.mesh.fsdp, config.eval_batch_size = 1, 1, config.batch_size
     check_published(config)

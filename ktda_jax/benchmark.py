@@ -149,20 +149,17 @@ def main(_: list[str]) -> None:
     with config.unlocked():
         config.eval_batch_size = config.batch_size  # evaluation is not run; let it divide by the devices
     try:
-        if given.output:
-            pathlib.Path(given.output).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"error: cannot write to --output={given.output}: {error.strerror}")
-    try:
+        configs.check_output(given.output, "output")
+        configs.check_output(given.trace, "trace", folder=True)
         report = run(
             config, steps=given.steps, warmup=given.warmup, forwards=given.forwards,
             forward_batch=given.forward_batch, peak=given.peak_tflops, trace=given.trace,
         )  # fmt: skip
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    print(table(report))
     if given.output:
         configs.write_json(pathlib.Path(given.output), {**report, "command": " ".join(sys.argv)})
-    print(table(report))
 
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have an --output too

@@ -172,6 +172,21 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
 
 
+def check_output(path: str | None, flag: str, *, folder: bool = False) -> None:
+    """Makes the place where a result will go, before the work; ConfigError if it cannot be written to."""
+    if path is None:
+        return
+    place = pathlib.Path(path) if folder else pathlib.Path(path).parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if not folder and pathlib.Path(path).is_dir():
+            raise ConfigError(f"--{flag}={path} is a folder; give a file")
+        if not os.access(place, os.W_OK):
+            raise ConfigError(f"cannot write to --{flag}={path}: no permission for {place}")
+    except OSError as error:
+        raise ConfigError(f"cannot write to --{flag}={path}: {error.strerror}") from error
+
+
 def write_json(path: pathlib.Path, values: dict) -> None:
     """Writes aside and renames, so that a reader never sees half a file."""
     temporary = path.with_suffix(".tmp")

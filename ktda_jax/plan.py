@@ -69,53 +69,69 @@ def compile_for(config, topology: str) -> dict:
         teacher = state.abstract(lambda: ViT(model.teacher, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))[1]
         teacher = placed(teacher, sharding.tree_shardings(mesh, teacher))
     try:
-        compiled = program.train_step.lower(placed(program.abstract, program.shardings), batch, teacher).compile()
+        traced = program.train_step.trace(placed(program.abstract, program.shardings), batch, teacher)
+        compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         said = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" in said:
             raise TooLarge(f"does not fit: {said.partition(': ')[2]}") from error
         raise ConfigError(f"cannot compile for {topology}: {said}") from error
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    operations = flops.of_model(model, crop, distill=bool(teacher))["training"] * config.batch_size
+    memory, accumulate = compiled.memory_analysis(), config.grad_accum
+    parameters, fsdp = state.count(program.abstract.params), mesh.shape["fsdp"]
+    # XLA counts the bytes of a loop's body once. Around that of the micro-batches is only the optimiser, with four
+    # float32 arrays to read and three to write for each parameter.
+    touched, update = compiled.cost_analysis()["bytes accessed"], 28 * parameters / fsdp
+    touched += (accumulate - 1) * max(touched - update, 0)
+    touched += flops.repeated_bytes(traced.jaxpr.jaxpr, accumulate) / mesh.size
+    model_flops = flops.of_model(model, crop, distill=bool(teacher))["training"] * config.batch_size
     return {
         "config": config.data.name,
         "crop": crop,
         "topology": topology,
-        "parameters": state.count(program.abstract.params),
+        "parameters": parameters,
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
-        "grad_accum": config.grad_accum,
+        "grad_accum": accumulate,
         "remat": {"student": config.model.student.remat, "fmm": config.model.fmm.remat},
         "state_gb": memory.argument_size_in_bytes / 1e9,
         "new_outputs_gb": (memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e9,
         "temporary_gb": memory.temp_size_in_bytes / 1e9,
         "program_gb": memory.generated_code_size_in_bytes / 1e9,
-        "tflop": operations / mesh.size / 1e12,
-        "touched_gb": cost["bytes accessed"] * config.grad_accum / 1e9,  # XLA counts the loop over micro-batches once
-        "collective_gb": collective_bytes(compiled.as_text(), config.grad_accum),
+        "model_tflop": model_flops / mesh.size / 1e12,
+        "tflop": flops.of_jaxpr(traced.jaxpr.jaxpr) / mesh.size / 1e12,
+        "touched_gb": touched / 1e9,
+        "gradient_gb": parameters / fsdp * configs.compute_dtype(config).itemsize / 1e9,
+        "collective_gb": collective_bytes(compiled.as_text(), accumulate, mesh.size),
     }
 
 
 def _devices(topology: str):
     kind, _, shape = topology.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
-        raise ConfigError(f"--topology is {topology!r}; give KIND:SHAPE such as v5e:4x4, KIND of {', '.join(CHIPS)}")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{ACCELERATOR[kind]}-{slices.chips_of(shape)}")
+    fits = kind in CHIPS and re.fullmatch(r"\d+(x\d+)+", shape)
+    if not fits or len(slices.sides(shape)) != CHIPS[kind].dimensions:
+        raise ConfigError(
+            f"--topology is {topology!r}; give one such as {', '.join(f'{k}:{v[3]}' for k, v in SLICES.items())}"
+        )
+    chips = slices.chips_of(shape)
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{ACCELERATOR[kind]}-{chips}")
+    options = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # one device per chip
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except Exception as error:
         text = " ".join(str(error).split())
         missing = importlib.util.find_spec("libtpu") is None
-        advice = "pip install -e '.[tpu]'" if missing else f"give one like {kind}:{SLICES[kind][1]}"
+        advice = "pip install -e '.[tpu]'" if missing else f"there are {', '.join(SLICES[kind])} and larger ones"
         raise ConfigError(f"cannot compile for --topology={topology}: {text}; {advice}") from error
 
 
-def collective_bytes(text: str, trips: int = 1) -> dict[str, float]:
-    """GB of the results of all collectives in a compiled program, by kind; those in a loop count `trips` times.
+def collective_bytes(text: str, trips: int = 1, group: int = 1) -> dict[str, float]:
+    """GB of the whole arrays of all collectives in a compiled program, by kind; those in a loop count `trips` times.
 
     Only the loop over micro-batches has any. A collective that is spread over several fusions, so that it runs beside
-    them, stands in each of them with the same channel.
+    them, stands in each of them with the same channel. `group`: chips among which a scattered result is split.
     """
     found, calls, bodies, here = {}, {}, set(), None
     for line in text.splitlines():
@@ -124,9 +140,15 @@ def collective_bytes(text: str, trips: int = 1) -> dict[str, float]:
             continue
         if collective := _COLLECTIVE.search(line):
             shapes, kind, started = collective.groups()
+            arrays = _arrays(shapes, kind, started=bool(started))
+            size = sum(math.prod(dims) * bits for dims, bits in arrays) / 8e9
+            if kind == "reduce-scatter":
+                size *= group
+            elif kind == "all-reduce" and here.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # as libtpu writes it: a fusion that keeps its part of the sum
             channel = _CHANNEL.search(line)
-            key = channel[1] if channel else line
-            found.setdefault(key, (kind, _gigabytes(shapes, kind, started=bool(started)), set()))[2].add(here)
+            key = (channel[1], kind, *arrays) if channel else line
+            found.setdefault(key, (kind, size, set()))[2].add(here)
         called = [name.strip(" %") for names in _CALLED.findall(line) for name in names.split(",") if name.strip()]
         calls.setdefault(here, set()).update(called)
         if " while(" in line:
@@ -141,41 +163,44 @@ def collective_bytes(text: str, trips: int = 1) -> dict[str, float]:
     return total
 
 
-def _gigabytes(shapes: str, kind: str, *, started: bool) -> float:
-    """Of a collective's results, as the text before its name lists them."""
-    sizes = [
-        math.prod(int(n) for n in dims.split(",") if n) * (int(_BITS.search(dtype)[0]) if dtype != "pred" else 8) / 8e9
+def _arrays(shapes: str, kind: str, *, started: bool) -> list[tuple[tuple[int, ...], int]]:
+    """Dimensions and bits per element of a collective's results, as the text before its name lists them."""
+    arrays = [
+        (tuple(int(n) for n in dims.split(",") if n), 8 if dtype == "pred" else int(_BITS.search(dtype)[0]))
         for dtype, dims in _SHAPE.findall(shapes)
     ]
     if started and kind == "all-gather":  # inputs, then as many outputs
-        sizes = sizes[len(sizes) // 2 :]
+        return arrays[len(arrays) // 2 :]
     if started and kind == "collective-permute":  # input, output, and two words of context
-        sizes = sizes[1:2]
-    return sum(sizes)
+        return arrays[1:2]
+    return arrays
 
 
 def text_of(report: dict) -> str:
     """What was compiled, how it scales at the same batch per chip, and the smallest slices for the whole batch."""
-    chip, held = CHIPS[report["topology"].partition(":")[0]], slices.held_gb(report)
+    kind, _, shape = report["topology"].partition(":")
+    chip, held = CHIPS[kind], slices.held_gb(report)
     verdict = "fits" if held <= chip.usable_gb else "does not fit"
     collectives = ", ".join(f"{k} {v:.3f}" for k, v in report["collective_gb"].items()) or "none"
-    seconds = slices.seconds(report, chip, report["chips"])
+    seconds = slices.seconds(report, chip, shape)
     lines = [
         f"{report['topology']}, {report['chips']} chips, global batch {report['batch_size']}: {verdict}: {held:.2f} of "
         f"{chip.usable_gb:.2f} GB a chip",
         f"GB a chip: state and batch {report['state_gb']:.2f}, temporaries {report['temporary_gb']:.2f}, "
         f"program {report['program_gb']:.2f}, further outputs {report['new_outputs_gb']:.2f}",
-        f"a chip and step: {report['tflop']:.2f} TFLOP, {report['touched_gb']:.1f} GB touched; collectives in GB: "
-        f"{collectives}",
+        f"a chip and step: {report['model_tflop']:.2f} TFLOP of the model, {report['tflop']:.2f} with what is computed "
+        f"again; {report['touched_gb']:.1f} GB touched; collectives in GB: {collectives}",
         f"estimated ms: products {1e3 * seconds['compute']:.1f}, memory {1e3 * seconds['memory']:.1f}, links "
         f"{1e3 * seconds['links']:.1f}",
         "",
-        f"{'slice':12}{'chips':>6}{'batch':>7}{'fits':>6}{'step ms':>9}{'images/s':>10}{'efficiency':>11}  (estimated)",
+        "estimated at this batch a chip; efficiency against no collectives at all, weak scaling against the first line",
+        f"{'slice':12}{'chips':>6}{'batch':>7}{'fits':>6}{'step ms':>9}{'images/s':>10}{'efficiency':>12}{'weak':>9}",
     ]
     for row in slices.scaling(report):
         lines.append(
             f"{row['slice']:12}{row['chips']:6}{row['batch']:7g}{'yes' if row['fits'] else 'no':>6}"
-            f"{1e3 * row['step_s']:9.1f}{row['images_per_s']:10.0f}{100 * row['efficiency']:10.1f}%"
+            f"{1e3 * row['step_s']:9.1f}{row['images_per_s']:10.0f}"
+            f"{100 * row['efficiency']:11.1f}%{100 * row['weak']:8.1f}%"
         )
     listed = ", ".join(slices.smallest(report)) or "none with whole images on every chip"
     lines.append(f"smallest slices for a global batch of {report['batch_size']} at these settings: {listed}")
@@ -184,29 +209,33 @@ def text_of(report: dict) -> str:
 
 def search(config, topology: str) -> dict:
     """`compile_for` with the first settings that fit, which it prints as flags; TooLarge where none does."""
-    chips = slices.chips_of(topology.partition(":")[2])
-    tries = [{}, *slices.next_settings(config, chips)]
-    for number, settings in enumerate(tries):
+    kind, _, shape = topology.partition(":")
+    _devices(topology)  # complains of it, if need be
+    for settings in ({}, *slices.next_settings(config, slices.chips_of(shape))):
         changed = copy.deepcopy(config)
         changed.update_from_flattened_dict(settings)
         shown = " ".join(f"--config.{k}={v}" for k, v in settings.items()) or "as configured"
         try:
             report = compile_for(changed, topology)
         except TooLarge as error:
-            print(f"{shown}: {error}", flush=True)
-            if number == len(tries) - 1:
-                raise
-            continue
-        print(f"{shown}: fits\n", flush=True)
-        return report
-    raise AssertionError("the last of the settings either fits or raises")
+            failed = error
+        else:
+            held, usable = slices.held_gb(report), CHIPS[kind].usable_gb
+            if held <= usable:
+                print(f"{shown}: fits\n", flush=True)
+                return report
+            failed = TooLarge(f"does not fit: {held:.2f} GB, and a chip offers {usable:.2f}")
+        print(f"{shown}: {failed}", flush=True)
+    raise failed
 
 
 def main(_: list[str]) -> None:
+    jax.config.update("jax_platforms", "cpu")  # a GPU of this machine must not decide what is compiled for another
     command.start()
     config, given = command.CONFIG.value, flags.FLAGS
     try:
         configs.check(config)
+        configs.check_output(given.output, "output")
         with config.unlocked():
             if given.batch:
                 config.batch_size = given.batch
@@ -230,7 +259,7 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have flags too
     flags.DEFINE_string("topology", "v5e:2x2", "KIND:SHAPE of the slice to compile for.")
-    flags.DEFINE_integer("batch", None, "Global batch; default config.batch_size.")
+    flags.DEFINE_integer("batch", None, "Global batch; default config.batch_size.", lower_bound=1)
     flags.DEFINE_bool("search", False, "Where the step does not fit, try settings that need less memory.")
     flags.DEFINE_string("output", None, "JSON file of the figures.")
     app.run(main, flags_parser=command.parse)

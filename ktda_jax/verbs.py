@@ -21,4 +21,4 @@ def main() -> None:
         sys.exit(f"error: ktda knows no {verb!r}; it knows {', '.join(VERBS)}")
     else:
         sys.argv[:2] = [f"ktda {verb}"]
-        runpy.run_module(f"ktda_jax.{verb}", run_name="__main__", alter_sys=False)
+        runpy.run_module(f"ktda_jax.{verb}", run_name="__main__", alter_sys=True)

@@ -30,6 +30,27 @@ def test_products():
     assert flops.count(lambda x, k: conv(x, k, 6), shape(2, 8, 8, 6), shape(7, 7, 1, 6)) == 2 * 2 * 4 * 4 * 6 * 49
 
 
+def test_a_gradient_costs_as_much_as_the_product():
+    def strided(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=numbers).sum()
+
+    args = shape(2, 8, 8, 6), shape(2, 2, 6, 10)
+    assert flops.count(jax.value_and_grad(strided, (0, 1)), *args) == 3 * flops.count(strided, *args)
+
+
+def test_bytes_of_products_in_loops_from_the_second_turn_on():
+    def turns(length):
+        return lambda x: jax.lax.scan(lambda y, _: (y @ y, None), x, None, length)[0]
+
+    def counted(function, accumulate=1):
+        return flops.repeated_bytes(jax.make_jaxpr(function)(shape(5, 5)).jaxpr, accumulate)
+
+    assert counted(turns(6)) == 5 * 3 * 25 * 4 and counted(turns(1)) == 0
+    twice = lambda x: jax.lax.scan(lambda y, _: (turns(6)(y), None), x, None, 2)[0]  # noqa: E731
+    assert counted(twice) == 2 * 5 * 300 + 300 and counted(twice, 2) == 2 * 5 * 300
+
+
 def test_loops_count_every_turn_and_branches_once():
     def looped(x):
         return jax.lax.fori_loop(0, 6, lambda _, y: y @ y, x)

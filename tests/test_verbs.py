@@ -9,7 +9,7 @@ from ktda_jax import verbs
 
 
 @pytest.mark.parametrize("verb", verbs.VERBS)
-def test_every_verb_runs_as_a_program_and_reads_its_own_flags(verb, monkeypatch):
+def test_every_verb_runs_as_a_program(verb, monkeypatch):
     seen = {}
 
     def run_module(name, run_name, alter_sys):
@@ -30,3 +30,10 @@ def test_without_a_verb_all_are_listed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ktda", "trian"])
     with pytest.raises(SystemExit, match="error: ktda knows no 'trian'; it knows main, inspect"):
         verbs.main()
+
+
+def test_help_is_that_of_the_verb(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ktda", "convert", "--help"])
+    with pytest.raises(SystemExit):
+        verbs.main()
+    assert "published weights into our folder, or back" in capsys.readouterr().out
