@@ -179,7 +179,7 @@ _END = object()
 
 
 def ahead(items: Iterator, depth: int) -> Iterator:
-    """`items`, made in a thread of its own and at most `depth` ahead. Errors come out here; closing stops the thread."""
+    """`items`, made in a thread of its own, at most `depth` ahead. Errors come out here; closing stops the thread."""
     waiting, stopped = queue.Queue(depth), threading.Event()
 
     def put(item) -> bool:
