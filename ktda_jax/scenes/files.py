@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import pathlib
+import tempfile
 from collections.abc import Sequence
 
 from ktda_jax.data.images import DataError
@@ -78,6 +79,17 @@ def name_outputs(
         )
     _check(inputs, named)
     return named
+
+
+def make_folders(outputs: Sequence[Outputs]) -> None:
+    """DataError if a folder cannot be made or written to."""
+    for folder in {made.map.parent for made in outputs}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder, prefix="."):
+                pass
+        except OSError as error:
+            raise DataError(f"cannot write to the folder {folder}: {error.strerror}") from error
 
 
 def _check(inputs: Sequence[pathlib.Path], named: Sequence[Outputs]) -> None:

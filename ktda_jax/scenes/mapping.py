@@ -116,8 +116,9 @@ class Progress:
             print(f"\r{'':78}\r", end="", file=sys.stderr, flush=True)
 
 
-def check_tile(tile: int, overlap: int) -> None:
-    if not 32 <= tile <= 2048:
-        raise DataError(f"--tile is {tile}; give 32 to 2048 pixels")
-    if not 0 <= overlap <= tile // 2:
-        raise DataError(f"--overlap is {overlap}; give 0 to half of --tile={tile}")
+def check_tiles(tile: tuple[int, int], overlap: int) -> None:
+    """DataError for tiles that no model takes, or that overlap more than is of use."""
+    if not 32 <= min(tile) <= max(tile) <= 2048:
+        raise DataError(f"--tile is {' x '.join(map(str, tile))}; give 32 to 2048 pixels")
+    if not 0 <= overlap <= min(tile) // 2:
+        raise DataError(f"--overlap is {overlap}; give 0 to half of the tile, {min(tile) // 2} pixels")

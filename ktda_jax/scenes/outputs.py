@@ -94,12 +94,12 @@ class SceneWriter:
                 self._overlay().save(self._temporary(outputs.overlay))
             if outputs.polygons:
                 polygons.write(plain, self._temporary(outputs.polygons), self._scene.place, self._legend.classes)
-            for path in self._writers:
+            for path, writer in self._writers.items():
                 driver = "PNG" if path.suffix.lower() == ".png" else "COG" if self._cog else None
                 if driver:
                     source = drawn[path]
                     try:
-                        convert(source, self._temporary(path), driver)
+                        convert(source, self._temporary(path), driver, writer.checksums)
                     finally:
                         source.unlink(missing_ok=True)
             self._describe(drawn[outputs.map])

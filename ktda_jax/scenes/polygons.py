@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ktda_jax.data.images import DataError
-from ktda_jax.scenes.blend import NODATA
-from ktda_jax.scenes.raster import windows_of
+from ktda_jax.scenes.raster import polygons_of
 
 SIDE = 4096  # pixels
 
@@ -28,11 +27,9 @@ def write(source: pathlib.Path, target: pathlib.Path, place: dict, classes: Sequ
     """source: a map. target: a GeoPackage with one layer `map`; fields `class` and `name`. DataError if it cannot."""
     import pyogrio.errors
     import shapely
-    from rasterio.features import shapes
 
     crs, begun = place.get("crs"), False
-    for values, transform in windows_of(source, SIDE):
-        found = list(shapes(values, mask=values != NODATA, transform=transform))
+    for found in polygons_of(source, SIDE):
         geometry = shapely.to_wkb([shapely.geometry.shape(polygon) for polygon, _ in found])
         numbers = np.array([value for _, value in found], np.int32)
         names = np.array(classes, object)[numbers] if found else np.array([], object)

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import pathlib
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -226,12 +227,12 @@ class RasterWriter:
         self.path, self._scene = path, scene
         self._block = 512 if min(scene.height, scene.width) > 512 else 256
         self._waiting, self._top = [], 0
+        self.checksums: list[tuple[int, int]] = []  # end of each part, and CRC of its rows
         with _writing(path):
             self._file = rasterio.open(
                 path, "w", driver="GTiff", dtype="uint8", count=len(bands), height=scene.height, width=scene.width,
                 nodata=255, tiled=True, blockxsize=self._block, blockysize=self._block, interleave="band",
-                compress="deflate", zlevel=1, predictor=1 if palette else 2, num_threads="ALL_CPUS",
-                bigtiff="if_safer", **scene.place,
+                compress="deflate", zlevel=1, predictor=1 if palette else 2, bigtiff="if_safer", **scene.place,
             )  # fmt: skip
             if palette:
                 self._file.write_colormap(1, palette)
@@ -256,15 +257,16 @@ class RasterWriter:
         with _writing(self.path):
             self._file.write(rows[:, :count], window=Window(0, self._top, rows.shape[2], count))
         self._top += count
+        self.checksums.append((self._top, _checksum(rows[:, :count])))
         self._waiting = [rows[:, count:].copy()]
 
     def close(self) -> None:
-        """DataError unless all of it is in the file: GDAL writes its last blocks when the file is closed."""
+        """DataError unless all of it is in the file."""
         if self._rows():
             self._flush(self._rows())
         with _writing(self.path):
             self._file.close()
-            check_whole(self.path)
+        check_whole(self.path, self.checksums)
 
     def abandon(self) -> None:
         with contextlib.suppress(Exception):
@@ -273,49 +275,56 @@ class RasterWriter:
 
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
-    rasterio = rasterio_for(path)
+    rasterio_for(path)
     try:
         yield
-    except (rasterio.errors.RasterioError, OSError, RuntimeError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # GDAL's are many, not all of them rasterio's, and of different bases
         words = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"cannot write in {path.parent}: {words or type(error).__name__}; is the disk full?") from error
 
 
-def check_whole(path: pathlib.Path) -> None:
-    """OSError unless every block of a GeoTIFF lies within the file: a full disk may be told by nothing else."""
+def _checksum(rows: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(rows))
+
+
+def check_whole(path: pathlib.Path, checksums: Sequence[tuple[int, int]]) -> None:
+    """DataError unless a raster gives back what was written.
+
+    On a full disk GDAL writes what fits, and says so to nobody if that happens while it empties its cache.
+    """
+    from rasterio.windows import Window
+
     rasterio = rasterio_for(path)
-    size = path.stat().st_size
-    with rasterio.open(path) as file:
-        for band in file.indexes:
-            height, width = file.block_shapes[band - 1]
-            for row in range(-(-file.height // height)):
-                for column in range(-(-file.width // width)):
-                    offset, count = (
-                        file.get_tag_item(f"BLOCK_{what}_{column}_{row}", "TIFF", bidx=band)
-                        for what in ("OFFSET", "SIZE")
-                    )
-                    if offset is None or int(offset) + int(count) > size:
-                        raise OSError("the file is not whole")
+    with _writing(path), rasterio.open(path) as file:
+        top = 0
+        for end, checksum in checksums:
+            if _checksum(file.read(window=Window(0, top, file.width, end - top))) != checksum:
+                raise OSError("the file does not hold what was written to it")
+            top = end
 
 
-def convert(source: pathlib.Path, target: pathlib.Path, driver: str) -> None:
-    """A GeoTIFF as Cloud-Optimized GeoTIFF (driver COG) or as PNG."""
+def convert(source: pathlib.Path, target: pathlib.Path, driver: str, checksums: Sequence[tuple[int, int]]) -> None:
+    """A GeoTIFF as Cloud-Optimized GeoTIFF (driver COG) or as PNG, checked as `check_whole` does."""
     import rasterio.shutil
 
     options = {"PNG": {}, "COG": dict(compress="deflate", bigtiff="if_safer", num_threads="ALL_CPUS")}[driver]
-    if driver == "COG":
-        with rasterio.open(source) as file:
-            single = file.count == 1 and file.colorinterp[0] == rasterio.enums.ColorInterp.palette
-        options |= {"overview_resampling": "nearest"} if single else {"overview_resampling": "average", "predictor": 2}
     with _writing(target), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rasterio.shutil.copy(source, target, driver=driver, **options)
         if driver == "COG":
-            check_whole(target)
+            with rasterio.open(source) as file:
+                classes = file.colorinterp[0] == rasterio.enums.ColorInterp.palette
+            options |= (
+                {"overview_resampling": "nearest"} if classes else {"overview_resampling": "average", "predictor": 2}
+            )
+        rasterio.shutil.copy(source, target, driver=driver, **options)
+    check_whole(target, checksums)
 
 
-def windows_of(path: pathlib.Path, side: int):
-    """One band in windows of at most `side` pixels a side: yields values uint8 (h, w) and the window's transform."""
+def polygons_of(path: pathlib.Path, side: int) -> Iterator[list[tuple[dict, float]]]:
+    """Connected pixels of one value as (GeoJSON polygon, value), in windows of at most `side` pixels a side."""
+    from rasterio.features import shapes
     from rasterio.windows import Window
 
     rasterio = rasterio_for(path)
@@ -323,4 +332,6 @@ def windows_of(path: pathlib.Path, side: int):
         for top in range(0, file.height, side):
             for left in range(0, file.width, side):
                 window = Window(left, top, min(side, file.width - left), min(side, file.height - top))
-                yield file.read(1, window=window), file.window_transform(window)
+                transform = file.transform @ rasterio.Affine.translation(left, top)
+                values = file.read(1, window=window)
+                yield list(shapes(values, mask=values != file.nodata, transform=transform))
