@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 
 from ktda_jax import pretrained
 from ktda_jax.data.datasets import IGNORE
@@ -132,6 +132,8 @@ OPTIONS = (
 
 
 def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.ERROR)  # Orbax tells what it restores
+
     def stop(number, frame):  # through the cleaning up, which a second signal must not end
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_IGN)
