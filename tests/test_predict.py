@@ -4,7 +4,6 @@ import pathlib
 import re
 import signal
 
-import cv2
 import numpy as np
 import pytest
 import rasterio
@@ -18,8 +17,8 @@ from ktda_jax import predict
 from ktda_jax.checkpoint import Checkpoints
 from ktda_jax.data.datasets import dataset_info
 from ktda_jax.program import build
-from ktda_jax.scenes import blend, device, mapping, pipeline
-from ktda_jax.scenes.raster import Reading, open_scene
+from ktda_jax.scenes import blend, device, mapping
+from ktda_jax.scenes.raster import Reading
 
 TILES = pathlib.Path(__file__).parents[2] / "shared" / "real_samples" / "l8_biome_256"
 
@@ -80,33 +79,6 @@ def test_a_scene_of_one_tile_is_what_the_model_says(run, model, tmp_path):
         info = dataset_info("grass")
         assert [file.colormap(1)[k][:3] for k in range(5)] == list(info.palette)
         assert [file.tags()[f"CLASS_{k}"] for k in range(5)] == list(info.classes)
-
-
-def changes(labels, columns):
-    """How often neighbours differ across the left edges of `columns`, and across all others."""
-    differ = labels[:, 1:] != labels[:, :-1]
-    at = np.isin(np.arange(1, labels.shape[1]), columns)
-    return differ[:, at].mean(), differ[:, ~at].mean()
-
-
-def test_no_seams(step, tmp_path):
-    """A map does not change class more often where tiles begin, end or hand over; without overlap it does."""
-    # Hills without edges, which could coincide with those of tiles.
-    hills = cv2.resize(np.random.default_rng(0).integers(0, 256, (19, 19, 3), np.uint8), (400, 400))
-    scene = open_scene(sf.write(tmp_path / "scene.tif", hills), Reading(), 3)
-
-    def mapped(overlap):
-        strips = list(pipeline.finished([scene], step, classes=5, overlap=overlap))
-        return np.concatenate([strip.labels for strip in strips]), strips[0].row.grid.columns
-
-    labels, tiles = mapped(16)
-    starts = np.array(tiles.starts)
-    for columns in (starts[1:], starts[:-1] + 64, np.array(tiles.seams(), int)):
-        at, elsewhere = changes(labels, columns)
-        assert at <= elsewhere + 0.02
-    labels, tiles = mapped(0)
-    at, elsewhere = changes(labels, tiles.starts[1:])
-    assert at > elsewhere + 0.05
 
 
 def test_a_folder_and_what_is_there_already(run, tmp_path):

@@ -1,6 +1,7 @@
 """Windows, blending and the pipeline, with models that stand in for KTDA."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scene_files as sf
@@ -49,6 +50,25 @@ def test_tiled_is_whole(tmp_path, size):
         np.testing.assert_allclose(np.concatenate(sums, 1), np.moveaxis(whole, -1, 0), atol=1e-5)
     agree = np.concatenate(rows) == whole.argmax(-1)
     assert agree.shape == size and agree[: size[0] - 2, : size[1] - 2].all()
+
+
+def test_tiles_leave_no_seams(tmp_path):
+    """A model that leans to its left in every tile and says nonsense along its edges: the map has no step anywhere."""
+
+    def leaning(arrays, images):
+        width = images.shape[2]
+        lean = jnp.linspace(0.4, 0.6, width)[None, None].repeat(images.shape[1], 1)
+        edge = jnp.pad(jnp.zeros((images.shape[1] - 6, width - 6)), 3, constant_values=1)
+        lean = jnp.where(edge > 0, 1.0, lean)
+        return jnp.stack([lean, 1 - lean], -1).repeat(len(images), 0)
+
+    scene = open_scene(sf.write(tmp_path / "scene.tif", sf.smooth(200, 300)), Reading(), 3)
+    step, steps = Step(sf.model(leaning, classes=2), (64, 64), 8), {}
+    for overlap in (0, 16):
+        strips = list(pipeline.finished([scene], step, classes=2, overlap=overlap, probabilities=True))
+        found = np.concatenate([strip.probabilities for strip in strips], 1)[0, 3:-3, 3:-3] / blend.CERTAIN
+        steps[overlap] = max(np.abs(np.diff(found, axis=axis)).max() for axis in (0, 1))
+    assert steps[0] > 0.35 and steps[16] < 0.04  # 0.2 over the 8 pixels of a smooth ramp: 0.0375 at its steepest
 
 
 def test_test_time_augmentation_is_the_mean_of_its_views():
