@@ -5,7 +5,8 @@
 Every scene is mapped with several overlaps, and compared with a reference: `whole`, the scene at once as a single tile
 (up to 2048 px), or `dense`, tiles that overlap by 7/8, where every pixel is an average over many places within tiles.
 `at borders` is the share of pixels within 4 px of where one tile hands over to the next that differ from the reference,
-`inside` that of all others, both in per cent over all scenes. `steps` counts neighbours of different class across the
+`inside` that of all others, both in per cent over all scenes; `excess` is the mean over scenes of their difference,
+with its standard error. `steps` counts neighbours of different class across the
 hand-over, for each one across any other line: about 1 where there is no seam to be seen.
 """
 
@@ -57,9 +58,9 @@ def main():
     else:
         reference, _ = mapped(tile * 7 // 8)
     rows = []
-    print(f"{'overlap':>8} {'at borders %':>13} {'inside %':>9} {'steps':>6}")
+    print(f"{'overlap':>8} {'at borders %':>13} {'inside %':>9} {'steps':>6} {'excess':>15}")
     for overlap in (0, tile // 8, tile // 4, tile // 2):
-        counts, steps = np.zeros((2, 2)), np.zeros((2, 2))
+        counts, steps, excess = np.zeros((2, 2)), np.zeros((2, 2)), []
         maps, grids = mapped(overlap)
         for found, expected, grid in zip(maps, reference, grids, strict=True):
             near = np.zeros(found.shape, bool)
@@ -70,10 +71,15 @@ def main():
                 at = np.isin(np.arange(1, axis.length), np.array(axis.seams(), int))
                 steps += [[change[at].sum(), at.sum()], [change[~at].sum(), (~at).sum()]]
             differ = found != expected
+            excess.append(100 * (differ[near].mean() - differ[~near].mean()))
             counts += [[differ[near].sum(), near.sum()], [differ[~near].sum(), (~near).sum()]]
         (at_borders, inside), (at, elsewhere) = 100 * counts[:, 0] / counts[:, 1], steps[:, 0] / steps[:, 1]
-        rows.append(dict(overlap=overlap, at_borders=at_borders, inside=inside, steps=at / elsewhere))
-        print(f"{overlap:8} {at_borders:13.3f} {inside:9.3f} {at / elsewhere:6.2f}", flush=True)
+        excess = np.mean(excess), np.std(excess, ddof=1) / len(excess) ** 0.5
+        rows.append(dict(overlap=overlap, at_borders=at_borders, inside=inside, steps=at / elsewhere, excess=excess))
+        print(
+            f"{overlap:8} {at_borders:13.3f} {inside:9.3f} {at / elsewhere:6.2f} {excess[0]:7.3f} ± {excess[1]:.3f}",
+            flush=True,
+        )
     if args.output:
         about = dict(command=" ".join(["python", *sys.argv]), date=time.strftime("%Y-%m-%d"))
         about |= dict(scenes=len(scenes), tile=tile, reference=args.reference)

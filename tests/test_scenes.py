@@ -28,9 +28,9 @@ def test_weights_sum_to_one_and_lie_within_their_tiles(length, tile, overlap):
     assert [tiles.done(k) for k in range(len(tiles.starts))] == [*tiles.starts[1:], length]
 
 
-def test_the_outer_quarter_of_an_overlap_counts_nothing():
+def test_the_outer_eighth_of_an_overlap_counts_nothing():
     first, middle, last = blend.weights(axis(160, 64, 16))
-    assert (middle[:4] == 0).all() and (middle[-4:] == 0).all() and (middle[12:-12] == 1).all()
+    assert (middle[:2] == 0).all() and (middle[-2:] == 0).all() and (middle[14:-14] == 1).all()
     assert (first[:48] == 1).all() and (last[16:] == 1).all()
 
 
@@ -68,7 +68,7 @@ def test_tiles_leave_no_seams(tmp_path):
         strips = list(pipeline.finished([scene], step, classes=2, overlap=overlap, probabilities=True))
         found = np.concatenate([strip.probabilities for strip in strips], 1)[0, 3:-3, 3:-3] / blend.CERTAIN
         steps[overlap] = max(np.abs(np.diff(found, axis=axis)).max() for axis in (0, 1))
-    assert steps[0] > 0.35 and steps[16] < 0.04  # 0.2 over the 8 pixels of a smooth ramp: 0.0375 at its steepest
+    assert steps[0] > 0.35 and steps[16] < 0.04  # 0.15 over the 12 pixels of a smooth ramp, and a little of the edges
 
 
 def test_test_time_augmentation_is_the_mean_of_its_views():

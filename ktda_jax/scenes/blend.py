@@ -4,7 +4,7 @@ Probabilities are blended and not logits: their average is a distribution again,
 tile that is sure of itself beyond reason (logits have no bound) counts no more than any other.
 
 Along an axis tile k has the weight c_k - c_{k+1}, where c_k rises from 0 to 1 around the middle of the overlap of tiles
-k - 1 and k, over half of the overlap. So weights sum to 1 however many tiles meet, and the outer quarter of an overlap,
+k - 1 and k, over three quarters of it. So weights sum to 1 however many tiles meet, and the outer eighth of an overlap,
 where a tile knows least of its surroundings, counts nothing.
 """
 
@@ -19,7 +19,7 @@ CERTAIN = 254  # stored value of probability 1
 def weights(axis: Axis) -> np.ndarray:
     """float32 (tiles, tile), each row the weights of one tile along the axis."""
     at = np.add.outer(np.array(axis.starts), np.arange(axis.tile) + 0.5)
-    seams, width = np.array(axis.seams())[:, None], max(axis.overlap / 2, 1e-6)
+    seams, width = np.array(axis.seams())[:, None], max(axis.overlap * 3 / 4, 1e-6)
     values = np.ones(at.shape)
     values[1:] = _rise((at[1:] - seams) / width)
     values[:-1] -= _rise((at[:-1] - seams) / width)
