@@ -39,13 +39,14 @@ class Segmenter:
         graphdef, params, stats = state.abstract(lambda: KTDA(found.config, dtype=dtype, rngs=nnx.Rngs(0)))
         ours = {k: v for k, v in found.arrays.items() if k in params or k in stats}
         state.check_shapes(ours, {**params, **stats}, "the weights")
-        self._params = {k: jnp.asarray(ours[k], v.dtype) for k, v in params.items()}
-        self._stats = {k: jnp.asarray(ours[k], v.dtype) for k, v in stats.items()}
+        self.graphdef = graphdef
+        self.params = {k: jnp.asarray(ours[k], v.dtype) for k, v in params.items()}
+        self.stats = {k: jnp.asarray(ours[k], v.dtype) for k, v in stats.items()}
         self._run = jax.jit(functools.partial(infer, graphdef))
 
     def logits(self, images: np.ndarray) -> jax.Array:
         """images: uint8 or float 0..255 (B, H, W, 3) -> float32 (B, h, w, classes) at the head's resolution."""
-        return self._run(self._params, self._stats, images)[0]
+        return self._run(self.params, self.stats, images)[0]
 
     def predict(self, image: np.ndarray | str | pathlib.Path) -> Prediction:
         """image: 8-bit RGB, an array (H, W, 3) or (B, H, W, 3) or an image file -> labels and probabilities.
@@ -68,7 +69,7 @@ class Segmenter:
         if not 32 <= min(image.shape[-3:-1]) <= max(image.shape[-3:-1]) <= LARGEST:
             raise ValueError(f"the image is {image.shape[-3]} x {image.shape[-2]} pixels; give 32 to {LARGEST} a side")
         batch = image if image.ndim == 4 else image[None]
-        labels, probabilities = jax.device_get(self._run(self._params, self._stats, batch)[1:])
+        labels, probabilities = jax.device_get(self._run(self.params, self.stats, batch)[1:])
         return Prediction(labels, probabilities) if image.ndim == 4 else Prediction(labels[0], probabilities[0])
 
 

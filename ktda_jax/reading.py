@@ -25,9 +25,7 @@ def check(data, num_classes: int) -> None:
         raise ValueError(f"config.data.bands is {tuple(bands)}; give different band numbers, counted from 1")
     if data.rgb is not None and (len(data.rgb) != 3 or set(data.rgb) - set(bands)):
         raise ValueError(f"config.data.rgb is {tuple(data.rgb)}; give three of config.data.bands {tuple(bands)}")
-    pairs = data.scale or ()
-    pairs = pairs if pairs and _is_sequence(pairs[0]) else [pairs] * bool(pairs)
-    if len(pairs) not in (0, 1, len(bands)) or not all(map(_is_range, pairs)):
+    if data.scale and not is_scale(data.scale, len(bands)):
         raise ValueError(
             f"config.data.scale is {data.scale}; give (low, high), or one such pair for each of the {len(bands)} bands"
         )
@@ -36,6 +34,12 @@ def check(data, num_classes: int) -> None:
     if data.source == "tfds" and any(data[k] is not None for k in ("bands", "scale", "nodata", "label_map")):
         raise ValueError("config.data.bands, scale, nodata and label_map are for folders; a TFDS builder has done it")
     _check_label_map(data.label_map or (), num_classes)
+
+
+def is_scale(scale, bands: int) -> bool:
+    """Whether it is (low, high), or one such pair for each band."""
+    pairs = scale if scale and _is_sequence(scale[0]) else [scale]
+    return len(pairs) in (1, bands) and all(map(_is_range, pairs))
 
 
 def _check_label_map(pairs, num_classes: int) -> None:

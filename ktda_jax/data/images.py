@@ -82,7 +82,7 @@ def read_bands(
     `scale`: (low, high) or one such pair per band, the values that become 0 and 255; None for 8-bit files. `nodata`
     stands before what the file declares. A pixel has no data where none of its bands has; a single missing band is 0.
     """
-    rasterio = _rasterio(path)
+    rasterio = import_rasterio(path)
     try:
         with rasterio.open(path) as file:
             chosen = tuple(bands or range(1, file.count + 1))
@@ -92,54 +92,81 @@ def read_bands(
                 )
             if bands is None and file.count != 3:
                 raise DataError(f"image {path} has {file.count} bands: choose some with config.data.bands, from 1")
-            values = np.moveaxis(file.read(chosen), 0, -1)
-            present = _present(file, chosen, values) if nodata is None else values != nodata
+            pixels, present = read_window(file, chosen, scale, nodata)
     except DataError:
         raise
     except Exception as error:
         # GDAL's own words are in the cause; rasterio's are "Read failed. See previous exception for details."
         raise unreadable(path, error.__cause__ or error) from error
+    return np.ascontiguousarray(np.moveaxis(pixels, 0, -1)), present
+
+
+def read_window(
+    file, bands: Sequence[int], scale: Sequence | None, nodata: float | None, window=None, alphas=None
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `read_bands`, of an open raster and one window of it: uint8 (bands, H, W), and where there are data (H, W).
+
+    `alphas`: bands that say where data are; None: to be found out from what they hold here.
+    """
+    values = file.read(bands, window=window)
+    present = _present(file, bands, values, window, alphas) if nodata is None else values != nodata
     if values.dtype.kind not in "uif":
-        raise DataError(f"image {path} holds {values.dtype}: only whole and floating numbers can be read")
+        raise DataError(f"image {file.name} holds {values.dtype}: only whole and floating numbers can be read")
     if values.dtype.kind == "f":
-        present &= np.isfinite(values)
+        present = present & np.isfinite(values)
     if scale is None:
         if values.dtype != np.uint8:
-            held = values[present]
+            held = values[np.broadcast_to(present, values.shape)]
             held = f" from {held.min()} to {held.max()}" if held.size else ""
             raise DataError(
-                f"image {path} holds {values.dtype}{held}, not 8-bit values: set config.data.scale=(low, high), the "
-                "values that become 0 and 255"
+                f"image {file.name} holds {values.dtype}{held}, not 8-bit values: set config.data.scale=(low, high), "
+                "the values that become 0 and 255"
             )
-        pixels = np.ascontiguousarray(values)
+        pixels = values
     else:
         low, high = np.asarray(scale, np.float64).T
-        pixels = stretch(values, low, high)
-    pixels[~present] = 0
-    return pixels, present.any(-1)
+        pixels = np.moveaxis(stretch(np.moveaxis(values, 0, -1), low, high), -1, 0)
+    if not present.all():
+        pixels *= present
+    return pixels, present.any(0)
 
 
-def _present(file, bands: tuple[int, ...], values: np.ndarray) -> np.ndarray:
-    """Where each of `bands` has data, bool (H, W, bands), by the file's own word: a value, a mask, or an alpha band.
+def _present(file, bands: Sequence[int], values: np.ndarray, window, alphas) -> np.ndarray:
+    """Where `bands` have data, by the file's own word: a value, a mask, or an alpha band.
+
+    bool (bands, H, W), or (1, H, W) where it is the same for all.
 
     GDAL calls the fourth band of every 8-bit file alpha that it is not told about, which in our files is as often near
     infrared. So alpha counts only where it is no band of ours and says nothing but 0 and 255.
     """
-    from rasterio.enums import ColorInterp, MaskFlags
+    from rasterio.enums import MaskFlags
 
-    present = np.ones(values.shape, bool)
-    for place, band in enumerate(bands):
-        if MaskFlags.alpha not in file.mask_flag_enums[band - 1]:
-            present[..., place] = file.read_masks(band) > 0
-    alphas = [k for k, kind in enumerate(file.colorinterp, 1) if kind == ColorInterp.alpha and k not in bands]
-    for band in alphas:
-        alpha = file.read(band)
-        if np.isin(alpha, (0, 255)).all():
-            present &= (alpha > 0)[..., None]
+    flags = [file.mask_flag_enums[band - 1] for band in bands]
+    own = [MaskFlags.alpha not in kinds and MaskFlags.all_valid not in kinds for kinds in flags]
+    if all(own) and all(MaskFlags.per_dataset in kinds for kinds in flags):
+        present = file.read_masks(bands[0], window=window)[None] > 0
+    elif any(own):
+        present = np.ones(values.shape, bool)
+        for place in np.flatnonzero(own):
+            present[place] = file.read_masks(bands[place], window=window) > 0
+    else:
+        present = np.ones((1, *values.shape[1:]), bool)
+    for band in alpha_bands(file, bands) if alphas is None else alphas:
+        alpha = file.read(band, window=window)
+        if alphas is not None or np.isin(alpha, (0, 255)).all():
+            present &= alpha > 0
     return present
 
 
-def _rasterio(path: str):
+def alpha_bands(file, bands: Sequence[int]) -> list[int]:
+    """The bands that the file calls alpha, without those that are read as data."""
+    from rasterio.enums import ColorInterp
+
+    return [k for k, kind in enumerate(file.colorinterp, 1) if kind == ColorInterp.alpha and k not in bands]
+
+
+def import_rasterio(path: str):
+    """The module, or DataError: it is an extra."""
     try:
         import rasterio
     except ImportError as error:

@@ -1,0 +1,107 @@
+"""Which files are mapped, and what their maps are called."""
+
+import dataclasses
+import glob
+import pathlib
+import tempfile
+from collections.abc import Sequence
+
+from ktda_jax.data.images import DataError
+
+SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".vrt", ".jp2")  # of scenes in a folder
+MAPS = (".tif", ".tiff", ".png")
+PLAIN = (".png", ".jpg", ".jpeg")  # their maps are PNG in a folder of maps
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """The files of one scene; None: not wanted."""
+
+    map: pathlib.Path
+    probabilities: pathlib.Path | None
+    confidence: pathlib.Path | None
+    overlay: pathlib.Path | None
+    polygons: pathlib.Path | None
+
+    def wanted(self) -> list[pathlib.Path]:
+        return [path for path in (getattr(self, field.name) for field in dataclasses.fields(self)) if path]
+
+
+def expand(text: str) -> list[pathlib.Path]:
+    """The files of --input: one file, a glob pattern, or the scenes right in a folder. DataError if there are none."""
+    path = pathlib.Path(text).expanduser()
+    if path.is_dir():
+        found = [p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+        if not found:
+            raise DataError(f"no scene in the folder --input={text}; its files must end in {', '.join(SUFFIXES)}")
+    elif path.exists():
+        return [path]
+    elif glob.has_magic(text):
+        found = [p for p in map(pathlib.Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
+        if not found:
+            raise DataError(f"no file matches --input={text}")
+    else:
+        raise DataError(f"there is no file --input={text}")
+    return found
+
+
+def name_outputs(
+    inputs: Sequence[pathlib.Path], output: str, *, one: bool, probabilities=False, confidence=False, overlay=False,
+    polygonize=False, cog=False,
+) -> list[Outputs]:  # fmt: skip
+    """The outputs of each input: --output itself for `one` file, else in that folder by the names of the inputs.
+
+    DataError if two would be the same file, or one of them an input.
+    """
+    target = pathlib.Path(output).expanduser()
+    folder = not one or target.is_dir() or output.endswith("/") or not target.suffix
+    if folder and target.suffix.lower() in MAPS and not target.is_dir():
+        raise DataError(f"--output={output} is one file for {len(inputs)} inputs; give a folder")
+    if not folder and target.suffix.lower() not in MAPS:
+        raise DataError(f"--output={output} must end in {', '.join(MAPS)}, or be a folder")
+    named = []
+    for path in inputs:
+        made = target / (path.stem + (".png" if path.suffix.lower() in PLAIN else ".tif")) if folder else target
+        if cog and made.suffix == ".png":
+            raise DataError(f"--cog makes GeoTIFF, and the map of {path} is {made}; give an --output that ends in .tif")
+
+        def beside(wanted, ending, made=made):
+            return made.with_name(made.stem + ending) if wanted else None
+
+        named.append(
+            Outputs(
+                made,
+                beside(probabilities, "_probabilities.tif"),
+                beside(confidence, "_confidence.tif"),
+                beside(overlay, "_overlay.png"),
+                beside(polygonize, ".gpkg"),
+            )
+        )
+    _check(inputs, named)
+    return named
+
+
+def make_folders(outputs: Sequence[Outputs]) -> None:
+    """DataError if a folder cannot be made or written to."""
+    for folder in {made.map.parent for made in outputs}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder, prefix="."):
+                pass
+        except OSError as error:
+            raise DataError(f"cannot write to the folder {folder}: {error.strerror}") from error
+
+
+def _check(inputs: Sequence[pathlib.Path], named: Sequence[Outputs]) -> None:
+    read = {path.resolve(): path for path in inputs}
+    written = {}
+    for path, outputs in zip(inputs, named, strict=True):
+        for made in outputs.wanted():
+            where = made.resolve()
+            if where in read:
+                raise DataError(f"{made} would be written over the input {read[where]}; choose another --output")
+            if where in written:
+                raise DataError(
+                    f"{written[where]} and {path} would both be mapped to {made}; map them into different folders"
+                )
+            written[where] = path

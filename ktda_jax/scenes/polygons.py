@@ -1,0 +1,48 @@
+"""A map as polygons in a GeoPackage.
+
+Polygons are made window by window, so that memory does not grow with the scene: they are cut every SIDE pixels.
+"""
+
+import pathlib
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from ktda_jax.data.images import DataError
+from ktda_jax.scenes.raster import polygons_of
+
+SIDE = 4096  # pixels
+
+
+def check_installed() -> None:
+    try:
+        import pyogrio  # noqa: F401
+        import shapely  # noqa: F401
+    except ImportError as error:
+        raise DataError("--polygonize takes pyogrio and shapely; pip install -e '.[geo]'") from error
+
+
+def write(source: pathlib.Path, target: pathlib.Path, place: dict, classes: Sequence[str]) -> None:
+    """source: a map. target: a GeoPackage with one layer `map`; fields `class` and `name`. DataError if it cannot."""
+    import pyogrio.errors
+    import shapely
+
+    crs, begun = place.get("crs"), False
+    for found in polygons_of(source, SIDE):
+        geometry = shapely.to_wkb([shapely.geometry.shape(polygon) for polygon, _ in found])
+        numbers = np.array([value for _, value in found], np.int32)
+        names = np.array(classes, object)[numbers] if found else np.array([], object)
+        if begun and not found:
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a missing CRS, which has been said
+                pyogrio.raw.write(
+                    str(target), np.asarray(geometry, object), field_data=[numbers, names], fields=["class", "name"],
+                    layer="map", driver="GPKG", geometry_type="Polygon", crs=crs.to_wkt() if crs else None,
+                    append=begun,
+                )  # fmt: skip
+        except (pyogrio.errors.DataSourceError, pyogrio.errors.FieldError, RuntimeError) as error:
+            raise DataError(f"cannot write in {target.parent}: {' '.join(str(error).split())}") from error
+        begun = True

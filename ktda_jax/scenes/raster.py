@@ -1,0 +1,337 @@
+"""Scenes and maps as files: the only place of `scenes` that knows rasterio."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ktda_jax.data.images import DataError, alpha_bands, import_rasterio, read_window, unreadable
+
+CHUNK = 1 << 21  # pixels read at once
+TALLEST_BLOCK = 1024  # rows; of files with taller blocks a block may be decoded more than once
+SETTINGS = {
+    "GDAL_CACHEMAX": "256",  # MB, instead of a share of the machine's memory
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",  # half a JPEG is an error
+    "GDAL_PAM_ENABLED": "YES",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How stored values become the model's 8-bit bands; as config.data of a training has them."""
+
+    bands: tuple[int, ...] | None = None  # counted from 1; None: 8-bit RGB
+    scale: tuple | None = None  # (low, high), or one such pair per band; None: 8-bit values
+    nodata: float | None = None  # None: as the file declares
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What is known of a raster before its pixels are read."""
+
+    path: pathlib.Path
+    height: int
+    width: int
+    dtype: str
+    chosen: tuple[int, ...]  # bands to read
+    palette: tuple | None  # 256 colours, where the one band holds numbers of colours
+    alphas: tuple[int, ...]
+    reading: Reading
+    block: tuple[int, int]
+    place: dict[str, Any]  # crs, transform, gcps, rpcs: what rasterio.open takes for a new file
+
+    @property
+    def located(self) -> bool:
+        return self.place.get("crs") is not None
+
+
+def rasterio_for(path: str | os.PathLike):
+    """rasterio with our settings of GDAL, which the environment may overrule."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    return import_rasterio(str(path))
+
+
+@contextlib.contextmanager
+def _one_line(path) -> Iterator[None]:
+    """Turns whatever GDAL raises into a DataError that names `path`."""
+    rasterio = rasterio_for(path)
+    try:
+        yield
+    except rasterio.errors.RasterioError as error:
+        # GDAL's own words are in the cause; rasterio's are "Read failed. See previous exception for details."
+        raise unreadable(str(path), error.__cause__ or error) from error
+    except OSError as error:
+        raise unreadable(str(path), error) from error
+
+
+def open_scene(path: pathlib.Path, reading: Reading, bands: int) -> Scene:
+    """Looks at a raster without reading its pixels. DataError unless it can give a model of `bands` bands its input."""
+    rasterio = rasterio_for(path)
+    with _one_line(path), rasterio.open(path) as file:
+        if not file.count:
+            raise DataError(f"{path} holds several rasters and none of its own; name one of them")
+        chosen, palette = _choose(path, file, reading, bands)
+        kind = np.dtype(file.dtypes[chosen[0] - 1])
+        if kind.kind not in "uif":
+            raise DataError(f"{path} holds {kind}; only whole and floating numbers can be read")
+        if reading.scale is None and kind != np.uint8:
+            raise DataError(
+                f"{path} holds {kind}, and the model was trained on 8-bit images; give --scale=LOW,HIGH, the values "
+                "that become 0 and 255"
+            )
+        alphas = alpha_bands(file, chosen)
+        if reading.nodata is None and alphas:
+            alphas = [band for band in alphas if _is_alpha(file, band)]
+        place = {"transform": file.transform, "crs": file.crs}
+        points, points_crs = file.gcps
+        if points and file.transform.is_identity:
+            place = {"gcps": points, "crs": points_crs}
+        if file.rpcs:
+            place["rpcs"] = file.rpcs
+        return Scene(
+            path, file.height, file.width, str(kind), chosen, palette, tuple(alphas), reading, file.block_shapes[0],
+            place,
+        )  # fmt: skip
+
+
+def _choose(path, file, reading: Reading, bands: int) -> tuple[tuple[int, ...], tuple | None]:
+    """The bands to read, and the palette if they are numbers of colours."""
+    from rasterio.enums import ColorInterp
+
+    if reading.bands is not None:
+        if missing := [band for band in reading.bands if band > file.count]:
+            raise DataError(
+                f"{path} has {file.count} band(s), and the model wants band {missing[0]} (bands {reading.bands}); give "
+                "--bands, their numbers in this file in the order of the training, or another scene"
+            )
+        return tuple(reading.bands), None
+    if bands != 3:
+        raise DataError(f"{path}: the model takes {bands} bands; give --bands, their numbers in the order of training")
+    colours = [k for k, kind in enumerate(file.colorinterp, 1) if kind != ColorInterp.alpha]
+    if len(colours) == 3:
+        return tuple(colours), None
+    if len(colours) == 1 and file.colorinterp[colours[0] - 1] == ColorInterp.palette:
+        table = file.colormap(colours[0])
+        return (colours[0],), tuple(table.get(k, (0, 0, 0, 0))[:3] for k in range(256))
+    if len(colours) == 1:
+        return (colours[0],) * 3, None  # grey, as in training
+    raise DataError(
+        f"{path} has {len(colours)} bands, and the model takes red, green and blue; name them, such as --bands=1,2,3"
+    )
+
+
+def _is_alpha(file, band: int) -> bool:
+    """Whether a band that is called alpha says where data are: next to nothing but 0 and 255 in 16 places."""
+    from rasterio.windows import Window
+
+    seen = []
+    for row in np.linspace(0, max(file.height - 256, 0), 4).astype(int):
+        for column in np.linspace(0, max(file.width - 256, 0), 4).astype(int):
+            window = Window(column, row, min(256, file.width), min(256, file.height))
+            seen.append(np.bincount(file.read(band, window=window).astype(np.uint8).ravel(), minlength=256))
+    counts = np.sum(seen, 0)
+    return counts[255] >= 0.9 * counts[1:].sum()  # all 0: then it is harmless, data are where it is not
+
+
+class RowReader:
+    """The rows of a scene from top to bottom: every block is read and decoded once, and rows are kept while needed."""
+
+    def __init__(self, scene: Scene):
+        rasterio = rasterio_for(scene.path)
+        self._scene = scene
+        options = {"NUM_THREADS": "ALL_CPUS"} if scene.path.suffix.lower() in (".tif", ".tiff") else {}
+        with _one_line(scene.path):
+            self._file = rasterio.open(scene.path, sharing=False, **options)
+        self._first = self._end = 0  # rows in the buffer
+        self._pixels = self._present = None
+
+    def rows(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 (bands, rows, W) and bool (rows, W) of rows [first, end), views until the next call.
+
+        `first` may not go back; DataError if the file cannot be read.
+        """
+        scene = self._scene
+        if self._pixels is None:
+            spare = scene.block[0] if scene.block[0] <= TALLEST_BLOCK else 0
+            bands = 3 if scene.palette else len(scene.chosen)
+            self._pixels = np.empty((bands, min(end - first + spare, scene.height), scene.width), np.uint8)
+            self._present = np.empty(self._pixels.shape[1:], bool)
+        if first > self._first:
+            keep, gone = max(self._end - first, 0), first - self._first
+            for plane in (*self._pixels, self._present):
+                plane[:keep] = plane[gone : gone + keep]
+            self._first, self._end = first, first + keep
+        if end > self._end:
+            self._read(end)
+        window = np.s_[..., : end - first, :]
+        return self._pixels[window], self._present[window]
+
+    def _read(self, end: int) -> None:
+        scene, capacity = self._scene, self._pixels.shape[1]
+        block, width = scene.block
+        if block <= TALLEST_BLOCK:  # up to the end of a row of blocks
+            end = min(-(-end // block) * block, scene.height, self._first + capacity)
+        columns = scene.width if width >= scene.width else max(width, CHUNK // (end - self._end) // width * width)
+        height = max(block, CHUNK // columns // block * block) if block <= TALLEST_BLOCK else end - self._end
+        with _one_line(scene.path):
+            while self._end < end:
+                stop = min(self._end // block * block + height, end) if block <= TALLEST_BLOCK else end
+                rows = slice(self._end - self._first, stop - self._first)
+                for left in range(0, scene.width, columns):
+                    area = slice(left, min(left + columns, scene.width))
+                    pixels, present = self._window(self._end, stop, area)
+                    self._pixels[:, rows, area], self._present[rows, area] = pixels, present
+                self._end = stop
+
+    def _window(self, first: int, end: int, area: slice) -> tuple[np.ndarray, np.ndarray]:
+        from rasterio.windows import Window
+
+        scene = self._scene
+        window = Window(area.start, first, area.stop - area.start, end - first)
+        chosen = scene.chosen if len(set(scene.chosen)) == len(scene.chosen) else scene.chosen[:1]
+        scale = scene.reading.scale
+        pixels, present = read_window(self._file, chosen, scale, scene.reading.nodata, window, scene.alphas)
+        if scene.palette is not None:
+            pixels = np.array(scene.palette, np.uint8).T[:, pixels[0]] * present
+        return pixels, present
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._file.close()
+
+
+class RasterWriter:
+    """A tiled, compressed GeoTIFF of uint8, written from top to bottom in whole blocks."""
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        scene: Scene,
+        bands: Sequence[str],
+        *,
+        palette: dict[int, tuple] | None = None,
+        unit: float | None = None,
+        tags: dict[str, str] | None = None,
+    ):
+        """bands: their names. palette: colours of a single band's values. unit: what a stored 1 stands for."""
+        rasterio = rasterio_for(path)
+        self.path, self._scene = path, scene
+        self._block = 512 if min(scene.height, scene.width) > 512 else 256
+        self._waiting, self._top = [], 0
+        self.checksums: list[tuple[int, int]] = []  # end of each part, and CRC of its rows
+        with _writing(path):
+            self._file = rasterio.open(
+                path, "w", driver="GTiff", dtype="uint8", count=len(bands), height=scene.height, width=scene.width,
+                nodata=255, tiled=True, blockxsize=self._block, blockysize=self._block, interleave="band",
+                compress="deflate", zlevel=1, predictor=1 if palette else 2, bigtiff="if_safer", **scene.place,
+            )  # fmt: skip
+            if palette:
+                self._file.write_colormap(1, palette)
+            if unit:
+                self._file.scales = (unit,) * len(bands)
+            self._file.descriptions = tuple(bands)
+            self._file.update_tags(**(tags or {}))
+
+    def write(self, rows: np.ndarray) -> None:
+        """rows: uint8 (bands, h, W), any number of them, or (h, W)."""
+        self._waiting.append(rows if rows.ndim == 3 else rows[None])
+        if self._rows() >= self._block:
+            self._flush(self._rows() // self._block * self._block)
+
+    def _rows(self) -> int:
+        return sum(rows.shape[1] for rows in self._waiting)
+
+    def _flush(self, count: int) -> None:
+        from rasterio.windows import Window
+
+        rows = np.concatenate(self._waiting, axis=1) if len(self._waiting) > 1 else self._waiting[0]
+        with _writing(self.path):
+            self._file.write(rows[:, :count], window=Window(0, self._top, rows.shape[2], count))
+        self._top += count
+        self.checksums.append((self._top, _checksum(rows[:, :count])))
+        self._waiting = [rows[:, count:].copy()]
+
+    def close(self) -> None:
+        """DataError unless all of it is in the file."""
+        if self._rows():
+            self._flush(self._rows())
+        with _writing(self.path):
+            self._file.close()
+        check_whole(self.path, self.checksums)
+
+    def abandon(self) -> None:
+        with contextlib.suppress(Exception):
+            self._file.close()
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    rasterio_for(path)
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # GDAL's are many, not all of them rasterio's, and of different bases
+        words = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"cannot write in {path.parent}: {words or type(error).__name__}; is the disk full?") from error
+
+
+def _checksum(rows: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(rows))
+
+
+def check_whole(path: pathlib.Path, checksums: Sequence[tuple[int, int]]) -> None:
+    """DataError unless a raster gives back what was written.
+
+    On a full disk GDAL writes what fits, and says so to nobody if that happens while it empties its cache.
+    """
+    from rasterio.windows import Window
+
+    rasterio = rasterio_for(path)
+    with _writing(path), rasterio.open(path) as file:
+        top = 0
+        for end, checksum in checksums:
+            if _checksum(file.read(window=Window(0, top, file.width, end - top))) != checksum:
+                raise OSError("the file does not hold what was written to it")
+            top = end
+
+
+def convert(source: pathlib.Path, target: pathlib.Path, driver: str, checksums: Sequence[tuple[int, int]]) -> None:
+    """A GeoTIFF as Cloud-Optimized GeoTIFF (driver COG) or as PNG, checked as `check_whole` does."""
+    import rasterio.shutil
+
+    options = {"PNG": {}, "COG": dict(compress="deflate", bigtiff="if_safer", num_threads="ALL_CPUS")}[driver]
+    with _writing(target), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if driver == "COG":
+            with rasterio.open(source) as file:
+                classes = file.colorinterp[0] == rasterio.enums.ColorInterp.palette
+            options |= (
+                {"overview_resampling": "nearest"} if classes else {"overview_resampling": "average", "predictor": 2}
+            )
+        rasterio.shutil.copy(source, target, driver=driver, **options)
+    check_whole(target, checksums)
+
+
+def polygons_of(path: pathlib.Path, side: int) -> Iterator[list[tuple[dict, float]]]:
+    """Connected pixels of one value as (GeoJSON polygon, value), in windows of at most `side` pixels a side."""
+    from rasterio.features import shapes
+    from rasterio.windows import Window
+
+    rasterio = rasterio_for(path)
+    with _one_line(path), rasterio.open(path) as file:
+        for top in range(0, file.height, side):
+            for left in range(0, file.width, side):
+                window = Window(left, top, min(side, file.width - left), min(side, file.height - top))
+                transform = file.transform @ rasterio.Affine.translation(left, top)
+                values = file.read(1, window=window)
+                yield list(shapes(values, mask=values != file.nodata, transform=transform))
