@@ -55,9 +55,11 @@ def get_config(argument: str = "") -> ConfigDict:
                      drop_path=0.4, remat=False),
         teacher=dict(preset="base", width=config_dict.placeholder(int), depth=config_dict.placeholder(int),
                      heads=config_dict.placeholder(int), image_size=(256, 256)),
+        encoder=config_dict.placeholder(str),  # None: the student; or teacher: the frozen one under the same decoder
         fam=True,
         fmm=dict(enabled=True, form="transformer", blocks=4, heads=8, mlp_ratio=4.0, remat=False),
         grid=config_dict.placeholder(tuple),  # of the FAM's output; None: the teacher's
+        neck_channels=config_dict.placeholder(int),  # of all behind the FAM; None: the teacher's width, as published
         head_channels=512,
         aux_channels=256,  # 0: no auxiliary head
         dropout=0.1,

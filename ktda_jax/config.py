@@ -40,6 +40,7 @@ RANGES = {  # absurd values that would train, and be silently wrong
     "loss.class_weights": (lambda x: min(x) >= 0 and max(x) > 0, "numbers from 0, not all 0"),
     "model.dropout": _SHARE,
     "model.student.drop_path": _SHARE,
+    "model.neck_channels": _SIZE,
     "model.head_channels": _SIZE,
     "model.aux_channels": (lambda x: x >= 0, "at least 0; 0 leaves the auxiliary head out"),
     "model.fmm.blocks": _SIZE,
@@ -111,6 +112,10 @@ def check(config) -> None:
         raise ConfigError(f"config.teacher.dtype is {config.teacher.dtype!r}; choose 'bfloat16' or 'float16'")
     if config.ema is not None and not 0 < config.ema < 1:
         raise ConfigError(f"config.ema is {config.ema}; give a decay between 0 and 1, such as 0.999")
+    if config.model.encoder == "teacher" and config.distill:
+        raise ConfigError("config.model.encoder='teacher' leaves nothing to distil; set config.distill=False")
+    if config.model.encoder == "teacher" and config.weights.student is not None:
+        raise ConfigError("config.model.encoder='teacher' has no student; leave config.weights.student out")
     if config.distill and not config.model.fam:
         raise ConfigError("config.distill needs the FAM; set config.model.fam=True or config.distill=False")
 

@@ -29,11 +29,19 @@ class Evaluation:
     samples: list[dict]
 
 
-def make_eval_step(graphdef: nnx.GraphDef, num_classes: int, mesh: Mesh) -> Callable:
-    """(params, batch_stats, batch) -> confusion matrix (C, C) of this batch and predictions (B, H, W) uint8."""
+def make_eval_step(
+    graphdef: nnx.GraphDef, num_classes: int, mesh: Mesh, encoder: nnx.GraphDef | None = None
+) -> Callable:
+    """(params, batch_stats, batch[, frozen]) -> confusion matrix (C, C) of the batch and predictions (B, H, W) uint8.
 
-    def eval_step(params: Arrays, stats: Arrays, batch: dict) -> tuple[jax.Array, jax.Array]:
-        logits = merge(graphdef, params, stats)(batch["image"]).logits
+    `encoder` is the structure of a frozen one that the model needs, `frozen` its arrays.
+    """
+
+    def eval_step(
+        params: Arrays, stats: Arrays, batch: dict, frozen: Arrays | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        needed = {} if encoder is None else {"teacher": merge(encoder, frozen, {})}
+        logits = merge(graphdef, params, stats)(batch["image"], **needed).logits
         logits = resize(at_least_float32(logits), batch["label"].shape[1:3])
         predictions = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
         return confusion_matrix(batch["label"], predictions, num_classes, batch["mask"]), predictions
@@ -50,13 +58,17 @@ def evaluate(
     mesh: Mesh,
     *,
     num_classes: int,
+    frozen: Arrays | None = None,
 ) -> Evaluation:
-    """Runs over this process's share of `batches`; the confusion matrix is that of all processes."""
+    """Runs over this process's share of `batches`; the confusion matrix is that of all processes.
+
+    `frozen`: the arrays of an encoder that is not in the train state.
+    """
     total = np.zeros((num_classes, num_classes), np.int64)
     samples, pending = [], None
     for batch in batches:
         arrays = {k: batch[k] for k in ("image", "label", "mask")}
-        confusion, predictions = eval_step(params, stats, sharding.to_global(mesh, arrays))
+        confusion, predictions = eval_step(params, stats, sharding.to_global(mesh, arrays), frozen)
         if len(samples) < SAMPLES:
             local = sharding.local_rows(predictions)
             for row in np.flatnonzero(batch["mask"])[: SAMPLES - len(samples)]:

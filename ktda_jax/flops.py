@@ -80,7 +80,7 @@ def _equation(equation) -> int:
 
 
 def of_model(model: KTDAConfig, size: tuple[int, int], *, distill: bool = True) -> dict[str, int]:
-    """Of one image of `size` (H, W): `inference`, `teacher` and `training`, which is their least possible sum.
+    """Of one image of `size` (H, W): `inference`, `teacher` and `training`, the least possible.
 
     Training counts the student's path three times, forward and the two gradients of every product, and the frozen
     teacher once. What is computed again to save memory does not count.
@@ -88,16 +88,20 @@ def of_model(model: KTDAConfig, size: tuple[int, int], *, distill: bool = True) 
     image = jax.ShapeDtypeStruct((1, *size, model.student.bands), np.uint8)
     graphdef, params, stats = state.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))
 
+    encodes = model.encoder == "teacher"
+    vit, arrays, _ = state.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
+
     def forward(train):
-        def run(params, stats, image):
-            outputs = state.merge(graphdef, params, stats)(image, train=train)
+        def run(params, stats, arrays, image):
+            needed = {"teacher": state.merge(vit, arrays, {})} if encodes else {}
+            outputs = state.merge(graphdef, params, stats)(image, train=train, **needed)
             return outputs.logits, outputs.aux_logits
 
-        return count(run, params, stats, image)
+        return count(run, params, stats, arrays, image)
 
     teacher = 0
-    if distill:
-        vit, arrays, _ = state.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
+    if distill or encodes:
         seen = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
         teacher = count(lambda arrays, x: state.merge(vit, arrays, {})(x), arrays, seen)
-    return {"inference": forward(False), "teacher": teacher, "training": 3 * forward(True) + teacher}
+    trained = forward(True) - (teacher if encodes else 0)
+    return {"inference": forward(False), "teacher": teacher, "training": 3 * trained + teacher}

@@ -65,7 +65,8 @@ def compile_for(config, topology: str) -> dict:
     batch = batch_shapes(config, model)
     batch = placed(batch, jax.tree.map(lambda _: rows, batch))
     teacher = {}
-    if config.distill and config.teacher.mode == "computed":
+    encodes = model.encoder == "teacher"
+    if encodes or (config.distill and config.teacher.mode == "computed"):
         teacher = state.abstract(lambda: ViT(model.teacher, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))[1]
         teacher = placed(teacher, sharding.tree_shardings(mesh, teacher))
     try:

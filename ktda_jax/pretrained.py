@@ -105,6 +105,8 @@ def from_workdir(workdir: pathlib.Path) -> weights.Weights:
         info = classes_of(config)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{workdir}: its config.json does not describe a training of ours: {error}") from error
+    if model.encoder == "teacher":
+        raise ValueError(f"{workdir}: its encoder is the frozen teacher, which no checkpoint holds; use --mode=eval")
     _, params, stats = state.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step = checkpoints.best_step()

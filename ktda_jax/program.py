@@ -34,7 +34,7 @@ class Program:
     abstract: TrainState
     shardings: TrainState
     init: Callable[[], TrainState]
-    teacher: Callable[[], state.Arrays]  # the frozen teacher's arrays; empty without distillation
+    teacher: Callable[[], state.Arrays]  # the frozen teacher's arrays; empty where nothing needs it
     train_step: Callable
     eval_step: Callable
     compile_step: Callable  # compiles train_step for these arguments, which a call may otherwise do as well
@@ -144,7 +144,8 @@ def build(
         graphdef, params, stats = state.abstract(lambda: KTDA(model_config, **common, rngs=nnx.Rngs(0)))
         loaded = _loaded(config, model_config, params, stats) if initial else {}
         teacher_graphdef, teacher_arrays = None, dict
-        if teacher and config.distill and config.teacher.mode == "computed":
+        encodes = model_config.encoder == "teacher"
+        if encodes or (teacher and config.distill and config.teacher.mode == "computed"):
             teacher_graphdef, teacher_arrays = frozen_teacher(config, model_config, dtype, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -174,7 +175,9 @@ def build(
         init=lambda: jit_once(init, out_shardings=shardings)(loaded),
         teacher=teacher_arrays,
         train_step=jitted,
-        eval_step=evaluate.make_eval_step(graphdef, len(info.classes), mesh),
+        eval_step=evaluate.make_eval_step(
+            graphdef, len(info.classes), mesh, teacher_graphdef if encodes else None
+        ),
         compile_step=functools.partial(compile_ahead, jitted),
     )
 
@@ -207,8 +210,7 @@ def _check_grid(config, model: KTDAConfig) -> None:
             f"{teacher_grid}, or to None"
         )
     if model.fmm is not None and model.fmm.form == "transformer":
-        widths = (model.teacher.width,) if model.fam else model.student.channels
-        for width in widths:
+        for width in model.channels:
             if width % model.fmm.heads:
                 raise ValueError(f"config.model.fmm.heads is {model.fmm.heads}, which does not divide {width}")
     if model.teacher.width % model.teacher.heads:

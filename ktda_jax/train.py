@@ -74,8 +74,9 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
         )
         if features is not None:
             writer.message(f"teacher: features in {features.folder}, made by {features.source or 'a random teacher'}")
-        computed = config.distill and features is None
-        for part, needed in (("student", config.weights.model is None), ("teacher", computed)):
+        encodes = config.model.encoder == "teacher"
+        computed = encodes or (config.distill and features is None)
+        for part, needed in (("student", config.weights.model is None and not encodes), ("teacher", computed)):
             if needed and config.weights[part] is None and not start:
                 writer.message(f"warning: the {part} starts from random weights; set config.weights.{part}")
         teacher = program.teacher()
@@ -123,7 +124,7 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
                     params = current.params if current.ema is None else current.ema
                     result = evaluate.evaluate(
                         program.eval_step, params, current.batch_stats, val_batches, mesh,
-                        num_classes=len(info.classes),
+                        num_classes=len(info.classes), frozen=teacher if encodes else None,
                     )  # fmt: skip
                     scores = result.metrics.summary
                     writer.write(step, {f"val/{k}": v for k, v in scores.items()})
@@ -166,8 +167,9 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
     info = configs.classes_of(config)
     params = current.params if current.ema is None else current.ema
     result = evaluate.evaluate(
-        program.eval_step, params, current.batch_stats, batches, program.mesh, num_classes=len(info.classes)
-    )
+        program.eval_step, params, current.batch_stats, batches, program.mesh, num_classes=len(info.classes),
+        frozen=program.teacher() if config.model.encoder == "teacher" else None,
+    )  # fmt: skip
     if jax.process_index() == 0:
         table = evaluate.write_report(result, workdir, split, info, reading.bands_of(config.data)[1])
         if (workdir / "metrics.jsonl").exists():

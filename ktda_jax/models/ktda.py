@@ -4,7 +4,7 @@
                  \\-> distillation against the frozen teacher's taps (losses.py)
 
 Without the FAM the student's own pyramid goes to the FMM and the decoders; the neck, which turns maps of one
-size into a pyramid, goes with it.
+size into a pyramid, goes with it. With `encoder='teacher'` there is no student: the frozen teacher's taps go to the neck.
 """
 
 import dataclasses
@@ -31,21 +31,34 @@ class KTDAConfig:
     num_classes: int
     student: ConvNeXtConfig
     teacher: ViTConfig  # sets the FAM's width and grid, also where no teacher is run
+    encoder: str = "student"  # or "teacher": the frozen one, whose taps take the place of the FAM's outputs
     fam: bool = True
     fmm: FMMConfig | None = FMMConfig()
     grid: tuple[int, int] | None = None  # of the FAM's output; None: the teacher's for the input at hand
+    neck_channels: int | None = None  # of the neck and all behind it; None: the teacher's width, as published
     head_channels: int = 512
     aux_channels: int = 256  # 0: no auxiliary head
     dropout: float = 0.1
     rgb: tuple[int, int, int] = (0, 1, 2)  # which of the image's bands are red, green and blue: the teacher's three
 
     def __post_init__(self):
+        if self.encoder not in ("student", "teacher"):
+            raise ValueError(f"config.model.encoder is {self.encoder!r}; choose 'student' or 'teacher'")
+        if self.encoder == "teacher" and self.fam:
+            raise ValueError("config.model.encoder='teacher' leaves nothing to align; set config.model.fam=False")
         for name in ("depths", "channels"):
             values = getattr(self.student, name)
             if len(values) != 4:
                 raise ValueError(f"config.model.student.{name} is {values}; give four numbers, one per stage")
         if len(self.rgb) != 3 or not 0 <= min(self.rgb) <= max(self.rgb) < self.student.bands:
             raise ValueError(f"rgb is {self.rgb}; give three positions among the {self.student.bands} bands")
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the four maps that go to the FMM and the decoders."""
+        if self.fam or self.encoder == "teacher":
+            return (self.neck_channels or self.teacher.width,) * 4
+        return tuple(self.student.channels)
 
     @classmethod
     def from_dict(cls, config) -> "KTDAConfig":
@@ -107,12 +120,10 @@ class KTDA(nnx.Module):
 
     def __init__(self, config: KTDAConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
         common = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        channels, width = config.student.channels, config.teacher.width
-        self.student = ConvNeXt(config.student, **common)
-        self.fam = FAM(channels, width, **common) if config.fam else None
-        if config.fam:
-            channels = (width,) * len(channels)
-        self.neck = MultiLevelNeck(channels, width, **common) if config.fam else None
+        channels, width, frozen = config.channels, config.teacher.width, config.encoder == "teacher"
+        self.student = None if frozen else ConvNeXt(config.student, **common)
+        self.fam = FAM(config.student.channels, width, **common) if config.fam else None
+        self.neck = MultiLevelNeck((width,) * 4, channels[0], **common) if config.fam or frozen else None
         self.fmm = FMM(channels, config.fmm, **common) if config.fmm else None
         heads = dict(dropout=config.dropout, **common)
         self.decode_head = UPerHead(channels, config.head_channels, config.num_classes, **heads)
@@ -128,15 +139,29 @@ class KTDA(nnx.Module):
         key: jax.Array | None = None,
         teacher: ViT | None = None,
     ) -> Outputs:
-        """images: (B, H, W, bands) 0..255. `key` draws drop path and dropout; None leaves both out."""
+        """images: (B, H, W, bands) 0..255. `key` draws drop path and dropout; None leaves both out.
+
+        Of a model whose encoder is the teacher, `teacher` is that encoder.
+        """
         rgb, bands = self.config.rgb, self.config.student.bands
-        x = normalize(images, self.dtype, *band_statistics(bands, rgb))
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        features, aligned = self.student(x, key=keys[0]), None
+        taps = aligned = None
+        if teacher is not None:
+            seen = images if (bands, rgb) == (3, (0, 1, 2)) else images[..., np.array(rgb)]
+            seen = normalize(seen, self.dtype, teacher.config.mean, teacher.config.std)
+            taps = jax.lax.stop_gradient(teacher(seen))
+        if self.student is not None:
+            x = normalize(images, self.dtype, *band_statistics(bands, rgb))
+            features = self.student(x, key=keys[0])
+        elif taps is None:
+            raise ValueError("this model's encoder is the frozen teacher (config.model.encoder), which it came without")
+        else:
+            features, taps = taps, None
         if self.fam is not None:
-            grid = self.config.grid or self.config.teacher.grid_of(*x.shape[1:3])
-            aligned = self.fam(features, grid)
-            features = self.neck(aligned)
+            grid = self.config.grid or self.config.teacher.grid_of(*images.shape[1:3])
+            features = aligned = self.fam(features, grid)
+        if self.neck is not None:
+            features = self.neck(features)
         if self.fmm is not None:
             features = self.fmm(features)
         logits = self.decode_head(features, train=train, key=keys[1])
@@ -144,9 +169,4 @@ class KTDA(nnx.Module):
         # The auxiliary head only shapes the loss; evaluation does not pay for it.
         if self.auxiliary_head is not None and train:
             aux_logits = self.auxiliary_head(features[AUX_LEVEL], train=train, key=keys[2])
-        taps = None
-        if teacher is not None:
-            seen = images if (bands, rgb) == (3, (0, 1, 2)) else images[..., np.array(rgb)]
-            seen = normalize(seen, self.dtype, teacher.config.mean, teacher.config.std)
-            taps = jax.lax.stop_gradient(teacher(seen))
         return Outputs(logits, aux_logits, aligned, taps)

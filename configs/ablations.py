@@ -1,0 +1,75 @@
+"""The ablations of KTDA: one name for each, as small changes of configs/cloud.py.
+
+Command:   python -m ktda_jax.main --config=configs/ablations.py:full,small --config.data.root=DIR \\
+             --config.weights.teacher=weights/dinov2s
+           benchmarks/evidence.py runs them over folds, seeds and shares of the labels, and makes the table.
+Arguments: ablations.py:NAME[,small], NAME one of
+           student      the student alone: its own pyramid goes to the decoder
+           fam          + FAM (and the neck that goes with it), without distillation
+           fam_distill  + FAM with distillation
+           fmm          the student with FMM, without FAM
+           no_distill   FAM and FMM without distillation: what the larger decoder alone gives
+           full         KTDA
+           mse          full, distilled by MSE only
+           kl_width     full, distilled by KL only, softmax along the width as published
+           kl_channel   ... along the channels
+           kl_position  ... along all positions
+           fmm_mlp      full with the `mlp` form of the FMM
+           dinov2       the frozen teacher as the encoder under the same decoder: no student, FAM or FMM
+           With small, ConvNeXt-V2 atto, a DINOv2-S teacher and an FMM of one block and 96 channels, for two CPU cores;
+           without, the published sizes. Label fractions are folders of fewer tiles: benchmarks/evidence.py --labels.
+Hardware:  two CPU cores with small; one accelerator without.
+Time, score: benchmarks/EVIDENCE.md.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict, config_dict
+
+cloud = runpy.run_path(str(pathlib.Path(__file__).with_name("cloud.py")))
+
+PLAIN = {"model.fam": False, "model.fmm.enabled": False, "distill": False}
+ABLATIONS = {
+    "student": PLAIN,
+    "fam": {"model.fmm.enabled": False, "distill": False},
+    "fam_distill": {"model.fmm.enabled": False},
+    "fmm": {"model.fam": False, "distill": False},
+    "no_distill": {"distill": False},
+    "full": {},
+    "mse": {"loss.alpha": 0.0},
+    "kl_width": {"loss.alpha": 1.0},
+    "kl_channel": {"loss.alpha": 1.0, "loss.kl_axis": "channel"},
+    "kl_position": {"loss.alpha": 1.0, "loss.kl_axis": "position"},
+    "fmm_mlp": {"model.fmm.form": "mlp"},
+    "dinov2": {**PLAIN, "model.encoder": "teacher"},
+}
+
+
+def get_config(argument: str = "full") -> ConfigDict:
+    name, *flags = argument.split(",")
+    if name not in ABLATIONS:
+        raise ValueError(f"ablation {name!r} is unknown; known: {', '.join(ABLATIONS)}")
+    if unknown := set(flags) - {"small"}:
+        raise ValueError(f"config argument {', '.join(sorted(unknown))!r} is unknown; known: NAME, small")
+    config = cloud["get_config"]()
+    if "small" in flags:
+        small(config)
+    config.update_from_flattened_dict(ABLATIONS[name])
+    return config
+
+
+def small(config: ConfigDict) -> None:
+    """For two CPU cores; 256 px tiles without a test split, scored once, at the end."""
+    config.total_steps = config.eval_every = 150
+    config.log_every, config.batch_size, config.eval_batch_size = 10, 4, 6
+    config.schedule.warmup, config.schedule.poly_begin = 15, None
+    config.data.crop, config.data.photometric = (256, 256), False
+    config.data.test_split = config_dict.placeholder(str)
+    student, teacher, fmm = config.model.student, config.model.teacher, config.model.fmm
+    student.preset, student.drop_path, student.remat = "v2_atto", 0.0, False
+    teacher.preset = "small"
+    # The teacher's 384 channels at 76 x 76 tokens would make decoder and FMM ten times the student.
+    config.model.neck_channels, fmm.blocks, fmm.heads, fmm.mlp_ratio, fmm.remat = 96, 1, 2, 2.0, False
+    config.model.head_channels, config.model.aux_channels = 64, 32
+    config.optimizer.lr = 1e-3
