@@ -175,9 +175,7 @@ def build(
         init=lambda: jit_once(init, out_shardings=shardings)(loaded),
         teacher=teacher_arrays,
         train_step=jitted,
-        eval_step=evaluate.make_eval_step(
-            graphdef, len(info.classes), mesh, teacher_graphdef if encodes else None
-        ),
+        eval_step=evaluate.make_eval_step(graphdef, len(info.classes), mesh, teacher_graphdef if encodes else None),
         compile_step=functools.partial(compile_ahead, jitted),
     )
 

@@ -1,0 +1,319 @@
+"""Does KTDA help? Ablations (configs/ablations.py) over folds, seeds and shares of the labels: one table, one figure.
+
+    python benchmarks/evidence.py --data=DIR --teacher=weights/dinov2s --output=results/evidence
+    python benchmarks/evidence.py ... --names=student,full,probe --labels=25,100 --seeds=0,1,2
+    python benchmarks/evidence.py ... --names=student,full,probe --choose      # hyper-parameters, once, before scoring
+
+DIR holds tiles named BIOME_SCENE_NUMBER in img_dir/*/ and ann_dir/*/, whose splits are ignored: folds are made here
+(benchmarks/folds.py). Every run trains on the other folds and is scored once, at its last step, on its own: no
+checkpoint is selected by its score. The name `probe` is the linear probe of the teacher (benchmarks/probe.py).
+
+A finished run is known by its result.json and a hash of all that decides it; the same command goes on where it was
+stopped. `--choose` runs GRID for every scored fold on folds that are not scored (trains on all but it and the next one,
+validates on the next one) and writes OUTPUT/choice.json, which scoring then reads; a name without a choice of its own
+takes that of `full`.
+"""
+
+import argparse
+import ast
+import gc
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import runpy
+import shutil
+import sys
+import time
+from importlib import metadata
+
+import folds as fold_files
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ABLATIONS = runpy.run_path(str(ROOT / "configs" / "ablations.py"))
+NAMES = (*ABLATIONS["ABLATIONS"], "probe")
+GRID = {"optimizer.lr": [3e-4, 1e-3, 3e-3]}  # of every ablation alike; of the probe PROBE_GRID
+PROBE_GRID = {"l2": [1e-4, 1e-3, 1e-2, 1e-1]}
+PROBE = {"l2": 1e-2}
+RESULT, CHOICE = "result.json", "choice.json"
+
+
+class Stopped(Exception):
+    """A signal ended a run; the same command goes on."""
+
+
+class Study:
+    """The tiles, their folds and what all runs share."""
+
+    def __init__(self, args: argparse.Namespace):
+        from ktda_jax.data.datasets import dataset_info
+
+        self.args, self.output = args, args.output
+        self.classes = dataset_info(args.dataset).classes
+        self.tiles = fold_files.find_tiles(args.data)
+        self.counts = fold_files.count_classes(self.tiles, len(self.classes))
+        self.fold_of = fold_files.assign(self.counts, args.folds)
+        self.fingerprint = fold_files.fingerprint(self.tiles)
+        self.taps = None  # of all tiles, once the probe needs them
+
+    def of_folds(self, wanted) -> list[str]:
+        return [name for name, fold in self.fold_of.items() if fold in wanted]
+
+    def training_part(self, without, percent: int, seed: int) -> list[str]:
+        """`percent` of the tiles of all folds but `without`; which ones, the seed decides."""
+        names = self.of_folds(set(range(self.args.folds)) - set(without))
+        fold_files.check_classes(names, self.counts, f"what remains without folds {sorted(without)}")
+        return fold_files.fewer(names, self.counts, percent, seed)
+
+    def config(self, name: str, overrides: dict, seed: int, root: pathlib.Path):
+        """The ablation's config for tiles in `root`; the probe's is that of `full`, which names the teacher."""
+        argument = "full" if name == "probe" else name
+        config = ABLATIONS["get_config"](argument if self.args.published else f"{argument},small")
+        sizes = {k: v for k, v in overrides.items() if k not in PROBE}
+        try:
+            config.update_from_flattened_dict({**self.args.set, **sizes})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"--set or --grid: {str(error.args[0]).splitlines()[0]}") from error
+        config.data.name, config.data.root, config.seed = self.args.dataset, str(root), seed
+        config.weights.teacher = str(self.args.teacher)
+        config.data.train_split, config.data.val_split, config.data.test_split = "train", "val", None
+        config.eval_every = config.total_steps  # scored once: a best checkpoint would be selected on the scored tiles
+        return config.lock()
+
+    def measure(self, name: str, place: str, *, train: list, val: list, seed: int, overrides: dict) -> dict:
+        """The result of one run, from its file if it is there."""
+        from ktda_jax import config as configs
+
+        tiles = hashlib.sha256(json.dumps([train, val]).encode()).hexdigest()[:10]
+        config = self.config(name, overrides, seed, self.output / "tiles" / tiles)
+        decides = {k: v for k, v in configs.flat(config).items() if not k.startswith(configs.RUNTIME)}
+        if name == "probe":
+            decides |= {**PROBE, **overrides}
+        decides |= {"name": name, "train": train, "val": val, "tiles": self.fingerprint}
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
+        workdir = self.output / "runs" / f"{place}-{digest[:10]}"
+        path = workdir / RESULT
+        if path.exists():
+            return json.loads(path.read_text())
+        if self.args.collect:
+            return {}
+        print(f"== {place}", flush=True)
+        fold_files.write_folder(self.output / "tiles" / tiles, self.tiles, train, val)
+        workdir.mkdir(parents=True, exist_ok=True)
+        found = self._probe(config, train, val, {**PROBE, **overrides}) if name == "probe" else _train(config, workdir)
+        result = {
+            "name": name, "seed": seed, "overrides": overrides, "train": train, "val": val, "digest": digest,
+            "date": time.strftime("%Y-%m-%d"), "versions": {p: metadata.version(p) for p in ("jax", "flax", "numpy")},
+            **found,
+        }  # fmt: skip
+        configs.write_json(path, result)
+        if not self.args.keep_checkpoints:
+            shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+        return result
+
+    def _probe(self, config, train: list, val: list, settings: dict) -> dict:
+        import jax
+        import probe
+
+        from ktda_jax import flops, program
+
+        model = program.model_config_of(config)
+        if self.taps is None:
+            self.taps = probe.features(config, self.tiles)
+        options = dict(patch=model.teacher.patch, num_classes=len(self.classes), **settings)
+        start = time.perf_counter()
+        confusion = probe.run(self.taps, self.tiles, train, val, **options)
+        tokens, features = self.taps[val[0]].shape[:2], self.taps[val[0]].shape[2]
+        head = 2 * tokens[0] * tokens[1] * features * len(self.classes)
+        return {
+            "confusion": confusion.tolist(),
+            "seconds": time.perf_counter() - start,
+            "compile_s": 0.0,
+            "steps": 0,
+            "parameters": (features + 1) * len(self.classes),
+            "frozen": _frozen(model),
+            "inference_gflop": (flops.of_model(model, tuple(config.data.crop))["teacher"] + head) / 1e9,
+            "device": jax.devices()[0].device_kind,
+        }
+
+
+def _frozen(model) -> int:
+    """Parameters of the teacher."""
+    from flax import nnx
+
+    from ktda_jax import state
+    from ktda_jax.models.vit import ViT
+
+    return state.count(state.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))[1])
+
+
+def _train(config, workdir: pathlib.Path) -> dict:
+    """Trains in this process and scores the last step. Parameters are those that inference needs."""
+    import jax
+    from flax import nnx
+
+    from ktda_jax import flops, program, state, train
+    from ktda_jax.models.ktda import KTDA
+
+    _COMPILED.clear()
+    start = time.perf_counter()
+    result = train.train_and_evaluate(config, workdir)
+    seconds = time.perf_counter() - start
+    if result is None:
+        raise Stopped
+    model = program.model_config_of(config)
+    operations = flops.of_model(model, tuple(config.data.crop), distill=False)
+    params = state.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))[1]
+    found = {
+        "confusion": result.confusion.tolist(),
+        "seconds": seconds,
+        "compile_s": sum(_COMPILED),  # XLA's alone; reading its cache counts, tracing does not
+        "steps": config.total_steps,
+        "parameters": state.count({k: v for k, v in params.items() if not k.startswith("auxiliary_head/")}),
+        "frozen": _frozen(model) if model.encoder == "teacher" else 0,
+        "inference_gflop": operations["inference"] / 1e9,
+        "device": jax.devices()[0].device_kind,
+    }
+    jax.clear_caches()  # every run compiles programs of its own
+    gc.collect()
+    return found
+
+
+_COMPILED = []
+
+
+def _prepare_jax(output: pathlib.Path) -> None:
+    """Compiled programs are shared by the folds of an ablation and by later calls."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(output / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    event = "/jax/core/compile/backend_compile_duration"
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: name == event and _COMPILED.append(seconds)
+    )
+
+
+def choose(study: Study) -> dict:
+    """{name: {scored fold: {"overrides", "scores"}}}: the best of the grid on folds that are not the scored one."""
+    import numpy as np
+    from evidence_table import miou
+
+    args, chosen = study.args, {}
+    for name in args.names:
+        grid = PROBE_GRID if name == "probe" else args.grid
+        candidates = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        scores = {fold: [[] for _ in candidates] for fold in range(args.folds)}
+        # The inner fold outermost but one: XLA's programs are the same for all folds of a candidate.
+        for (number, overrides), fold in itertools.product(enumerate(candidates), range(args.folds)):
+            for inner in range(1, args.inner + 1):
+                held = (fold + inner) % args.folds
+                result = study.measure(
+                    name, f"choice/{name}/fold{fold}_inner{held}_{number}", seed=args.seeds[0], overrides=overrides,
+                    train=study.training_part((fold, held), 100, args.seeds[0]), val=study.of_folds({held}),
+                )  # fmt: skip
+                if result:
+                    scores[fold][number].append(miou(result["confusion"]))
+        if not all(found for of_fold in scores.values() for found in of_fold):
+            raise ValueError(f"the choice of {name} is not complete; leave --collect out")
+        chosen[name] = {}
+        for fold, found in scores.items():
+            means = [float(np.mean(values)) for values in found]
+            chosen[name][str(fold)] = {
+                "overrides": candidates[int(np.argmax(means))],
+                "scores": [{**c, "mIoU": round(m, 2)} for c, m in zip(candidates, means, strict=True)],
+            }
+    return chosen
+
+
+def score(study: Study, choice: dict) -> list[dict]:
+    """All runs, in an order that gives whole columns of the table early."""
+    args, results = study.args, []
+    for seed, percent, name, fold in itertools.product(args.seeds, args.labels, args.names, range(args.folds)):
+        chosen = choice.get(name, {} if name == "probe" else choice.get("full", {}))
+        overrides = chosen.get(str(fold), {}).get("overrides", {})
+        result = study.measure(
+            name, f"{name}_{percent}/fold{fold}_seed{seed}", seed=seed, overrides=overrides,
+            train=study.training_part({fold}, percent, seed), val=study.of_folds({fold}),
+        )  # fmt: skip
+        if result:
+            results.append({**result, "fold": fold, "percent": percent})
+    return results
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments; what is wrong with them ends the program with one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
+    parser.add_argument("--data", required=True, type=pathlib.Path)
+    parser.add_argument("--teacher", required=True, type=pathlib.Path, help="weights, as config.weights.teacher")
+    parser.add_argument("--output", required=True, type=pathlib.Path)
+    parser.add_argument("--dataset", default="l8_biome", help="whose classes they are")
+    parser.add_argument("--names", default=list(NAMES), type=lambda text: text.split(","), help=", ".join(NAMES))
+    parser.add_argument("--labels", default=[100], type=numbers, help="per cent of the training tiles: 25,50,100")
+    parser.add_argument("--seeds", default=[0, 1], type=numbers)
+    parser.add_argument("--folds", default=4, type=int)
+    parser.add_argument("--published", action="store_true", help="the published sizes, for an accelerator")
+    parser.add_argument("--set", default=[], action="append", metavar="KEY=VALUE", help="for all: total_steps=300")
+    parser.add_argument("--choose", action="store_true", help="choose hyper-parameters instead of scoring")
+    parser.add_argument("--grid", default=GRID, type=json.loads, help="of --choose, as JSON")
+    parser.add_argument("--inner", default=1, type=int, help="of --choose: inner folds per scored one")
+    parser.add_argument("--collect", action="store_true", help="table and figure of what is finished; runs nothing")
+    parser.add_argument("--keep_checkpoints", action="store_true")
+    args = parser.parse_args(argv)
+    if unknown := set(args.names) - set(NAMES):
+        sys.exit(f"error: --names={','.join(sorted(unknown))} is unknown; known: {', '.join(NAMES)}")
+    if args.folds < 3 or not 1 <= args.inner < args.folds:
+        sys.exit(f"error: --folds={args.folds} --inner={args.inner}; give at least 3 folds, and fewer inner ones")
+    if not args.teacher.exists():
+        sys.exit(f"error: no --teacher={args.teacher}; make it as benchmarks/EVIDENCE.md says")
+    settings = {}
+    for setting in args.set:
+        key, sign, value = setting.partition("=")
+        if not sign:
+            sys.exit(f"error: --set={setting} is not KEY=VALUE")
+        try:
+            settings[key] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            settings[key] = value
+    args.set = settings
+    args.output = args.output.absolute()
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    from absl import logging
+
+    from ktda_jax.config import ConfigError, write_json
+    from ktda_jax.data.images import DataError
+    from ktda_jax.train import TrainingError
+
+    logging.set_verbosity(logging.WARNING)
+    _prepare_jax(args.output)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        study = Study(args)
+        write_json(args.output / "folds.json", study.fold_of)
+        path = args.output / CHOICE
+        choice = json.loads(path.read_text()) if path.exists() else {}
+        if args.choose:
+            write_json(path, {**choice, **choose(study)})
+            print(f"the choice is in {path}")
+            return
+        results = score(study, choice)
+        if not results:
+            sys.exit(f"error: no finished run in {args.output}")
+        import evidence_table
+
+        evidence_table.write(results, args.output, study.classes, command=" ".join(["python", *sys.argv]))
+    except (ConfigError, DataError, TrainingError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except (Stopped, KeyboardInterrupt):
+        sys.exit("error: stopped; the same command goes on")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,81 @@
+"""config.model.encoder='teacher': the frozen ViT's taps under our decoder; config.model.neck_channels: a narrower one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+from flax import nnx
+
+from ktda_jax import config as configs
+from ktda_jax import flops, losses, state
+from ktda_jax.config import ConfigError
+from ktda_jax.models.ktda import KTDA
+from ktda_jax.models.vit import ViT
+from ktda_jax.program import build, model_config_of
+
+FROZEN = {"model.encoder": "teacher", "model.fam": False, "model.fmm.enabled": False, "distill": False}
+
+
+def test_only_the_decoder_trains(tmp_path):
+    """And it does train: gradients flow to the neck and the heads, logits follow the frozen weights."""
+    config = runs.config(tmp_path, FROZEN)
+    model = model_config_of(config)
+    ktda = KTDA(model, rngs=nnx.Rngs(0))
+    graphdef, params, stats = state.split(ktda)
+    assert {path.split("/")[0] for path in params} == {"neck", "decode_head", "auxiliary_head"}
+    assert build(config).abstract.params.keys() == params.keys()
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    labels = np.random.default_rng(1).integers(0, runs.CLASSES, (2, 64, 64), np.uint8)
+    vits = [ViT(model.teacher, rngs=nnx.Rngs(seed)) for seed in (1, 2)]
+    assert vits[0].config.grid_of(64, 64) == (5, 5)
+
+    def loss(params):
+        outputs = state.merge(graphdef, params, stats)(images, train=True, teacher=vits[0])
+        assert outputs.logits.shape == (2, 20, 20, runs.CLASSES) and outputs.teacher is None
+        return losses.total_loss(outputs, labels, config.loss)[0]
+
+    gradients = jax.grad(loss)(params)
+    for part in ("neck/lateral_convs/0/kernel", "decode_head/conv_seg/kernel", "auxiliary_head/conv_seg/kernel"):
+        assert float(jnp.abs(gradients[part]).max()) > 0, part
+    logits = [ktda(images, teacher=vit).logits for vit in vits]
+    assert float(jnp.abs(logits[0] - logits[1]).max()) > 1e-4
+    with pytest.raises(ValueError, match="this model's encoder is the frozen teacher"):
+        ktda(images)
+
+
+def test_inference_pays_for_the_frozen_encoder(tmp_path):
+    model = model_config_of(runs.config(tmp_path, FROZEN))
+    found = flops.of_model(model, (64, 64), distill=False)
+    assert found["inference"] > found["teacher"] > 0
+    assert found["training"] < 3 * found["inference"] + found["teacher"]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"distill": True}, "leaves nothing to distil; set config.distill=False"),
+        ({"weights.student": "x"}, "has no student; leave config.weights.student out"),
+        ({"model.fam": True}, "leaves nothing to align; set config.model.fam=False"),
+        ({"model.encoder": "vit"}, "config.model.encoder is 'vit'; choose 'student' or 'teacher'"),
+    ],
+)
+def test_what_does_not_go_with_it_is_named(tmp_path, settings, message):
+    config = runs.config(tmp_path, {**FROZEN, **settings})
+    with pytest.raises((ConfigError, ValueError), match=message):
+        configs.check(config)
+        model_config_of(config)
+
+
+def test_a_narrower_neck(tmp_path):
+    """Distillation stays at the teacher's width; all behind the neck has its own. Unset, the published width."""
+    config = runs.config(tmp_path, {"model.neck_channels": 6})
+    narrow, usual = model_config_of(config), model_config_of(runs.config(tmp_path))
+    assert narrow.channels == (6,) * 4 and usual.channels == (16,) * 4
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+    graphdef, params, stats = state.abstract(lambda: KTDA(narrow, rngs=nnx.Rngs(0)))
+    outputs = jax.eval_shape(lambda p, s, x: state.merge(graphdef, p, s)(x), params, stats, images)
+    assert outputs.student[0].shape == (1, 5, 5, 16) and outputs.logits.shape == (1, 20, 20, runs.CLASSES)
+    assert params["decode_head/lateral_convs/0/conv/kernel"].shape[-2] == 6
+    with pytest.raises(ConfigError, match=r"heads is 4, which does not divide 6"):
+        build(runs.config(tmp_path, {"model.neck_channels": 6, "model.fmm.form": "transformer", "model.fmm.heads": 4}))
