@@ -91,7 +91,8 @@ def markdown(table: list[dict], classes: tuple[str, ...]) -> str:
             shown = f"{difference['mean']:+.2f} ± {difference['se_folds']:.2f} ({difference['se_runs']:.2f})"
         lines.append(
             [
-                f"{row['percent']} %", row["name"], str(row["runs"]), f"{row['miou']:.2f} ± {row['miou_sd']:.2f}", shown,
+                f"{row['percent']} %", row["name"], str(row["runs"]), f"{row['miou']:.2f} ± {row['miou_sd']:.2f}",
+                shown,
                 f"{row['union']:.2f}", *(f"{v:.1f}" for v in row["iou"]), f"{row['aacc']:.2f} ± {row['aacc_sd']:.2f}",
                 f"{row['seconds']:.0f} s",
                 f"{row['parameters'] / 1e6:.2f} M" + (f" + {frozen / 1e6:.1f} M frozen" if frozen else ""),

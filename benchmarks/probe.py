@@ -1,8 +1,8 @@
 """A linear probe of the frozen teacher: multinomial logistic regression per token on its four taps.
 
-What the teacher's features are worth without any decoder, student or context: the yardstick for KTDA, trained and scored
-on the same tiles. Targets are the class shares of the pixels that a token covers; the logits are resized bilinearly to
-pixels and scored like every other model.
+What the teacher's features are worth without any decoder, student or context: the yardstick for KTDA, trained and
+scored on the same tiles. Targets are the class shares of the pixels that a token covers; the logits are resized
+bilinearly to pixels and scored like every other model.
 """
 
 import functools

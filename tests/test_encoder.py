@@ -1,4 +1,4 @@
-"""config.model.encoder='teacher': the frozen ViT's taps under our decoder; config.model.neck_channels: a narrower one."""
+"""config.model.encoder='teacher': the frozen ViT's taps under our decoder; and narrower necks."""
 
 import jax
 import jax.numpy as jnp

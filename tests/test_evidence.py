@@ -1,4 +1,4 @@
-"""benchmarks/evidence.py: folds that share no scene, choices that see no scored tile, resuming, the table's arithmetic."""
+"""benchmarks/evidence.py: folds share no scene, choices see no scored tile, resuming, the table's numbers."""
 
 import json
 import pathlib
@@ -16,12 +16,16 @@ from ktda_jax.weights import Weights
 
 sys.path.insert(0, str(runs.REPOSITORY / "benchmarks"))
 
-import evidence  # noqa: E402
-import evidence_table  # noqa: E402
-import folds  # noqa: E402
-import probe  # noqa: E402
+import evidence
+import evidence_table
+import folds
+import probe
 
 TILES = pathlib.Path(__file__).parents[2] / "shared" / "real_samples" / "l8_biome_256"
+MEASURED = dict(
+    seconds=9.0, compile_s=2.0, steps=1, parameters=10, frozen=0, inference_gflop=1.0, device="none", date="",
+    versions={},
+)  # fmt: skip
 BIOMES = ("Barren", "Forest", "Urban", "Water")
 NAMES = [f"{biome}_{scene:02}_{number}" for biome in BIOMES for scene in range(3) for number in (7, 11)]
 
@@ -77,8 +81,7 @@ def test_fewer_labels_are_nested_and_keep_every_class():
 
 
 def result(name, fold, seed, confusion, percent=100):
-    extra = dict(seconds=9.0, compile_s=2.0, parameters=10, frozen=0, inference_gflop=1.0)
-    return dict(name=name, fold=fold, seed=seed, percent=percent, confusion=confusion, **extra)
+    return {**MEASURED, **dict(name=name, fold=fold, seed=seed, percent=percent, confusion=confusion)}
 
 
 def two_classes(right):
@@ -104,7 +107,6 @@ def test_the_table_is_plain_arithmetic(tmp_path):
     assert full["difference"]["se_folds"] == pytest.approx(abs(by_fold[0] - by_fold[1]) / 2)
     assert full["difference"]["se_runs"] == pytest.approx(differences.std(ddof=1) / 2)
     assert evidence_table.paired({(0, 0): 1.0}, {(1, 0): 1.0}) is None
-    found = [{**r, "versions": {}, "date": "", "device": ""} for r in found]
     text = evidence_table.write(found, tmp_path, ("a", "b"), command="c")
     assert f"{differences.mean():+.2f} ± {full['difference']['se_folds']:.2f}" in text
     assert (tmp_path / "figure.png").stat().st_size > 5000 and text in (tmp_path / "table.md").read_text()
@@ -157,8 +159,7 @@ def fake(monkeypatch):
             self.configs.append(config)
             right = 50 + int(1e4 * config.optimizer.lr) + 5 * config.model.fam
             confusion = np.kron(two_classes(right), np.eye(2, dtype=int)).tolist()
-            return {k: v for k, v in result("", 0, 0, confusion).items() if k not in ("name", "fold", "seed", "percent")} | {
-                "device": "none", "steps": 1}  # fmt: skip
+            return {**MEASURED, "confusion": confusion}
 
     instance = Fake()
     instance.configs = []

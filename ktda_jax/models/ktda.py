@@ -4,7 +4,8 @@
                  \\-> distillation against the frozen teacher's taps (losses.py)
 
 Without the FAM the student's own pyramid goes to the FMM and the decoders; the neck, which turns maps of one
-size into a pyramid, goes with it. With `encoder='teacher'` there is no student: the frozen teacher's taps go to the neck.
+size into a pyramid, goes with it. With `encoder='teacher'` there is no student, and the frozen
+teacher's taps go to the neck.
 """
 
 import dataclasses
