@@ -72,14 +72,14 @@ class Study:
         config = ABLATIONS["get_config"](argument if self.args.published else f"{argument},small")
         sizes = {k: v for k, v in overrides.items() if k not in PROBE}
         try:
-            config.update_from_flattened_dict({**self.args.set, **sizes})
+            config.lock().update_from_flattened_dict({**self.args.set, **sizes})
         except (KeyError, TypeError) as error:
             raise ValueError(f"--set or --grid: {str(error.args[0]).splitlines()[0]}") from error
         config.data.name, config.data.root, config.seed = self.args.dataset, str(root), seed
         config.weights.teacher = str(self.args.teacher)
         config.data.train_split, config.data.val_split, config.data.test_split = "train", "val", None
         config.eval_every = config.total_steps  # scored once: a best checkpoint would be selected on the scored tiles
-        return config.lock()
+        return config
 
     def measure(self, name: str, place: str, *, train: list, val: list, seed: int, overrides: dict) -> dict:
         """The result of one run, from its file if it is there."""
@@ -265,8 +265,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(NAMES):
         sys.exit(f"error: --names={','.join(sorted(unknown))} is unknown; known: {', '.join(NAMES)}")
-    if args.folds < 3 or not 1 <= args.inner < args.folds:
-        sys.exit(f"error: --folds={args.folds} --inner={args.inner}; give at least 3 folds, and fewer inner ones")
+    if args.folds < 2 + args.choose or not 1 <= args.inner < args.folds:
+        sys.exit(f"error: --folds={args.folds} --inner={args.inner}; give at least 2 folds, 3 to --choose, fewer inner")
     if not args.teacher.exists():
         sys.exit(f"error: no --teacher={args.teacher}; make it as benchmarks/EVIDENCE.md says")
     settings = {}

@@ -21,27 +21,31 @@ def test_only_the_decoder_trains(tmp_path):
     """And it does train: gradients flow to the neck and the heads, logits follow the frozen weights."""
     config = runs.config(tmp_path, FROZEN)
     model = model_config_of(config)
-    ktda = KTDA(model, rngs=nnx.Rngs(0))
-    graphdef, params, stats = state.split(ktda)
+    program = build(config)
+    current = runs.random_state(program)
+    params, stats = current.params, current.batch_stats
     assert {path.split("/")[0] for path in params} == {"neck", "decode_head", "auxiliary_head"}
-    assert build(config).abstract.params.keys() == params.keys()
+    vit, _, _ = state.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
+    frozen = runs.random_teacher(runs.config(tmp_path))
+    assert model.teacher.grid_of(64, 64) == (5, 5)
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     labels = np.random.default_rng(1).integers(0, runs.CLASSES, (2, 64, 64), np.uint8)
-    vits = [ViT(model.teacher, rngs=nnx.Rngs(seed)) for seed in (1, 2)]
-    assert vits[0].config.grid_of(64, 64) == (5, 5)
 
-    def loss(params):
-        outputs = state.merge(graphdef, params, stats)(images, train=True, teacher=vits[0])
+    def loss(params, frozen):
+        teacher = state.merge(vit, frozen, {})
+        outputs = state.merge(program.graphdef, params, stats)(images, train=True, teacher=teacher)
         assert outputs.logits.shape == (2, 20, 20, runs.CLASSES) and outputs.teacher is None
-        return losses.total_loss(outputs, labels, config.loss)[0]
+        return losses.total_loss(outputs, labels, config.loss)[0], outputs.logits
 
-    gradients = jax.grad(loss)(params)
+    step = jax.jit(jax.grad(loss, has_aux=True))
+    step = runs.compile_quickly(step, params, frozen)
+    gradients, logits = step(params, frozen)
     for part in ("neck/lateral_convs/0/kernel", "decode_head/conv_seg/kernel", "auxiliary_head/conv_seg/kernel"):
         assert float(jnp.abs(gradients[part]).max()) > 0, part
-    logits = [ktda(images, teacher=vit).logits for vit in vits]
-    assert float(jnp.abs(logits[0] - logits[1]).max()) > 1e-4
+    other = {**frozen, "cls_token": frozen["cls_token"] + 1}
+    assert float(jnp.abs(logits - step(params, other)[1]).max()) > 1e-4
     with pytest.raises(ValueError, match="this model's encoder is the frozen teacher"):
-        ktda(images)
+        state.merge(program.graphdef, params, stats)(images)
 
 
 def test_inference_pays_for_the_frozen_encoder(tmp_path):
