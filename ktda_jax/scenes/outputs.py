@@ -14,7 +14,8 @@ from ktda_jax.data.images import DataError
 from ktda_jax.scenes import blend, polygons
 from ktda_jax.scenes.files import Outputs
 from ktda_jax.scenes.pipeline import Finished, every
-from ktda_jax.scenes.raster import RasterWriter, Scene, convert
+from ktda_jax.scenes.raster import Scene
+from ktda_jax.scenes.writing import RasterWriter, convert
 
 PREVIEW = 2048  # pixels, the longer side of an overlay
 OPACITY = 0.45  # of the class colours in it
