@@ -22,6 +22,8 @@ def main() -> None:
     parser.add_argument("scene", help="a GeoTIFF with the bands of the training")
     parser.add_argument("map", help="the GeoTIFF to write")
     given = parser.parse_args()
+    if pathlib.Path(given.map).suffix.lower() not in (".tif", ".tiff"):
+        sys.exit(f"error: the map {given.map} must end in .tif")
     try:
         predict.run(given.model, given.scene, given.map, overlay=True)
         classes = ktda_jax.load_pretrained(given.model).classes

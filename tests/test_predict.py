@@ -157,7 +157,7 @@ def test_the_command_and_its_interruption(workdir, tmp_path):
     sf.write(scene, np.tile(sf.smooth(500, 500), (8, 8, 1)), compress="deflate")
     flags = f"--checkpoint={workdir}", f"--input={scene}", f"--output={maps}/", "--overlay", "--cog"
     process = runs.start(*flags, verb="predict", cache=tmp_path / "cache")
-    runs.wait_for(lambda: any(maps.glob(".scene.*tmp.tif")), process)
+    runs.wait_for(lambda: any(maps.glob(".*.tmp.tif")), process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err == "error: stopped by a signal; what was not finished is removed\n"

@@ -26,7 +26,8 @@ class Reading:
 
     bands: tuple[int, ...] | None = None  # counted from 1; None: 8-bit RGB
     scale: tuple | None = None  # (low, high), or one such pair per band; None: 8-bit values
-    nodata: float | None = None  # None: as the file declares
+    nodata: float | None = None  # beside what the file declares
+    by_band: bool = False  # a missing band was 0 in training, instead of its value as in plain 8-bit RGB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +44,12 @@ class Scene:
     reading: Reading
     block: tuple[int, int]
     place: dict[str, Any]  # crs, transform, gcps, rpcs: what rasterio.open takes for a new file
+    files: tuple[pathlib.Path, ...]  # all that are read, such as the sources of a VRT
 
     @property
     def located(self) -> bool:
-        return self.place.get("crs") is not None
+        """Whether anything says where on Earth, or at least in some plane, it lies."""
+        return any(self.place.get(name) for name in ("crs", "gcps", "rpcs")) or not self.place["transform"].is_identity
 
 
 def rasterio_for(path: str | os.PathLike):
@@ -84,9 +87,7 @@ def open_scene(path: pathlib.Path, reading: Reading, bands: int) -> Scene:
                 f"{path} holds {kind}, and the model was trained on 8-bit images; give --scale=LOW,HIGH, the values "
                 "that become 0 and 255"
             )
-        alphas = alpha_bands(file, chosen)
-        if reading.nodata is None and alphas:
-            alphas = [band for band in alphas if _is_alpha(file, band)]
+        alphas = [band for band in alpha_bands(file, chosen) if _is_alpha(file, band)]
         place = {"transform": file.transform, "crs": file.crs}
         points, points_crs = file.gcps
         if points and file.transform.is_identity:
@@ -95,7 +96,7 @@ def open_scene(path: pathlib.Path, reading: Reading, bands: int) -> Scene:
             place["rpcs"] = file.rpcs
         return Scene(
             path, file.height, file.width, str(kind), chosen, palette, tuple(alphas), reading, file.block_shapes[0],
-            place,
+            place, tuple(map(pathlib.Path, file.files)),
         )  # fmt: skip
 
 
@@ -116,10 +117,17 @@ def _choose(path, file, reading: Reading, bands: int) -> tuple[tuple[int, ...], 
     if len(colours) == 3:
         return tuple(colours), None
     if len(colours) == 1 and file.colorinterp[colours[0] - 1] == ColorInterp.palette:
+        if reading.scale is not None:
+            raise DataError(f"{path} holds numbers of colours, which cannot be stretched; convert it to RGB")
         table = file.colormap(colours[0])
         return (colours[0],), tuple(table.get(k, (0, 0, 0, 0))[:3] for k in range(256))
-    if len(colours) == 1:
-        return (colours[0],) * 3, None  # grey, as in training
+    if len(colours) == 1:  # grey, as in training, where these become 0 to 255 too
+        bits = int(file.tags(colours[0], ns="IMAGE_STRUCTURE").get("NBITS", 8))
+        if file.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES":
+            raise DataError(f"{path} is grey with white as 0; convert it to 'black is 0'")
+        if bits < 8 and reading.scale is None:
+            raise DataError(f"{path} is grey of {bits} bits; give --scale=0,{2**bits - 1}, or convert it to 8 bits")
+        return (colours[0],) * 3, None
     raise DataError(
         f"{path} has {len(colours)} bands, and the model takes red, green and blue; name them, such as --bands=1,2,3"
     )
@@ -129,13 +137,18 @@ def _is_alpha(file, band: int) -> bool:
     """Whether a band that is called alpha says where data are: next to nothing but 0 and 255 in 16 places."""
     from rasterio.windows import Window
 
+    if file.driver == "PNG" or file.count == 2:
+        return True  # there nothing is called alpha that is not
     seen = []
     for row in np.linspace(0, max(file.height - 256, 0), 4).astype(int):
         for column in np.linspace(0, max(file.width - 256, 0), 4).astype(int):
             window = Window(column, row, min(256, file.width), min(256, file.height))
             seen.append(np.bincount(file.read(band, window=window).astype(np.uint8).ravel(), minlength=256))
     counts = np.sum(seen, 0)
-    return counts[255] >= 0.9 * counts[1:].sum()  # all 0: then it is harmless, data are where it is not
+    if not counts[1:].any():  # no data in these places, or a lake
+        size = min(file.height, 1024), min(file.width, 1024)
+        counts = np.bincount(file.read(band, out_shape=size).astype(np.uint8).ravel(), minlength=256)
+    return counts[255] >= 0.9 * counts[1:].sum()
 
 
 class RowReader:
@@ -194,8 +207,10 @@ class RowReader:
         scene = self._scene
         window = Window(area.start, first, area.stop - area.start, end - first)
         chosen = scene.chosen if len(set(scene.chosen)) == len(scene.chosen) else scene.chosen[:1]
-        scale = scene.reading.scale
-        pixels, present = read_window(self._file, chosen, scale, scene.reading.nodata, window, scene.alphas)
+        reading = scene.reading
+        pixels, present = read_window(
+            self._file, chosen, reading.scale, reading.nodata, window, scene.alphas, reading.by_band
+        )
         if scene.palette is not None:
             pixels = np.array(scene.palette, np.uint8).T[:, pixels[0]] * present
         return pixels, present
