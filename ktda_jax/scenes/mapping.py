@@ -86,12 +86,9 @@ def map_scenes(
                 progress.clear()
                 if not writer.any_data:
                     say(f"warning: {scene.path} holds no data at all; its map is all {255}")
-                elif (value := strip.row.uniform) is not None:
-                    stretched = f" with --scale={scene.reading.scale}; are they of another unit?"
-                    say(
-                        f"warning: {scene.path}: all of its values become {value}"
-                        + (stretched if scene.reading.scale else "")
-                    )
+                elif strip.row.uniform is not None:
+                    hint = f" with --scale={scene.reading.scale}; is its unit another?" if scene.reading.scale else ""
+                    say(f"warning: {scene.path}: all its values become {strip.row.uniform}{hint}")
                 say(f"{scene.path}: {scene.height} x {scene.width} -> {target.map}")
     return {"pixels": progress.total, "seconds": progress.seconds()}
 

@@ -31,8 +31,8 @@ class Legend:
     @classmethod
     def of(cls, count: int, classes=None, palette=None) -> "Legend":
         """Numbers for names and distinct colours where a model came without them."""
-        shades = [(saturation, value) for value in (0.95, 0.65, 0.4) for saturation in (0.75, 0.4, 1.0)]
-        hues = [colorsys.hsv_to_rgb(0.618034 * k % 1, *shades[k % len(shades)]) for k in range(count)]
+        shades = [(saturation, value) for saturation in (0.8, 0.4) for value in (0.95, 0.7, 0.45)]
+        hues = [colorsys.hsv_to_rgb(0.618 * k % 1, *shades[k % len(shades)]) for k in range(count)]
         return cls(
             tuple(classes or map(str, range(count))),
             tuple(palette or (tuple(round(255 * v) for v in hue) for hue in hues)),

@@ -20,8 +20,7 @@ from ktda_jax.scenes.raster import RowReader, Scene
 from ktda_jax.scenes.windows import Grid, grid
 
 ROWS_AHEAD = 4  # rows without a tile to compute that may wait for a batch to fill
-HELD = 1 << 26  # bytes, and
-ROWS_HELD = 64  # rows with some tiles: the same
+ROWS_HELD, BYTES_HELD = 64, 1 << 26  # the same of rows with some tiles, and of their `present`
 IN_FLIGHT = 2  # batches that the device has while the host goes on
 
 
@@ -73,7 +72,7 @@ class Batch:
     def full(self) -> bool:
         waiting = [item.present.nbytes for item in self.order if isinstance(item, Row)]
         most = ROWS_HELD if self.tiles else ROWS_AHEAD
-        return self.tiles == len(self.images) or len(waiting) >= most or sum(waiting) >= HELD
+        return self.tiles == len(self.images) or len(waiting) >= most or sum(waiting) >= BYTES_HELD
 
     def add(self, pixels: np.ndarray, rows: np.ndarray, columns: np.ndarray, left: int) -> None:
         """pixels: uint8 (bands, h, w); smaller than a tile only if the scene is, and then continued by reflection."""
