@@ -103,7 +103,7 @@ def _count_shares(run: Run, model, opened: dict, say) -> None:
             run.missing["shares"] = f"{split}: {_line(error)}"
             continue
         run.shares[split] = tiles.Shares(
-            summary.pixels, summary.ignored, np.asarray(predictions), summary.tiles, predicted
+            summary.pixels, summary.ignored, np.asarray(predictions), summary.tiles - len(summary.unreadable), predicted
         )
 
 
