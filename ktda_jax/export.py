@@ -104,11 +104,12 @@ def run(
     if needed > free:
         raise ValueError(f"{output} needs {needed / 1e9:.2f} GB, but {output.parent} has only {free / 1e9:.2f} GB free")
 
-    content = convert(infer, shape)
-    description = _describe(found, arrays, size, format, dtype)
-    description |= {"file": output.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        temporary.touch()  # a place that will not do is said before minutes are spent
+        content = convert(infer, shape)
+        description = _describe(found, arrays, size, format, dtype)
+        description |= {"file": output.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         temporary.write_bytes(content)
         write_json(beside, description)
         os.replace(temporary, output)
@@ -263,7 +264,8 @@ def main(_: list[str]) -> None:
             size=(sides[0], sides[-1]) if sides else None,
         )  # fmt: skip
     except OSError as error:
-        sys.exit(f"error: cannot write --output={given.output}: {error.strerror}: {error.filename}")
+        where = f": {error.filename}" if error.filename else ""
+        sys.exit(f"error: cannot write --output={given.output}: {error.strerror or error}{where}")
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import runpy
 import subprocess
 import sys
+import types
 
 import golden
 import numpy as np
@@ -34,14 +36,14 @@ def model(tmp_path_factory):
 
 
 def test_use_in_python(model, tmp_path):
-    tile = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
+    known = golden.arrays("grass_tiny")
+    tile = known["image_rgb_uint8"][0]
     Image.fromarray(tile).save(tmp_path / "tile.png")
     done = example("use_in_python.py", model, tmp_path / "tile.png", tmp_path / "labels.png")
     assert done.returncode == 0, done.stderr
     drawn, info = Image.open(tmp_path / "labels.png"), dataset_info("grass")
     assert drawn.mode == "P" and drawn.getpalette()[:15] == [value for colour in info.palette for value in colour]
-    labels = ktda_jax.load_pretrained(model).predict(tile).labels
-    assert (np.asarray(drawn) == labels).mean() > 0.999
+    np.testing.assert_array_equal(np.asarray(drawn), known["eval/pred"][0])
     assert [line.split()[0] for line in done.stdout.splitlines()] == [info.classes[k] for k in np.unique(drawn)]
 
 
@@ -77,6 +79,17 @@ def test_map_a_scene(model, tmp_path):
     for label, count in zip(labels, counts, strict=True):
         assert f"{names[label]:24} {count:>14,} pixels" in done.stdout
     assert (tmp_path / "map_overlay.png").exists() and "map_overlay.png" in done.stdout
+
+
+def test_what_cannot_be_saved_is_one_line(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "tile.png")
+    result = types.SimpleNamespace(labels=np.zeros((4, 4), np.uint8), probabilities=np.ones((4, 4, 1)))
+    model = types.SimpleNamespace(classes=("a",), palette=None, predict=lambda image: result)
+    monkeypatch.setattr(ktda_jax, "load_pretrained", lambda path: model)
+    for name in ("labels.odd", "none/labels.png"):
+        monkeypatch.setattr(sys, "argv", ["x", "model", str(tmp_path / "tile.png"), str(tmp_path / name)])
+        with pytest.raises(SystemExit, match=f"^error: {tmp_path / name}: .*"):
+            runpy.run_path(FOLDER / "use_in_python.py", run_name="__main__")
 
 
 def test_what_is_not_there_is_one_line(tmp_path):

@@ -103,9 +103,9 @@ from jax import export, jit
 
 run = jit(export.deserialize(open(sys.argv[1], "rb").read()).call)
 batch = np.load(sys.argv[2])
-found = [run(batch[:count]) for count in (1, len(batch))]
+found = run(batch)
 assert not {"ktda_jax", "flax", "orbax", "ml_collections"} & {name.split(".")[0] for name in sys.modules}
-np.savez(sys.argv[3], **{f"{name}{k}": value for k, out in enumerate(found) for name, value in out.items()})
+np.savez(sys.argv[3], **found)
 """
 
 
@@ -117,8 +117,7 @@ def test_stablehlo_runs_where_only_jax_is(stablehlo, model, tmp_path):
         alone, cwd=tmp_path, env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}, check=True
     )
     found = np.load(tmp_path / "found.npz")
-    check(model, batch, found["labels1"], found["probabilities1"])
-    np.testing.assert_allclose(found["probabilities0"], found["probabilities1"][:1], atol=1e-5)
+    check(model, batch, found["labels"], found["probabilities"])
     content = stablehlo.read_bytes()
     check_holds_the_decoder_alone(content)
     assert jax.export.deserialize(content).platforms == ("cpu", "cuda", "tpu")
@@ -224,6 +223,10 @@ def test_a_full_disk_is_seen_first_and_leaves_nothing(workdir, tmp_path, monkeyp
         patch.setattr(export, "_to_stablehlo", None)  # nothing is computed
         with pytest.raises(ValueError, match="needs 0.00 GB, but .* has only 0.00 GB free"):
             export.run(workdir, tmp_path / "new", format="stablehlo")
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_to_stablehlo", None)
+        with pytest.raises(OSError, match="File name too long"):  # as any place that cannot be written to
+            export.run(workdir, tmp_path / ("x" * 245), format="stablehlo")
 
     def write_half(path, content):
         with open(path, "wb") as file:
