@@ -195,6 +195,8 @@ echo "${{CUDA_VISIBLE_DEVICES:-}}" >> {seen}/gpu.$K
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Tests that run in the background ignore ctrl-c, and bash does not trap what was ignored from the start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     start.seen = seen
