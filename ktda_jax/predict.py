@@ -23,6 +23,7 @@ from ktda_jax.reading import is_scale
 from ktda_jax.scenes import device, files, mapping, polygons
 from ktda_jax.scenes.outputs import Legend
 from ktda_jax.scenes.raster import Reading, rasterio_for
+from ktda_jax.verbs import parser
 
 
 def run(
@@ -112,19 +113,6 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"error: {error}")
-    if len(rest) > 1:
-        sys.exit(f"error: unexpected argument {rest[1]!r}; put a pattern such as --input='*.tif' in quotes")
-    for name in ("checkpoint", "input", "output"):
-        if not flags.FLAGS[name].value:
-            sys.exit(f"error: give --{name}; see --help")
-    return rest
-
-
 def _numbers(name: str, kind) -> list | None:
     text = flags.FLAGS[name].value
     try:
@@ -173,4 +161,5 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     flags.DEFINE_bool("overlay", False, "NAME_overlay.png: scene and classes, at most 2048 pixels a side.")
     flags.DEFINE_bool("skip_existing", False, "Leave scenes alone whose outputs are all there.")
     flags.DEFINE_bool("tta", False, "Average over mirror images and two other scales; six times the work.")
-    app.run(main, flags_parser=_parse)
+    hint = "put a pattern such as --input='*.tif' in quotes"
+    app.run(main, flags_parser=parser("checkpoint", "input", "output", hint=hint))

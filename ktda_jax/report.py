@@ -21,6 +21,7 @@ from ktda_jax.config import ConfigError
 from ktda_jax.reports import workdir
 from ktda_jax.reports.gather import gather
 from ktda_jax.reports.page import render
+from ktda_jax.verbs import parser
 
 
 def run(workdirs: Sequence[str], output: str | None = None, *, root: str | None = None, tiles: int = 4) -> pathlib.Path:
@@ -47,18 +48,6 @@ def run(workdirs: Sequence[str], output: str | None = None, *, root: str | None 
     return path
 
 
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
-    if len(rest) > 1:
-        sys.exit(f"error: unexpected argument {rest[1]!r}; all options are flags, see --help")
-    if not _workdirs():
-        sys.exit("error: give a workdir: --workdir=runs/grass")
-    return rest
-
-
 def _workdirs() -> list[str]:
     split = ([given] if os.path.isdir(given) else given.split(",") for given in flags.FLAGS.workdir or ())
     return [path for paths in split for path in paths if path]
@@ -68,6 +57,8 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     sys.stdout.reconfigure(errors="replace")  # names of files may be no UTF-8
     given = flags.FLAGS
+    if not _workdirs():
+        sys.exit("error: give a workdir: --workdir=runs/grass")
     try:
         path = run(_workdirs(), given.output, root=given.root, tiles=given.tiles)
     except ConfigError as error:
@@ -82,4 +73,4 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     flags.DEFINE_string("output", None, "The page; default report.html (of several: comparison.html) in the first.")
     flags.DEFINE_string("root", None, "Where the data are now, in the place of config.data.root.")
     flags.DEFINE_integer("tiles", 4, "Best and worst tiles each; 0: without a model and without data.", lower_bound=0)
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parser())
