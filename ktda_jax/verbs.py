@@ -1,4 +1,4 @@
-"""The installed command `ktda VERB ...`, which is `python -m ktda_jax.VERB ...`; and flags of verbs without a config."""
+"""The installed command `ktda VERB ...`, which is `python -m ktda_jax.VERB ...`; flags of verbs without a config."""
 
 import runpy
 import sys
