@@ -22,6 +22,8 @@ DATASET = flags.DEFINE_string("dataset", None, "grass, l8_biome, ...: names and 
 TEACHER_HEADS = flags.DEFINE_integer("teacher_heads", None, "Attention heads, which no tensor tells; by width.")
 FMM_HEADS = flags.DEFINE_integer("fmm_heads", None, "The same for the FMM; 8 as published.")
 
+parse = parser("input", "output")
+
 
 def main(_: list[str]) -> None:
     from ktda_jax import convert, weights
@@ -62,4 +64,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parser("input", "output"))
+    app.run(main, flags_parser=parse)
