@@ -127,7 +127,9 @@ def main() -> None:
     for tokens, heads, width in ATTENTION + ATTENTION_LONG * given.long:
         arrays = [normal(given.batch, tokens, heads, width) for _ in range(3)]
         scores = 4 * given.batch * heads * tokens**2
-        left_out = {"plain"} if scores > PLAIN_SCORES_LIMIT[jax.default_backend()] else set()
+        left_out = {"unrolled", "xla"}  # for exports: another form of plain, and one of the others by N
+        if scores > PLAIN_SCORES_LIMIT[jax.default_backend()]:
+            left_out.add("plain")
         if jax.default_backend() != "gpu":
             left_out.add("cudnn")
         forms = attention.IMPLEMENTATIONS

@@ -5,7 +5,7 @@ Command:   python -m ktda_jax.main --config=configs/grass.py --config.data.root=
 Arguments: grass.py:tiny      a model and schedule for a laptop, to see that your data work
            grass.py:upstream  the published protocol (the same as ours here: grass has no test split)
 Hardware:  one accelerator, bfloat16; data-parallel on several (batch_size must divide by their number).
-Time:      not measured on an accelerator yet; 33 s a step of batch 2 on two CPU cores, measured.
+Time:      not measured on an accelerator yet; 27 s a step of batch 2 on two CPU cores, measured.
 Tiny:      93.49 training mIoU on the three real sample tiles (val_split=train), measured; 8 minutes on two cores.
 Score:     published mIoU 50.86, aAcc 74.26, with pretrained student and teacher; not reproduced by us yet.
 """

@@ -12,7 +12,6 @@ import sys
 
 import numpy as np
 
-import ktda_jax
 from ktda_jax import predict
 
 
@@ -22,9 +21,10 @@ def main() -> None:
     parser.add_argument("scene", help="a GeoTIFF with the bands of the training")
     parser.add_argument("map", help="the GeoTIFF to write")
     given = parser.parse_args()
+    if pathlib.Path(given.map).suffix.lower() not in (".tif", ".tiff"):
+        sys.exit(f"error: the map {given.map} must end in .tif")
     try:
         predict.run(given.model, given.scene, given.map, overlay=True)
-        classes = ktda_jax.load_pretrained(given.model).classes
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -33,9 +33,9 @@ def main() -> None:
     with rasterio.open(given.map) as found:  # block by block: a map may be larger than memory
         blocks = (found.read(1, window=window) for _, window in found.block_windows(1))
         counts = sum(np.bincount(block.ravel(), minlength=256) for block in blocks)[:255]
+        names = found.tags()
     for number in np.flatnonzero(counts):
-        name = classes[number] if classes else f"class {number}"
-        print(f"{name:24} {counts[number]:>14,} pixels {counts[number] / counts.sum():7.1%}")
+        print(f"{names[f'CLASS_{number}']:24} {counts[number]:>14,} pixels {counts[number] / counts.sum():7.1%}")
     print(f"look at {pathlib.Path(given.map).with_suffix('')}_overlay.png")
 
 

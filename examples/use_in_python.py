@@ -35,7 +35,10 @@ def main() -> None:
     drawn = Image.fromarray(result.labels)  # class numbers, shown in colours by any viewer
     if model.palette:
         drawn.putpalette(np.array(model.palette, np.uint8).tobytes())
-    drawn.save(given.output)
+    try:
+        drawn.save(given.output)
+    except (OSError, ValueError) as error:  # such as .jpg, which has no palette
+        sys.exit(f"error: {given.output}: {error}")
 
 
 if __name__ == "__main__":

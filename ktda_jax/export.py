@@ -56,6 +56,7 @@ from ktda_jax.data.datasets import IGNORE
 from ktda_jax.models.convnext import Block
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.vit import Attention
+from ktda_jax.verbs import parser
 from ktda_jax.weights import Weights, check_free
 
 FORMATS = ("stablehlo", "onnx")
@@ -104,11 +105,12 @@ def run(
     if needed > free:
         raise ValueError(f"{output} needs {needed / 1e9:.2f} GB, but {output.parent} has only {free / 1e9:.2f} GB free")
 
-    content = convert(infer, shape)
-    description = _describe(found, arrays, size, format, dtype)
-    description |= {"file": output.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        temporary.touch()  # a place that will not do is said before minutes are spent
+        content = convert(infer, shape)
+        description = _describe(found, arrays, size, format, dtype)
+        description |= {"file": output.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         temporary.write_bytes(content)
         write_json(beside, description)
         os.replace(temporary, output)
@@ -236,24 +238,10 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _parse(argv: list[str]) -> list[str]:
-    given = flags.FLAGS
-    try:
-        rest = given(argv)
-    except flags.Error as error:
-        sys.exit(f"error: {str(error).splitlines()[-1]}")
-    if len(rest) > 1:
-        sys.exit(f"error: unexpected argument {rest[1]!r}; all options are flags, see --help")
-    for name in ("checkpoint", "format", "output"):
-        if not given[name].value:
-            sys.exit(f"error: give --{name}; see --help")
-    if given.size and not re.fullmatch(r"\d+(x\d+)?", given.size):
-        sys.exit(f"error: --size is {given.size!r}; give 256, or 256x512 for height and width")
-    return rest
-
-
 def main(_: list[str]) -> None:
     given, start = flags.FLAGS, time.monotonic()
+    if given.size and not re.fullmatch(r"\d+(x\d+)?", given.size):
+        sys.exit(f"error: --size is {given.size!r}; give 256, or 256x512 for height and width")
     absl_logging.set_verbosity(absl_logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by a signal"))  # through the cleaning up
     sides = [int(side) for side in given.size.split("x")] if given.size else []
@@ -263,7 +251,8 @@ def main(_: list[str]) -> None:
             size=(sides[0], sides[-1]) if sides else None,
         )  # fmt: skip
     except OSError as error:
-        sys.exit(f"error: cannot write --output={given.output}: {error.strerror}: {error.filename}")
+        where = f": {error.filename}" if error.filename else ""
+        sys.exit(f"error: cannot write --output={given.output}: {error.strerror or error}{where}")
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -280,4 +269,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "The file to write.")
     flags.DEFINE_string("size", None, "Height and width in pixels: 256, or 256x512; default the crop of the training.")
     flags.DEFINE_string("dtype", "float32", "What it computes in: float32, or, for stablehlo, bfloat16.")
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parser("checkpoint", "format", "output"))

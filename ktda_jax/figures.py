@@ -5,6 +5,7 @@ temporary name first: a figure that exists is complete.
 """
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -184,17 +185,23 @@ def _dots(values: np.ndarray) -> dict[str, object]:
 
 
 def read_curves(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Of a `metrics.jsonl`: key to (steps, values), in order of appearance; nulls and a line cut short are left out."""
+    """Of a `metrics.jsonl`: key to (steps, values), in order of appearance; what is no finite number is left out."""
     points: dict[str, list[tuple[float, float]]] = {}
     for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = json.loads(line, parse_int=float)
+        except json.JSONDecodeError:  # a line cut short
+            continue
+        if not isinstance(row, dict) or not _finite(row.get("step")):
             continue
         for key, value in row.items():
-            if key != "step" and isinstance(value, int | float):
+            if key != "step" and _finite(value):
                 points.setdefault(key, []).append((row["step"], value))
     return {key: tuple(np.array(sorted(pairs), np.float64).T) for key, pairs in points.items()}
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _short_count(count: int) -> str:

@@ -24,7 +24,18 @@ def count(function: Callable, *args: Any) -> int:
 
 
 def of_jaxpr(jaxpr) -> int:
-    return sum(_equation(equation) for equation in jaxpr.eqns)
+    return sum(_equation(equation) for equation in _used(jaxpr))
+
+
+def _used(jaxpr) -> list:
+    """Equations whose results are needed: a recomputation also writes down a product that its gradient does not use."""
+    needed, kept = set(map(id, jaxpr.outvars)), []
+    for equation in reversed(jaxpr.eqns):
+        if not equation.effects and needed.isdisjoint(map(id, equation.outvars)):
+            continue
+        needed.update(map(id, equation.invars))
+        kept.append(equation)
+    return kept[::-1]
 
 
 def repeated_bytes(jaxpr, accumulate: int = 1) -> float:

@@ -23,6 +23,7 @@ from ktda_jax.reading import is_scale
 from ktda_jax.scenes import device, files, mapping, polygons
 from ktda_jax.scenes.outputs import Legend
 from ktda_jax.scenes.raster import Reading, rasterio_for
+from ktda_jax.verbs import parser
 
 
 def run(
@@ -56,9 +57,12 @@ def run(
         raise ValueError(f"the model has {model.config.num_classes} classes; a map holds at most {IGNORE}")
     trained = mapping.trained_reading(model.data)
     reading = _reading(trained, model.config.student.bands, bands, scale, nodata)
-    for line in mapping.differences(trained, reading):
+    for line in mapping.differences(trained, reading) if model.data is not None else ():
         _say(f"warning: {line}")
     scenes = mapping.check_scenes(inputs, reading, model.config.student.bands, _say)
+    if polygonize:
+        polygons.check_places(scenes)
+    files.check_sources({scene.path: scene.files for scene in scenes}, outputs)
     size = (tile, tile) if tile else tuple((model.data or {}).get("crop") or model.config.teacher.image_size)
     overlap = min(size) // 4 if overlap is None else overlap
     mapping.check_tiles(size, overlap)
@@ -69,10 +73,14 @@ def run(
         f"{len(scenes)} scene{'s' * (len(scenes) > 1)}, tiles of {size[0]} x {size[1]} overlapping by {overlap}, "
         f"{step.batch_size} at once on {jax.local_device_count()} x {jax.devices()[0].device_kind}"
     )
-    used = mapping.map_scenes(
-        scenes, outputs, step, Legend.of(found.classes, model.classes, model.palette), overlap=overlap,
-        rgb=model.config.rgb, cog=cog, tags={"CHECKPOINT": str(checkpoint), "SOFTWARE": "ktda_jax"}, say=_say,
-    )  # fmt: skip
+    try:
+        used = mapping.map_scenes(
+            scenes, outputs, step, Legend.of(found.classes, model.classes, model.palette), overlap=overlap,
+            rgb=model.config.rgb, cog=cog, tags={"CHECKPOINT": str(checkpoint), "SOFTWARE": "ktda_jax"}, say=_say,
+        )  # fmt: skip
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        words = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{words or 'out of memory'}; a smaller --batch_size or --tile takes less memory") from error
     rate = used["pixels"] / used["seconds"] / 1e6
     _say(f"{used['pixels'] / 1e6:.3g} Mpixel in {used['seconds']:.1f} s, {rate:.3g} Mpixel/s")
     return used
@@ -93,6 +101,7 @@ def _reading(trained: Reading, count: int, bands, scale, nodata) -> Reading:
         trained.bands if bands is None else tuple(bands),
         trained.scale if scale is None else scale,
         trained.nodata if nodata is None else nodata,
+        trained.by_band,
     )
 
 
@@ -102,19 +111,6 @@ def _list(values) -> str:
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"error: {error}")
-    if len(rest) > 1:
-        sys.exit(f"error: unexpected argument {rest[1]!r}; put a pattern such as --input='*.tif' in quotes")
-    for name in ("checkpoint", "input", "output"):
-        if not flags.FLAGS[name].value:
-            sys.exit(f"error: give --{name}; see --help")
-    return rest
 
 
 def _numbers(name: str, kind) -> list | None:
@@ -157,7 +153,7 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     flags.DEFINE_integer("batch_size", None, "Tiles at once; by default 4 on each accelerator, 1 on CPU.", 1)
     flags.DEFINE_list("bands", None, "Band numbers, from 1, in the order of training; by default as in training.")
     flags.DEFINE_list("scale", None, "LOW,HIGH, or one such pair per band: the values that become 0 and 255.")
-    flags.DEFINE_float("nodata", None, "Value of pixels without data; by default as trained, or as declared.")
+    flags.DEFINE_float("nodata", None, "Value of pixels without data, beside what a file declares; else as trained.")
     flags.DEFINE_bool("cog", False, "Cloud-Optimized GeoTIFF.")
     flags.DEFINE_bool("probabilities", False, "NAME_probabilities.tif, a band per class; 254 is 1.")
     flags.DEFINE_bool("confidence", False, "NAME_confidence.tif: the probability of the mapped class.")
@@ -165,4 +161,5 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     flags.DEFINE_bool("overlay", False, "NAME_overlay.png: scene and classes, at most 2048 pixels a side.")
     flags.DEFINE_bool("skip_existing", False, "Leave scenes alone whose outputs are all there.")
     flags.DEFINE_bool("tta", False, "Average over mirror images and two other scales; six times the work.")
-    app.run(main, flags_parser=_parse)
+    hint = "put a pattern such as --input='*.tif' in quotes"
+    app.run(main, flags_parser=parser("checkpoint", "input", "output", hint=hint))

@@ -8,6 +8,7 @@ evaluates, for the best and worst tiles, the class shares and the feature maps; 
 checkpoint yet, no teacher) is said in the page, in one line. The page is one file and needs no network.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -17,53 +18,47 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 
 from ktda_jax.config import ConfigError
+from ktda_jax.reports import workdir
 from ktda_jax.reports.gather import gather
 from ktda_jax.reports.page import render
+from ktda_jax.verbs import parser
 
 
 def run(workdirs: Sequence[str], output: str | None = None, *, root: str | None = None, tiles: int = 4) -> pathlib.Path:
     """Writes the page and returns its path; ConfigError for what is no workdir or cannot be written to."""
-    name = "report.html" if len(set(workdirs)) == 1 else "comparison.html"
-    path = pathlib.Path(output) if output else pathlib.Path(workdirs[0]) / name
+    paths = list({path.resolve(): path for path in map(pathlib.Path, workdirs)}.values())  # x and x/ are one
+    name = "report.html" if len(paths) == 1 else "comparison.html"
+    path = pathlib.Path(output) if output else paths[0] / name
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    for workdir in workdirs:  # before the output's folder is made
-        if not pathlib.Path(workdir).is_dir():
-            raise ConfigError(f"--workdir={workdir} is no folder; give the folder of a training")
+    for given in paths:  # before the output's folder is made
+        workdir.check(given)
     if path.is_dir():
         raise ConfigError(f"--output={path} is a folder; give a file, such as {path / name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # a place that will not do is said before minutes are spent
-        page = render(gather(workdirs, root=root, keep=tiles))
-        temporary.write_text(page, encoding="utf-8")
+        page = render(gather(paths, root=root, keep=tiles))
+        temporary.write_bytes(page.encode(errors="replace"))  # names of files may be no UTF-8
         os.replace(temporary, path)
     except OSError as error:
         raise ConfigError(f"cannot write to --output={path}: {error.strerror or error}") from error
     finally:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only place says so again
+            temporary.unlink()
     return path
 
 
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
-    if len(rest) > 1:
-        sys.exit(f"error: unexpected argument {rest[1]!r}; all options are flags, see --help")
-    if not _workdirs():
-        sys.exit("error: give a workdir: --workdir=runs/grass")
-    return rest
-
-
 def _workdirs() -> list[str]:
-    return [path for given in flags.FLAGS.workdir or () for path in given.split(",") if path]
+    split = ([given] if os.path.isdir(given) else given.split(",") for given in flags.FLAGS.workdir or ())
+    return [path for paths in split for path in paths if path]
 
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
+    sys.stdout.reconfigure(errors="replace")  # names of files may be no UTF-8
     given = flags.FLAGS
+    if not _workdirs():
+        sys.exit("error: give a workdir: --workdir=runs/grass")
     try:
         path = run(_workdirs(), given.output, root=given.root, tiles=given.tiles)
     except ConfigError as error:
@@ -78,4 +73,4 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     flags.DEFINE_string("output", None, "The page; default report.html (of several: comparison.html) in the first.")
     flags.DEFINE_string("root", None, "Where the data are now, in the place of config.data.root.")
     flags.DEFINE_integer("tiles", 4, "Best and worst tiles each; 0: without a model and without data.", lower_bound=0)
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parser())

@@ -1,7 +1,10 @@
-"""The installed command `ktda VERB ...`, which is `python -m ktda_jax.VERB ...`."""
+"""The installed command `ktda VERB ...`, which is `python -m ktda_jax.VERB ...`; flags of verbs without a config."""
 
 import runpy
 import sys
+from collections.abc import Callable
+
+from absl import flags
 
 VERBS = {
     "main": "train, resume, evaluate",
@@ -14,6 +17,24 @@ VERBS = {
     "benchmark": "time and memory of the training step and a forward pass",
     "plan": "does the training step fit on a TPU slice",
 }
+
+
+def parser(*required: str, hint: str = "all options are flags, see --help") -> Callable[[list[str]], list[str]]:
+    """For app.run: what is wrong with the flags becomes one line; `hint` is for arguments that are none."""
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+        except flags.Error as error:  # the lines before the last are a stack
+            sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
+        if len(rest) > 1:
+            sys.exit(f"error: unexpected argument {rest[1]!r}; {hint}")
+        for name in required:
+            if not flags.FLAGS[name].value:
+                sys.exit(f"error: give --{name}; see --help")
+        return rest
+
+    return parse
 
 
 def main() -> None:

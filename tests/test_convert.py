@@ -284,7 +284,7 @@ said = []
 for arguments in json.load(sys.stdin):
     with flagsaver.flagsaver():
         try:
-            cli.main(cli._parse(["convert", *arguments]))
+            cli.main(cli.parse(["convert", *arguments]))
             said.append("nothing")
         except SystemExit as error:
             said.append(error.code)

@@ -130,6 +130,21 @@ def test_curves_of_nothing(tmp_path):
         figures.save_curves(tmp_path / "curves.png", source)
 
 
+def test_curves_leave_out_what_is_no_number(tmp_path):
+    rows = [
+        '{"step": 2, "a": 1, "b": NaN}',
+        '{"step": 1, "a": 3.5, "c": null}',
+        '{"a": 9}',
+        "[1]",
+        "7",
+        '{"step": "3", "a": 9}',
+    ]
+    rows += ['{"step": Infinity, "a": 9}', f'{{"step": 4, "a": 1{"0" * 400}, "b": true}}', '{"step": 5, "a": 9']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    ((name, (steps, values)),) = figures.read_curves(tmp_path / "metrics.jsonl").items()
+    assert (name, steps.tolist(), values.tolist()) == ("a", [1, 2], [3.5, 1])
+
+
 def _only(source, key):
     rows = [json.loads(line) for line in source.read_text().splitlines()[:-1]]
     kept = [{"step": row["step"], key: row[key]} for row in rows if key in row]

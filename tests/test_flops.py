@@ -11,6 +11,7 @@ from ktda_jax.models.attention import attention
 from ktda_jax.models.convnext import ConvNeXtConfig
 from ktda_jax.models.fmm import FMMConfig
 from ktda_jax.models.ktda import KTDA, KTDAConfig
+from ktda_jax.models.recompute import norm_linear
 from ktda_jax.models.vit import ViT, ViTConfig
 
 
@@ -37,6 +38,19 @@ def test_a_gradient_costs_as_much_as_the_product():
 
     args = shape(2, 8, 8, 6), shape(2, 2, 6, 10)
     assert flops.count(jax.value_and_grad(strided, (0, 1)), *args) == 3 * flops.count(strided, *args)
+
+
+def test_what_a_recomputation_does_not_need_is_not_counted():
+    """Of norm and linear layer the norm is computed again, and the product, which no gradient needs, is not."""
+    norm, linear = nnx.LayerNorm(8, rngs=nnx.Rngs(0)), nnx.Linear(8, 16, rngs=nnx.Rngs(0))
+    graphdef, params, _ = state.split(nnx.List([norm, linear]))
+
+    def loss(params, x):
+        norm, linear = state.merge(graphdef, params, {})
+        return jnp.square(norm_linear(norm, linear, x)).sum()
+
+    found = flops.count(jax.grad(loss, (0, 1)), params, shape(5, 8))
+    assert found == 3 * 2 * 5 * 8 * 16
 
 
 def test_bytes_of_products_in_loops_from_the_second_turn_on():

@@ -217,6 +217,7 @@ def test_ablations_leave_parts_out(overrides, absent):
     assert (outputs.student is None) == ("fam" in absent)
 
 
+@pytest.mark.slow
 def test_evaluation_is_deterministic_and_leaves_the_statistics_alone():
     graphdef, params, stats = state.split(nnx.jit(lambda: KTDA(small(), rngs=nnx.Rngs(0)))())
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
@@ -235,6 +236,7 @@ def test_evaluation_is_deterministic_and_leaves_the_statistics_alone():
     assert not any(np.array_equal(after[path], stats[path]) for path in stats)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_bfloat16_and_stays_close():
     config = small(student=ConvNeXtConfig((1, 1, 1, 1), (8, 8, 16, 16)))
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)

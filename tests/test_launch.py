@@ -189,8 +189,12 @@ printf '%s\\n' "$@" >> {seen}/flags.$K
 echo "${{CUDA_VISIBLE_DEVICES:-}}" >> {seen}/gpu.$K
 {worker}""",
         )
+        # Tests that run in the background ignore ctrl-c, and bash does not trap what was ignored from the start.
+        heard = (
+            "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+        )
         return subprocess.Popen(
-            [LAUNCH / "local.sh", str(processes), f"--workdir={tmp_path / 'run'}", *flags],
+            [sys.executable, "-c", heard, LAUNCH / "local.sh", str(processes), f"--workdir={tmp_path / 'run'}", *flags],
             env={**os.environ, "PYTHON": str(python), "JAX_PLATFORMS": "cpu", "GRACE": "1", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

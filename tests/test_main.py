@@ -289,6 +289,7 @@ def test_weights_of_another_shape(refusal, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_multi_band_tiles_with_drawn_masks(tmp_path):
     """configs/custom.py on four bands of 16 bits and masks in colours, the student started from weights for RGB."""
     rng, colours = np.random.default_rng(0), np.array([(0, 0, 0), (255, 0, 0), (9, 9, 9)], np.uint8)

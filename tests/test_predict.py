@@ -4,9 +4,11 @@ import pathlib
 import re
 import signal
 
+import jax
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 import runs
 import scene_files as sf
 from PIL import Image
@@ -117,11 +119,35 @@ def test_bands_and_scale_are_those_of_the_training(tmp_path, run):
         assert "warning" not in run(deep, checkpoint=four)
         said = run(deep, checkpoint=four, bands=[1, 2, 3, 5], scale=[0, 100])
         eight = run(sf.write(tmp_path / "eight.tif", sf.smooth(64, 64, bands=4)), checkpoint=four)
-    assert seen[0].reading == Reading((4, 1, 2, 3), (0, 3000), None)
-    assert seen[1].reading == Reading((1, 2, 3, 5), (0, 100), None)
+    assert seen[0].reading == Reading((4, 1, 2, 3), (0, 3000), None, by_band=True)
+    assert seen[1].reading == Reading((1, 2, 3, 5), (0, 100), None, by_band=True)
     assert "warning: --bands is (1, 2, 3, 5), in training it was (4, 1, 2, 3)" in said
     assert "warning: --scale is (0, 100), in training it was (0, 3000)" in said
     assert re.search(r"warning: .*eight.tif: 8-bit values, and --scale reaches to more", eight)
+
+
+def test_a_training_that_is_unknown_differs_from_nothing(run, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "data", None)
+    scene = sf.write(tmp_path / "scene.tif", sf.smooth(64, 64))
+    assert "warning" not in run(scene, bands=[3, 2, 1])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nmore")])
+def test_too_little_memory_is_one_line(run, tmp_path, monkeypatch, error):
+    def short(*_, **__):
+        raise error
+
+    monkeypatch.setattr(mapping, "map_scenes", short)
+    with pytest.raises(ValueError, match=r"^(out of memory|RESOURCE_EXHAUSTED: 9 GiB); a smaller --batch_size or") as e:
+        run(sf.write(tmp_path / "scene.tif", sf.smooth(64, 64)))
+    assert "\n" not in str(e.value)
+
+
+def test_a_source_of_a_vrt_is_not_written_over(run, tmp_path):
+    source = sf.write(tmp_path / "source.tif", sf.smooth(64, 64))
+    rasterio.shutil.copy(source, tmp_path / "scene.vrt", driver="VRT")
+    with pytest.raises(ValueError, match="source.tif would be written over what is read by the input .*scene.vrt"):
+        run(tmp_path / "scene.vrt", "source.tif")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +183,7 @@ def test_the_command_and_its_interruption(workdir, tmp_path):
     sf.write(scene, np.tile(sf.smooth(500, 500), (8, 8, 1)), compress="deflate")
     flags = f"--checkpoint={workdir}", f"--input={scene}", f"--output={maps}/", "--overlay", "--cog"
     process = runs.start(*flags, verb="predict", cache=tmp_path / "cache")
-    runs.wait_for(lambda: any(maps.glob(".scene.*tmp.tif")), process)
+    runs.wait_for(lambda: any(maps.glob(".*.tmp.tif")), process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err == "error: stopped by a signal; what was not finished is removed\n"

@@ -111,6 +111,23 @@ def test_nothing_is_computed_where_there_are_no_data(tmp_path):
     assert sum((end - first) * (area.stop - area.start) for first, end, area in seen) == 300 * 1000
 
 
+def test_waiting_rows_are_bounded_by_their_bytes(tmp_path, monkeypatch):
+    """A diagonal of data, of which a large batch would hold every row."""
+    values = np.zeros((500, 500, 3), np.uint8)
+    for k in range(0, 500, 50):
+        values[k : k + 20, k : k + 20] = 9
+    scene = open_scene(sf.write(tmp_path / "scene.tif", values, nodata=0), Reading(), 3)
+    step = Step(sf.model(), (64, 64), 64)
+
+    def rows():
+        batches = pipeline._read([scene], step, 16, 0)
+        return [sum(isinstance(item, pipeline.Row) for item in batch.order) for batch in batches]
+
+    assert rows() == [11]
+    monkeypatch.setattr(pipeline, "BYTES_HELD", 60_000)
+    assert max(rows()) == 3 and sum(rows()) == 11
+
+
 def test_scenes_share_batches(tmp_path):
     """Five scenes of one tile each are one batch of eight."""
     paths = [sf.write(tmp_path / f"{k}.tif", sf.smooth(64, 64, seed=k)) for k in range(5)]

@@ -149,6 +149,7 @@ def start_two(tiles, workdir, settings):
     return runs.start_two(*runs.arguments(tiles, workdir, settings))
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tiles, tmp_path):
     """Against one process with two devices, parameters split over both."""
     settings = {"total_steps": 3, "mesh.fsdp": 2, "ema": 0.9, "model.student.depths": (0, 0, 0, 0)}

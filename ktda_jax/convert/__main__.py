@@ -12,6 +12,8 @@ import time
 
 from absl import app, flags
 
+from ktda_jax.verbs import parser
+
 SOURCE = flags.DEFINE_string("source", "auto", "ktda, hf, meta, timm or mmpretrain; auto goes by the names.")
 INPUT = flags.DEFINE_string("input", None, "A .pth or .safetensors file, a Hugging Face folder, or hf://ORG/NAME.")
 OUTPUT = flags.DEFINE_string("output", None, "The folder to write; with --to=upstream the .pth file.")
@@ -20,18 +22,7 @@ DATASET = flags.DEFINE_string("dataset", None, "grass, l8_biome, ...: names and 
 TEACHER_HEADS = flags.DEFINE_integer("teacher_heads", None, "Attention heads, which no tensor tells; by width.")
 FMM_HEADS = flags.DEFINE_integer("fmm_heads", None, "The same for the FMM; 8 as published.")
 
-
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"error: {error}")
-    if len(rest) > 1:
-        sys.exit(f"error: unexpected argument {rest[1]!r}; all options are flags, see --help")
-    for name in ("input", "output"):
-        if not flags.FLAGS[name].value:
-            sys.exit(f"error: give --{name}; see --help")
-    return rest
+parse = parser("input", "output")
 
 
 def main(_: list[str]) -> None:
@@ -73,4 +64,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)

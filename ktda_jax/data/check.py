@@ -21,6 +21,7 @@ class SplitSummary:
     pixels: np.ndarray
     ignored: int
     fingerprint: str  # sha256 over names and pixels: the same tiles give it from any storage form
+    labels: str  # sha256 over names and labels alone: the same for other bands of the same tiles
     unreadable: tuple[str, ...] = ()  # tiles that will be skipped in training; empty unless on_corrupt='skip'
 
 
@@ -33,6 +34,7 @@ class _Tile:
     size: tuple[int, int] = (0, 0)
     counts: np.ndarray | None = None  # int64 (256,)
     digest: bytes = b""
+    label: bytes = b""  # digest of name and label
 
 
 _PROBLEMS = {  # what is wrong with {bad} of {total} tiles -> what to do
@@ -67,7 +69,8 @@ def check_split(
     num_classes = num_classes or source.num_classes
     crop = (crop, crop) if isinstance(crop, int) else crop
     problems = {kind: [] for kind in _PROBLEMS}
-    counts, sizes, fingerprint, readable = np.zeros(256, np.int64), set(), hashlib.sha256(), 0
+    counts, sizes, readable = np.zeros(256, np.int64), set(), 0
+    fingerprint, labels = hashlib.sha256(), hashlib.sha256()
     with concurrent.futures.ThreadPoolExecutor(num_threads or cpu_threads()) as pool:
         for tile in pool.map(lambda index: _examine(source, index, num_classes, crop), range(len(source))):
             if tile.problem:
@@ -77,6 +80,7 @@ def check_split(
             counts += tile.counts
             sizes.add(tile.size)
             fingerprint.update(tile.digest)
+            labels.update(tile.label)
 
     unreadable = []
     if on_corrupt == "skip" and readable and (unreadable := problems.pop("unreadable")):
@@ -111,6 +115,7 @@ def check_split(
         pixels=counts[:num_classes],
         ignored=int(counts[IGNORE]),
         fingerprint=fingerprint.hexdigest(),
+        labels=labels.hexdigest(),
         unreadable=tuple(unreadable),
     )
 
@@ -131,7 +136,9 @@ def _examine(source, index: int, num_classes: int, crop: tuple[int, int] | None)
     if counts[num_classes:IGNORE].any():
         values = num_classes + np.flatnonzero(counts[num_classes:IGNORE])
         return _Tile("values", f"{name} (values {some(values.tolist(), 8)})")
-    digest = hashlib.sha256(f"{tile['name']}\0{height}x{width}\0".encode())
+    named = hashlib.sha256(f"{tile['name']}\0{height}x{width}\0".encode())
+    digest = named.copy()
     digest.update(np.ascontiguousarray(image))
     digest.update(np.ascontiguousarray(label))
-    return _Tile(size=(height, width), counts=counts, digest=digest.digest())
+    named.update(np.ascontiguousarray(label))
+    return _Tile(size=(height, width), counts=counts, digest=digest.digest(), label=named.digest())

@@ -102,14 +102,17 @@ def read_bands(
 
 
 def read_window(
-    file, bands: Sequence[int], scale: Sequence | None, nodata: float | None, window=None, alphas=None
+    file, bands: Sequence[int], scale: Sequence | None, nodata: float | None, window=None, alphas=None, by_band=True
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `read_bands`, of an open raster and one window of it: uint8 (bands, H, W), and where there are data (H, W).
 
-    `alphas`: bands that say where data are; None: to be found out from what they hold here.
+    `alphas`: of a scene, the bands that say where data are; then the file's own word counts beside `nodata`. None: to
+    be found out from what they hold here. `by_band`: a missing band is 0 where others are not; else 8-bit values stay.
     """
     values = file.read(bands, window=window)
-    present = _present(file, bands, values, window, alphas) if nodata is None else values != nodata
+    present = True if nodata is None else values != nodata
+    if nodata is None or alphas is not None:
+        present = present & _present(file, bands, values, window, alphas)
     if values.dtype.kind not in "uif":
         raise DataError(f"image {file.name} holds {values.dtype}: only whole and floating numbers can be read")
     if values.dtype.kind == "f":
@@ -127,7 +130,7 @@ def read_window(
         low, high = np.asarray(scale, np.float64).T
         pixels = np.moveaxis(stretch(np.moveaxis(values, 0, -1), low, high), -1, 0)
     if not present.all():
-        pixels *= present
+        pixels *= present if by_band or scale is not None else present.any(0)
     return pixels, present.any(0)
 
 

@@ -9,8 +9,8 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 70, 12, 14, 42  # room for the ticks and the axes' names
-POINTS = 400  # of one line; longer ones become means of neighbours
+LEFT, RIGHT, TOP, BOTTOM = 70, 30, 14, 42  # room for the ticks and the axes' names
+POINTS = 400  # of one line; longer ones become means of neighbours, or with `best` their highest values
 COLOURS = 8  # that the style sheet has
 
 
@@ -25,10 +25,10 @@ class Line:
 def chart(title: str, unit: str, lines: Sequence[Line], best: bool = False) -> str:
     """A figure with a legend that gives each line's last value, or with `best` its highest; log scale where it helps.
 
-    The page's script shows the values at the pointer from `data-lines`.
+    The page's script shows the values at the pointer, or by the arrow keys, from `data-lines`.
     """
-    lines = [_thinned(line) for line in lines]
-    values, steps = (np.concatenate([getattr(line, name) for line in lines]) for name in ("values", "steps"))
+    drawn = [_thinned(line, best) for line in lines]
+    values, steps = (np.concatenate([getattr(line, name) for line in drawn]) for name in ("values", "steps"))
     log = unit == "loss" and values.min() > 0 and values.max() > 20 * values.min()
     first, last = float(steps.min()), max(float(steps.max()), float(steps.min()) + 1)
     ticks, low, high = _log_ticks(values) if log else _ticks(float(values.min()), float(values.max()))
@@ -60,14 +60,14 @@ def chart(title: str, unit: str, lines: Sequence[Line], best: bool = False) -> s
         f"{', log scale' if log else ''}</text>"
     )
     legend, told = [], []
-    for line in lines:
-        points = [(x(s), y(v)) for s, v in zip(line.steps, line.values, strict=True)]
+    for line, thin in zip(lines, drawn, strict=True):
+        points = [(x(s), y(v)) for s, v in zip(thin.steps, thin.values, strict=True)]
         colour = f"c{line.colour % COLOURS}"
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
         parts.append(f'<polyline class="line {colour}" points="{path}"/>')
         if len(points) < 15:
             parts += [f'<circle class="dot {colour}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in points]
-        index = int(line.values.argmax()) if best else len(points) - 1
+        index = int(line.values.argmax()) if best else len(line.values) - 1
         what = "best" if best else "last"
         legend.append(
             f'<li><i class="swatch {colour}"></i>{escape(line.name)} <b>{_number(line.values[index])}</b> '
@@ -75,24 +75,31 @@ def chart(title: str, unit: str, lines: Sequence[Line], best: bool = False) -> s
         )
         told.append({
             "name": line.name,
-            "steps": [round(float(s)) for s in line.steps],
-            "values": [float(f"{v:.5g}") for v in line.values],
+            "steps": [round(float(s)) for s in thin.steps],
+            "values": [float(f"{v:.5g}") for v in thin.values],
         })  # fmt: skip
     area = {"first": first, "last": last, "left": LEFT, "right": WIDTH - RIGHT, "width": WIDTH}
     data = escape(json.dumps({**area, "lines": told}), quote=True)
+    note = ""
+    if any(len(thin.steps) < len(line.steps) for line, thin in zip(lines, drawn, strict=True)):
+        note = f" <small>{'highest' if best else 'means'} of neighbouring values</small>"
+    label = f"{escape(title)} over steps; the arrow keys go through the values"
     return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over steps" data-lines="{data}">'
+        f'<figure class="chart"><figcaption>{escape(title)}{note}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{label}" data-lines="{data}">'
         f'{"".join(parts)}<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/>'
         f'</svg><ul class="legend">{"".join(legend)}</ul><p class="readout" aria-live="polite"></p></figure>'
     )
 
 
-def _thinned(line: Line) -> Line:
+def _thinned(line: Line, best: bool) -> Line:
     group = -(-len(line.steps) // POINTS)
     if group == 1:
         return line
     starts = np.arange(0, len(line.steps), group)
+    if best:
+        kept = [start + int(line.values[start : start + group].argmax()) for start in starts]
+        return dataclasses.replace(line, steps=line.steps[kept], values=line.values[kept])
     sizes = np.diff(np.append(starts, len(line.steps)))
     steps, values = (np.add.reduceat(x, starts) / sizes for x in (line.steps, line.values))
     return dataclasses.replace(line, steps=steps, values=values)

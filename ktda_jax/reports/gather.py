@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from ktda_jax.config import ConfigError
 from ktda_jax.data.check import SplitSummary, check_split
 from ktda_jax.data.images import DataError
 from ktda_jax.inputs import open_source
@@ -16,9 +15,8 @@ from ktda_jax.reports.workdir import Run
 FEATURE_TILES = 3
 
 
-def gather(workdirs: Sequence[str], *, root: str | None, keep: int, say: Callable[[str], None] = print) -> list[Run]:
+def gather(paths: Sequence[pathlib.Path], *, root: str | None, keep: int, say: Callable = print) -> list[Run]:
     """ConfigError for what is no workdir. `keep`: best and worst tiles each; 0 runs no model and reads no tiles."""
-    paths = [pathlib.Path(path) for path in dict.fromkeys(workdirs)]
     runs = [workdir.read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
     leaders = {}  # tiles and classes -> the run whose best and worst tiles stand for all with the same
     for run in runs:
@@ -32,7 +30,7 @@ def gather(workdirs: Sequence[str], *, root: str | None, keep: int, say: Callabl
     return runs
 
 
-def _names(paths: list[pathlib.Path]) -> list[str]:
+def _names(paths: Sequence[pathlib.Path]) -> list[str]:
     """The folders' names, or the paths as they were given where these are the same."""
     names = [path.resolve().name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
@@ -53,7 +51,7 @@ def _look(run: Run, root: str | None, keep: int, leaders: dict, say) -> None:
             run.missing[section] = _line(error) + hint
         return
     say(f"evaluating the {len(source)} tiles of {run.split} with the checkpoint of step {model.step}")
-    key = (summary.fingerprint, tuple(run.classes), tuple(config.data.crop))
+    key = (summary.labels, tuple(run.classes))  # other bands or another crop are other pixels of the same tiles
     leader = leaders.get(key)
     wanted = [tile.name for tile in leader.worst + leader.best] if leader else []
     try:
@@ -98,14 +96,14 @@ def _count_shares(run: Run, model, opened: dict, say) -> None:
             if split == run.split:
                 predictions, predicted = run.confusion.sum(0), len(source)
             else:
-                some = tiles.Some(source, tiles.PREDICTED)
+                some = tiles.Some(source, tiles.PREDICTED, skip=bool(summary.unreadable))
                 say(f"predicting {len(some)} of the {len(source)} tiles of {split}")
                 predictions, predicted = tiles.score(model, some, run.config, say=say).confusion.sum(0), len(some)
-        except (ConfigError, DataError, jax.errors.JaxRuntimeError) as error:
+        except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:  # ConfigError and DataError among them
             run.missing["shares"] = f"{split}: {_line(error)}"
             continue
         run.shares[split] = tiles.Shares(
-            summary.pixels, summary.ignored, np.asarray(predictions), summary.tiles, predicted
+            summary.pixels, summary.ignored, np.asarray(predictions), summary.tiles - len(summary.unreadable), predicted
         )
 
 

@@ -22,16 +22,14 @@ for (const table of document.querySelectorAll("table.sortable")) {
   }));
 }
 
-// Charts: the values at the step nearest to the pointer.
+// Charts: the values at the step nearest to the pointer, or one step after the other by the arrow keys.
 for (const svg of document.querySelectorAll("svg[data-lines]")) {
   const chart = JSON.parse(svg.dataset.lines);
   const cursor = svg.querySelector(".cursor");
   const readout = svg.parentElement.querySelector(".readout");
-  svg.addEventListener("pointermove", (event) => {
-    const box = svg.getBoundingClientRect();
-    const x = (event.clientX - box.left) / box.width * chart.width;
-    const share = Math.min(1, Math.max(0, (x - chart.left) / (chart.right - chart.left)));
-    const wanted = chart.first + share * (chart.last - chart.first);
+  const all = [...new Set(chart.lines.flatMap((line) => line.steps))].sort((a, b) => a - b);
+  let current = null;
+  const show = (wanted) => {
     const found = chart.lines.map(({ name, steps, values }) => {
       let best = 0;
       steps.forEach((step, k) => { if (Math.abs(step - wanted) < Math.abs(steps[best] - wanted)) best = k; });
@@ -44,11 +42,28 @@ for (const svg of document.querySelectorAll("svg[data-lines]")) {
     cursor.setAttribute("visibility", "visible");
     const told = found.map(({ name, step, value }) => `${name} ${value}${step === nearest.step ? "" : ` (step ${step})`}`);
     readout.textContent = `step ${nearest.step}: ${told.join(", ")}`;
+    current = nearest.step;
+  };
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const x = (event.clientX - box.left) / box.width * chart.width;
+    const share = Math.min(1, Math.max(0, (x - chart.left) / (chart.right - chart.left)));
+    show(chart.first + share * (chart.last - chart.first));
   });
-  svg.addEventListener("pointerleave", () => {
-    cursor.setAttribute("visibility", "hidden");
-    readout.textContent = "";
+  svg.addEventListener("keydown", (event) => {
+    const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!way) return;
+    event.preventDefault();
+    const before = current === null ? (way > 0 ? -1 : all.length) : all.indexOf(current);
+    show(all[Math.min(all.length - 1, Math.max(0, before + way))]);
   });
+  for (const leaving of ["pointerleave", "blur"]) {
+    svg.addEventListener(leaving, () => {
+      cursor.setAttribute("visibility", "hidden");
+      readout.textContent = "";
+      current = null;
+    });
+  }
 }
 
 // Tiles: layers on and off, classes half transparent over the image, label and prediction in turn.

@@ -10,6 +10,7 @@ import numpy as np
 from ktda_jax import reading, sharding
 from ktda_jax.data import pipeline
 from ktda_jax.data.datasets import IGNORE
+from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import read_tile
 from ktda_jax.metrics import summarize
 from ktda_jax.reports.trained import Trained
@@ -84,7 +85,7 @@ def score(
             if name in names:
                 named[name] = make()
 
-    pending = None
+    pending, done = None, 0
     for number, batch in enumerate(batches):
         arrays = {k: batch[k] for k in ("image", "label", "mask")}
         _, predictions = trained.eval_step(trained.params, trained.stats, sharding.to_global(trained.mesh, arrays))
@@ -93,7 +94,8 @@ def score(
         pending = batch, predictions
         if number and time.monotonic() - said > 10:  # the first batch compiles
             said = time.monotonic()
-            say(f"{number * config.eval_batch_size:,} of {len(source):,} tiles")
+            say(f"{done:,} of {len(source):,} tiles")
+        done += int(batch["mask"].sum())
     if pending is not None:
         take(pending[0], np.asarray(jax.device_get(pending[1])))
     found = {tile.index: tile for _, tile in worst + best}
@@ -126,12 +128,21 @@ def shown(tile: Tile, config) -> np.ndarray:
 
 
 class Some:
-    """At most `count` tiles of a source, evenly spread."""
+    """At most `count` tiles of a source, evenly spread; with `skip` without those of them that cannot be read."""
 
-    def __init__(self, source, count: int):
+    def __init__(self, source, count: int, *, skip: bool = False):
         self._source, self.num_classes = source, source.num_classes
         self.bands = getattr(source, "bands", 3)
         self.indices = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
+        if skip:
+            self.indices = [index for index in self.indices if self._readable(index)]
+
+    def _readable(self, index: int) -> bool:
+        try:
+            read_tile(self._source, int(index))
+        except DataError:
+            return False
+        return True
 
     def __len__(self) -> int:
         return len(self.indices)

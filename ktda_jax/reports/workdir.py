@@ -50,14 +50,18 @@ class Run:
         return f"{done}: step {self.step:,} of {total:,}"
 
 
-def read(path: pathlib.Path, name: str) -> Run:
-    """ConfigError if `path` is no workdir; what is in it and cannot be read is `missing`."""
+def check(path: pathlib.Path) -> None:
+    """ConfigError if `path` is no workdir."""
     if not path.is_dir():
-        raise ConfigError(f"--workdir={path} {'is a file' if path.exists() else 'does not exist'}; give a run's folder")
-    figures = path / "figures"
+        raise ConfigError(f"--workdir={path} is no folder; give the folder of a training")
     if not any((path / file).is_file() for file in ("config.json", "metrics.jsonl")):
         raise ConfigError(f"--workdir={path} is no workdir: neither config.json nor metrics.jsonl is in it")
-    run = Run(path, name)
+
+
+def read(path: pathlib.Path, name: str) -> Run:
+    """ConfigError if `path` is no workdir; what is in it and cannot be read is `missing`."""
+    check(path)
+    run, figures = Run(path, name), path / "figures"
     try:
         run.config = ConfigDict(_json(path / "config.json"))
         run.settings = configs.flat(run.config)
@@ -96,10 +100,12 @@ def _read_scores(run: Run, path: pathlib.Path) -> None:
         classes = tuple(str(name) for name in values["classes"])
         if confusion.shape != (len(classes),) * 2 or (run.classes and classes != tuple(run.classes)):
             raise ValueError(f"its classes are {', '.join(classes)}")
+        if (confusion < 0).any():
+            raise ValueError(f"a count of pixels is {confusion.min()}")
     except FileNotFoundError:
         run.missing["scores"] = "not evaluated yet: that is done when training ends, or by --mode=eval"
         return
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         run.missing["scores"] = f"{path.parent.name}/{path.name} cannot be used: {error}"
         return
     run.confusion, run.classes, run.scored = confusion, classes, f"{path.parent.name}/{path.name}"

@@ -2,14 +2,16 @@
 
 import dataclasses
 import glob
+import os
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ktda_jax.data.images import DataError
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".vrt", ".jp2")  # of scenes in a folder
 MAPS = (".tif", ".tiff", ".png")
+LONGEST_NAME = 255 - len(".aux.xml")  # bytes
 PLAIN = (".png", ".jpg", ".jpeg")  # their maps are PNG in a folder of maps
 
 
@@ -62,7 +64,7 @@ def name_outputs(
     named = []
     for path in inputs:
         made = target / (path.stem + (".png" if path.suffix.lower() in PLAIN else ".tif")) if folder else target
-        if cog and made.suffix == ".png":
+        if cog and made.suffix.lower() == ".png":
             raise DataError(f"--cog makes GeoTIFF, and the map of {path} is {made}; give an --output that ends in .tif")
 
         def beside(wanted, ending, made=made):
@@ -92,14 +94,23 @@ def make_folders(outputs: Sequence[Outputs]) -> None:
             raise DataError(f"cannot write to the folder {folder}: {error.strerror}") from error
 
 
+def check_sources(read: Mapping[pathlib.Path, Sequence[pathlib.Path]], named: Sequence[Outputs]) -> None:
+    """read: each scene's files, such as the sources of a VRT. DataError if an output would be one of them."""
+    sources = {source.resolve(): path for path, files in read.items() for source in files}
+    for made in (made for outputs in named for made in outputs.wanted()):
+        if path := sources.get(made.resolve()):
+            part = "" if made.resolve() == path.resolve() else "what is read by "
+            raise DataError(f"{made} would be written over {part}the input {path}; choose another --output")
+
+
 def _check(inputs: Sequence[pathlib.Path], named: Sequence[Outputs]) -> None:
-    read = {path.resolve(): path for path in inputs}
+    check_sources({path: [path] for path in inputs}, named)
     written = {}
     for path, outputs in zip(inputs, named, strict=True):
         for made in outputs.wanted():
             where = made.resolve()
-            if where in read:
-                raise DataError(f"{made} would be written over the input {read[where]}; choose another --output")
+            if len(os.fsencode(made.name)) > LONGEST_NAME:
+                raise DataError(f"the file name {made.name} is too long; map {path} alone, to another --output")
             if where in written:
                 raise DataError(
                     f"{written[where]} and {path} would both be mapped to {made}; map them into different folders"

@@ -1,7 +1,6 @@
 """Maps of scenes: what is to be read is checked, the pipeline runs, the files are written."""
 
 import contextlib
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -20,16 +19,16 @@ def trained_reading(data: dict | None) -> Reading:
     bands, scale = data.get("bands"), data.get("scale")
     if scale is not None:
         scale = tuple(tuple(pair) if isinstance(pair, (list, tuple)) else pair for pair in scale)
-    return Reading(bands and tuple(bands), scale, data.get("nodata"))
+    nodata = data.get("nodata")
+    return Reading(bands and tuple(bands), scale, nodata, by_band=any(x is not None for x in (bands, scale, nodata)))
 
 
 def differences(trained: Reading, reading: Reading) -> list[str]:
     """What is read otherwise than in training, one line each."""
     return [
-        f"--{field.name} is {_shown(getattr(reading, field.name))}, in training it was "
-        f"{_shown(getattr(trained, field.name))}"
-        for field in dataclasses.fields(Reading)
-        if getattr(trained, field.name) != getattr(reading, field.name)
+        f"--{name} is {_shown(getattr(reading, name))}, in training it was {_shown(getattr(trained, name))}"
+        for name in ("bands", "scale", "nodata")
+        if getattr(trained, name) != getattr(reading, name)
     ]
 
 
@@ -42,7 +41,7 @@ def check_scenes(inputs, reading: Reading, bands: int, say) -> list[Scene]:
     scenes = [open_scene(path, reading, bands) for path in inputs]
     tiffs = [scene for scene in scenes if scene.path.suffix.lower() in (".tif", ".tiff")]
     for what, found in (
-        ("no CRS; their maps will have none either", [s for s in tiffs if not s.located]),
+        ("no CRS; their maps will have none either", [s for s in tiffs if not s.place.get("crs")]),
         (
             "8-bit values, and --scale reaches to more; are they stretched already? then give --scale=0,255",
             [s for s in scenes if s.dtype == "uint8" and _highest(reading.scale) > 255],
@@ -87,6 +86,9 @@ def map_scenes(
                 progress.clear()
                 if not writer.any_data:
                     say(f"warning: {scene.path} holds no data at all; its map is all {255}")
+                elif strip.row.uniform is not None:
+                    hint = f" with --scale={scene.reading.scale}; is its unit another?" if scene.reading.scale else ""
+                    say(f"warning: {scene.path}: all its values become {strip.row.uniform}{hint}")
                 say(f"{scene.path}: {scene.height} x {scene.width} -> {target.map}")
     return {"pixels": progress.total, "seconds": progress.seconds()}
 

@@ -1,6 +1,7 @@
 """The files of one scene's map, written under temporary names and renamed when all are whole, the map last."""
 
 import colorsys
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -14,9 +15,11 @@ from ktda_jax.data.images import DataError
 from ktda_jax.scenes import blend, polygons
 from ktda_jax.scenes.files import Outputs
 from ktda_jax.scenes.pipeline import Finished, every
-from ktda_jax.scenes.raster import RasterWriter, Scene, convert
+from ktda_jax.scenes.raster import Scene
+from ktda_jax.scenes.writing import RasterWriter, convert
 
 PREVIEW = 2048  # pixels, the longer side of an overlay
+BESIDE = (".aux.xml", ".ovr", ".msk")  # endings of files that GDAL reads with one
 OPACITY = 0.45  # of the class colours in it
 
 
@@ -28,7 +31,8 @@ class Legend:
     @classmethod
     def of(cls, count: int, classes=None, palette=None) -> "Legend":
         """Numbers for names and distinct colours where a model came without them."""
-        hues = [colorsys.hsv_to_rgb(0.618 * k % 1, 0.7, 0.95 - 0.3 * (k % 2)) for k in range(count)]
+        shades = [(saturation, value) for saturation in (0.8, 0.4) for value in (0.95, 0.7, 0.45)]
+        hues = [colorsys.hsv_to_rgb(0.618 * k % 1, *shades[k % len(shades)]) for k in range(count)]
         return cls(
             tuple(classes or map(str, range(count))),
             tuple(palette or (tuple(round(255 * v) for v in hue) for hue in hues)),
@@ -67,7 +71,7 @@ class SceneWriter:
             raise
 
     def _temporary(self, path: pathlib.Path, suffix: str | None = None) -> pathlib.Path:
-        made = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{suffix or path.suffix}")
+        made = path.with_name(f".{uuid.uuid4().hex}.tmp{suffix or path.suffix}")
         self._temporaries[path] = made
         return made
 
@@ -101,13 +105,16 @@ class SceneWriter:
                     try:
                         convert(source, self._temporary(path), driver, writer.checksums)
                     finally:
-                        source.unlink(missing_ok=True)
+                        _remove(source)
             self._describe(drawn[outputs.map])
             for path in sorted(drawn, key=lambda path: path == outputs.map):
-                for ending in (".aux.xml", ""):
-                    aside = pathlib.Path(f"{drawn[path]}{ending}")
-                    if aside.exists():
-                        os.replace(aside, f"{path}{ending}")
+                for ending in BESIDE:
+                    made, target = pathlib.Path(f"{drawn[path]}{ending}"), pathlib.Path(f"{path}{ending}")
+                    if made.exists():
+                        os.replace(made, target)
+                    else:  # that of an older map would be taken for ours
+                        target.unlink(missing_ok=True)
+                os.replace(drawn[path], path)
         except OSError as error:
             raise DataError(f"cannot write in {outputs.map.parent}: {error.strerror or error}") from error
 
@@ -119,7 +126,7 @@ class SceneWriter:
 
     def _describe(self, path: pathlib.Path) -> None:
         """Class names where GDAL and QGIS look for them: GeoTIFF has no place for them of its own."""
-        if path.suffix == ".png":  # a plain image stays one file, unless it has a place on Earth
+        if path.suffix.lower() == ".png":  # a plain image stays one file, unless it has a place on Earth
             if not self._scene.located:
                 pathlib.Path(f"{path}.aux.xml").unlink(missing_ok=True)
             return
@@ -137,5 +144,11 @@ class SceneWriter:
         for writer in self._writers.values():
             writer.abandon()
         for temporary in self._temporaries.values():
-            for ending in ("", ".aux.xml", "-journal"):
-                pathlib.Path(f"{temporary}{ending}").unlink(missing_ok=True)
+            _remove(temporary)
+
+
+def _remove(temporary: pathlib.Path) -> None:
+    """With what GDAL may have put beside it."""
+    for ending in ("", "-journal", *BESIDE):
+        with contextlib.suppress(OSError):
+            pathlib.Path(f"{temporary}{ending}").unlink(missing_ok=True)

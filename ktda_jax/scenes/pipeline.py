@@ -20,6 +20,7 @@ from ktda_jax.scenes.raster import RowReader, Scene
 from ktda_jax.scenes.windows import Grid, grid
 
 ROWS_AHEAD = 4  # rows without a tile to compute that may wait for a batch to fill
+ROWS_HELD, BYTES_HELD = 64, 1 << 26  # the same of rows with some tiles, and of their `present`
 IN_FLIGHT = 2  # batches that the device has while the host goes on
 
 
@@ -32,6 +33,7 @@ class Row:
     index: int
     present: np.ndarray  # bool (end - top, W)
     preview: np.ndarray | None  # uint8 (bands, h, w): every `every`-th pixel of these rows
+    uniform: int | None  # 0 or 255, if all data of the scene down to here are that in all bands
 
     @property
     def top(self) -> int:
@@ -68,8 +70,9 @@ class Batch:
 
     @property
     def full(self) -> bool:
-        waiting = sum(isinstance(item, Row) for item in self.order)
-        return self.tiles == len(self.images) or (self.tiles == 0 and waiting >= ROWS_AHEAD) or waiting >= 64
+        waiting = [item.present.nbytes for item in self.order if isinstance(item, Row)]
+        most = ROWS_HELD if self.tiles else ROWS_AHEAD
+        return self.tiles == len(self.images) or len(waiting) >= most or sum(waiting) >= BYTES_HELD
 
     def add(self, pixels: np.ndarray, rows: np.ndarray, columns: np.ndarray, left: int) -> None:
         """pixels: uint8 (bands, h, w); smaller than a tile only if the scene is, and then continued by reflection."""
@@ -104,6 +107,7 @@ def _read(scenes, step: Step, overlap: int, preview: int) -> Iterator[Batch]:
     for scene in scenes:
         tiles = grid(scene.height, scene.width, (height, width), overlap)
         row_weights, column_weights = blend.weights(tiles.rows), blend.weights(tiles.columns)
+        uniform = {0, 255}
         with RowReader(scene) as reader:
             for index, top in enumerate(tiles.rows.starts):
                 pixels, present = reader.rows(top, min(top + height, scene.height))
@@ -112,7 +116,11 @@ def _read(scenes, step: Step, overlap: int, preview: int) -> Iterator[Batch]:
                 if preview:
                     side = every(scene, preview)
                     small = pixels[:, -top % side : done : side, ::side].copy()
-                batch.order.append(Row(scene, tiles, index, present[:done].copy(), small))
+                if uniform and present[:done].any():
+                    data = pixels[:, :done][:, present[:done]]
+                    uniform &= {int(data.min()), int(data.max())} if data.min() == data.max() else set()
+                value = min(uniform) if len(uniform) == 1 else None
+                batch.order.append(Row(scene, tiles, index, present[:done].copy(), small, value))
                 if batch.full:
                     yield batch
                     batch = Batch(step)

@@ -1,12 +1,10 @@
-"""Scenes and maps as files: the only place of `scenes` that knows rasterio."""
+"""Scenes as files: what they hold, and their rows as the model's 8-bit bands."""
 
 import contextlib
 import dataclasses
 import os
 import pathlib
-import warnings
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,8 @@ class Reading:
 
     bands: tuple[int, ...] | None = None  # counted from 1; None: 8-bit RGB
     scale: tuple | None = None  # (low, high), or one such pair per band; None: 8-bit values
-    nodata: float | None = None  # None: as the file declares
+    nodata: float | None = None  # beside what the file declares
+    by_band: bool = False  # a missing band was 0 in training, instead of its value as in plain 8-bit RGB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +44,12 @@ class Scene:
     reading: Reading
     block: tuple[int, int]
     place: dict[str, Any]  # crs, transform, gcps, rpcs: what rasterio.open takes for a new file
+    files: tuple[pathlib.Path, ...]  # all that are read, such as the sources of a VRT
 
     @property
     def located(self) -> bool:
-        return self.place.get("crs") is not None
+        """Whether anything says where on Earth, or at least in some plane, it lies."""
+        return any(self.place.get(name) for name in ("crs", "gcps", "rpcs")) or not self.place["transform"].is_identity
 
 
 def rasterio_for(path: str | os.PathLike):
@@ -59,7 +60,7 @@ def rasterio_for(path: str | os.PathLike):
 
 
 @contextlib.contextmanager
-def _one_line(path) -> Iterator[None]:
+def one_line(path) -> Iterator[None]:
     """Turns whatever GDAL raises into a DataError that names `path`."""
     rasterio = rasterio_for(path)
     try:
@@ -74,7 +75,7 @@ def _one_line(path) -> Iterator[None]:
 def open_scene(path: pathlib.Path, reading: Reading, bands: int) -> Scene:
     """Looks at a raster without reading its pixels. DataError unless it can give a model of `bands` bands its input."""
     rasterio = rasterio_for(path)
-    with _one_line(path), rasterio.open(path) as file:
+    with one_line(path), rasterio.open(path) as file:
         if not file.count:
             raise DataError(f"{path} holds several rasters and none of its own; name one of them")
         chosen, palette = _choose(path, file, reading, bands)
@@ -86,9 +87,7 @@ def open_scene(path: pathlib.Path, reading: Reading, bands: int) -> Scene:
                 f"{path} holds {kind}, and the model was trained on 8-bit images; give --scale=LOW,HIGH, the values "
                 "that become 0 and 255"
             )
-        alphas = alpha_bands(file, chosen)
-        if reading.nodata is None and alphas:
-            alphas = [band for band in alphas if _is_alpha(file, band)]
+        alphas = [band for band in alpha_bands(file, chosen) if _is_alpha(file, band)]
         place = {"transform": file.transform, "crs": file.crs}
         points, points_crs = file.gcps
         if points and file.transform.is_identity:
@@ -97,7 +96,7 @@ def open_scene(path: pathlib.Path, reading: Reading, bands: int) -> Scene:
             place["rpcs"] = file.rpcs
         return Scene(
             path, file.height, file.width, str(kind), chosen, palette, tuple(alphas), reading, file.block_shapes[0],
-            place,
+            place, tuple(map(pathlib.Path, file.files)),
         )  # fmt: skip
 
 
@@ -118,10 +117,17 @@ def _choose(path, file, reading: Reading, bands: int) -> tuple[tuple[int, ...], 
     if len(colours) == 3:
         return tuple(colours), None
     if len(colours) == 1 and file.colorinterp[colours[0] - 1] == ColorInterp.palette:
+        if reading.scale is not None:
+            raise DataError(f"{path} holds numbers of colours, which cannot be stretched; convert it to RGB")
         table = file.colormap(colours[0])
         return (colours[0],), tuple(table.get(k, (0, 0, 0, 0))[:3] for k in range(256))
-    if len(colours) == 1:
-        return (colours[0],) * 3, None  # grey, as in training
+    if len(colours) == 1:  # grey, as in training, where these become 0 to 255 too
+        bits = int(file.tags(colours[0], ns="IMAGE_STRUCTURE").get("NBITS", 8))
+        if file.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES":
+            raise DataError(f"{path} is grey with white as 0; convert it to 'black is 0'")
+        if bits < 8 and reading.scale is None:
+            raise DataError(f"{path} is grey of {bits} bits; give --scale=0,{2**bits - 1}, or convert it to 8 bits")
+        return (colours[0],) * 3, None
     raise DataError(
         f"{path} has {len(colours)} bands, and the model takes red, green and blue; name them, such as --bands=1,2,3"
     )
@@ -131,13 +137,18 @@ def _is_alpha(file, band: int) -> bool:
     """Whether a band that is called alpha says where data are: next to nothing but 0 and 255 in 16 places."""
     from rasterio.windows import Window
 
+    if file.driver == "PNG" or file.count == 2:
+        return True  # there nothing is called alpha that is not
     seen = []
     for row in np.linspace(0, max(file.height - 256, 0), 4).astype(int):
         for column in np.linspace(0, max(file.width - 256, 0), 4).astype(int):
             window = Window(column, row, min(256, file.width), min(256, file.height))
             seen.append(np.bincount(file.read(band, window=window).astype(np.uint8).ravel(), minlength=256))
     counts = np.sum(seen, 0)
-    return counts[255] >= 0.9 * counts[1:].sum()  # all 0: then it is harmless, data are where it is not
+    if not counts[1:].any():  # no data in these places, or a lake
+        size = min(file.height, 1024), min(file.width, 1024)
+        counts = np.bincount(file.read(band, out_shape=size).astype(np.uint8).ravel(), minlength=256)
+    return counts[255] >= 0.9 * counts[1:].sum()
 
 
 class RowReader:
@@ -147,7 +158,7 @@ class RowReader:
         rasterio = rasterio_for(scene.path)
         self._scene = scene
         options = {"NUM_THREADS": "ALL_CPUS"} if scene.path.suffix.lower() in (".tif", ".tiff") else {}
-        with _one_line(scene.path):
+        with one_line(scene.path):
             self._file = rasterio.open(scene.path, sharing=False, **options)
         self._first = self._end = 0  # rows in the buffer
         self._pixels = self._present = None
@@ -180,7 +191,7 @@ class RowReader:
             end = min(-(-end // block) * block, scene.height, self._first + capacity)
         columns = scene.width if width >= scene.width else max(width, CHUNK // (end - self._end) // width * width)
         height = max(block, CHUNK // columns // block * block) if block <= TALLEST_BLOCK else end - self._end
-        with _one_line(scene.path):
+        with one_line(scene.path):
             while self._end < end:
                 stop = min(self._end // block * block + height, end) if block <= TALLEST_BLOCK else end
                 rows = slice(self._end - self._first, stop - self._first)
@@ -196,8 +207,10 @@ class RowReader:
         scene = self._scene
         window = Window(area.start, first, area.stop - area.start, end - first)
         chosen = scene.chosen if len(set(scene.chosen)) == len(scene.chosen) else scene.chosen[:1]
-        scale = scene.reading.scale
-        pixels, present = read_window(self._file, chosen, scale, scene.reading.nodata, window, scene.alphas)
+        reading = scene.reading
+        pixels, present = read_window(
+            self._file, chosen, reading.scale, reading.nodata, window, scene.alphas, reading.by_band
+        )
         if scene.palette is not None:
             pixels = np.array(scene.palette, np.uint8).T[:, pixels[0]] * present
         return pixels, present
@@ -207,131 +220,3 @@ class RowReader:
 
     def __exit__(self, *exception):
         self._file.close()
-
-
-class RasterWriter:
-    """A tiled, compressed GeoTIFF of uint8, written from top to bottom in whole blocks."""
-
-    def __init__(
-        self,
-        path: pathlib.Path,
-        scene: Scene,
-        bands: Sequence[str],
-        *,
-        palette: dict[int, tuple] | None = None,
-        unit: float | None = None,
-        tags: dict[str, str] | None = None,
-    ):
-        """bands: their names. palette: colours of a single band's values. unit: what a stored 1 stands for."""
-        rasterio = rasterio_for(path)
-        self.path, self._scene = path, scene
-        self._block = 512 if min(scene.height, scene.width) > 512 else 256
-        self._waiting, self._top = [], 0
-        self.checksums: list[tuple[int, int]] = []  # end of each part, and CRC of its rows
-        with _writing(path):
-            self._file = rasterio.open(
-                path, "w", driver="GTiff", dtype="uint8", count=len(bands), height=scene.height, width=scene.width,
-                nodata=255, tiled=True, blockxsize=self._block, blockysize=self._block, interleave="band",
-                compress="deflate", zlevel=1, predictor=1 if palette else 2, bigtiff="if_safer", **scene.place,
-            )  # fmt: skip
-            if palette:
-                self._file.write_colormap(1, palette)
-            if unit:
-                self._file.scales = (unit,) * len(bands)
-            self._file.descriptions = tuple(bands)
-            self._file.update_tags(**(tags or {}))
-
-    def write(self, rows: np.ndarray) -> None:
-        """rows: uint8 (bands, h, W), any number of them, or (h, W)."""
-        self._waiting.append(rows if rows.ndim == 3 else rows[None])
-        if self._rows() >= self._block:
-            self._flush(self._rows() // self._block * self._block)
-
-    def _rows(self) -> int:
-        return sum(rows.shape[1] for rows in self._waiting)
-
-    def _flush(self, count: int) -> None:
-        from rasterio.windows import Window
-
-        rows = np.concatenate(self._waiting, axis=1) if len(self._waiting) > 1 else self._waiting[0]
-        with _writing(self.path):
-            self._file.write(rows[:, :count], window=Window(0, self._top, rows.shape[2], count))
-        self._top += count
-        self.checksums.append((self._top, _checksum(rows[:, :count])))
-        self._waiting = [rows[:, count:].copy()]
-
-    def close(self) -> None:
-        """DataError unless all of it is in the file."""
-        if self._rows():
-            self._flush(self._rows())
-        with _writing(self.path):
-            self._file.close()
-        check_whole(self.path, self.checksums)
-
-    def abandon(self) -> None:
-        with contextlib.suppress(Exception):
-            self._file.close()
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-    rasterio_for(path)
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # GDAL's are many, not all of them rasterio's, and of different bases
-        words = " ".join(str(error.__cause__ or error).split())
-        raise DataError(f"cannot write in {path.parent}: {words or type(error).__name__}; is the disk full?") from error
-
-
-def _checksum(rows: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(rows))
-
-
-def check_whole(path: pathlib.Path, checksums: Sequence[tuple[int, int]]) -> None:
-    """DataError unless a raster gives back what was written.
-
-    On a full disk GDAL writes what fits, and says so to nobody if that happens while it empties its cache.
-    """
-    from rasterio.windows import Window
-
-    rasterio = rasterio_for(path)
-    with _writing(path), rasterio.open(path) as file:
-        top = 0
-        for end, checksum in checksums:
-            if _checksum(file.read(window=Window(0, top, file.width, end - top))) != checksum:
-                raise OSError("the file does not hold what was written to it")
-            top = end
-
-
-def convert(source: pathlib.Path, target: pathlib.Path, driver: str, checksums: Sequence[tuple[int, int]]) -> None:
-    """A GeoTIFF as Cloud-Optimized GeoTIFF (driver COG) or as PNG, checked as `check_whole` does."""
-    import rasterio.shutil
-
-    options = {"PNG": {}, "COG": dict(compress="deflate", bigtiff="if_safer", num_threads="ALL_CPUS")}[driver]
-    with _writing(target), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if driver == "COG":
-            with rasterio.open(source) as file:
-                classes = file.colorinterp[0] == rasterio.enums.ColorInterp.palette
-            options |= (
-                {"overview_resampling": "nearest"} if classes else {"overview_resampling": "average", "predictor": 2}
-            )
-        rasterio.shutil.copy(source, target, driver=driver, **options)
-    check_whole(target, checksums)
-
-
-def polygons_of(path: pathlib.Path, side: int) -> Iterator[list[tuple[dict, float]]]:
-    """Connected pixels of one value as (GeoJSON polygon, value), in windows of at most `side` pixels a side."""
-    from rasterio.features import shapes
-    from rasterio.windows import Window
-
-    rasterio = rasterio_for(path)
-    with _one_line(path), rasterio.open(path) as file:
-        for top in range(0, file.height, side):
-            for left in range(0, file.width, side):
-                window = Window(left, top, min(side, file.width - left), min(side, file.height - top))
-                transform = file.transform @ rasterio.Affine.translation(left, top)
-                values = file.read(1, window=window)
-                yield list(shapes(values, mask=values != file.nodata, transform=transform))
