@@ -9,9 +9,9 @@ DIR holds tiles named BIOME_SCENE_NUMBER in img_dir/*/ and ann_dir/*/, whose spl
 checkpoint is selected by its score. The name `probe` is the linear probe of the teacher (benchmarks/probe.py).
 
 A finished run is known by its result.json and a hash of all that decides it; the same command goes on where it was
-stopped. `--choose` runs GRID for every scored fold on folds that are not scored (trains on all but it and the next one,
-validates on the next one) and writes OUTPUT/choice.json, which scoring then reads; a name without a choice of its own
-takes that of `full`.
+stopped. `--choose` runs CANDIDATES for every scored fold on folds that are not scored (trains on all but it and the
+next one, validates on the next one) and writes OUTPUT/choice.json, which scoring then reads; a name without a choice of
+its own takes that of `full`, but for what the ablation itself sets.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import gc
 import hashlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import runpy
@@ -33,8 +34,11 @@ import folds as fold_files
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ABLATIONS = runpy.run_path(str(ROOT / "configs" / "ablations.py"))
 NAMES = (*ABLATIONS["ABLATIONS"], "probe")
-GRID = {"optimizer.lr": [3e-4, 1e-3, 3e-3]}  # of every ablation alike; of the probe PROBE_GRID
-PROBE_GRID = {"l2": [1e-4, 1e-3, 1e-2, 1e-1]}
+CANDIDATES = {
+    "student": [{"optimizer.lr": lr} for lr in (3e-4, 1e-3, 3e-3)],
+    "full": [{"optimizer.lr": lr} for lr in (3e-4, 1e-3, 3e-3)],
+    "probe": [{"l2": l2} for l2 in (1e-4, 1e-3, 1e-2, 1e-1)],
+}
 PROBE = {"l2": 1e-2}
 RESULT, CHOICE = "result.json", "choice.json"
 
@@ -55,6 +59,7 @@ class Study:
         self.counts = fold_files.count_classes(self.tiles, len(self.classes))
         self.fold_of = fold_files.assign(self.counts, args.folds)
         self.fingerprint = fold_files.fingerprint(self.tiles)
+        self.size = fold_files.size(self.tiles)
         self.taps = None  # of all tiles, once the probe needs them
 
     def of_folds(self, wanted) -> list[str]:
@@ -74,10 +79,12 @@ class Study:
         try:
             config.lock().update_from_flattened_dict({**self.args.set, **sizes})
         except (KeyError, TypeError) as error:
-            raise ValueError(f"--set or --grid: {str(error.args[0]).splitlines()[0]}") from error
+            raise ValueError(f"--set or --candidates: {str(error.args[0]).splitlines()[0]}") from error
         config.data.name, config.data.root, config.seed = self.args.dataset, str(root), seed
         config.weights.teacher = str(self.args.teacher)
         config.data.train_split, config.data.val_split, config.data.test_split = "train", "val", None
+        if self.args.published or name == "probe":  # whole tiles
+            config.data.crop = config.model.teacher.image_size = self.size
         config.eval_every = config.total_steps  # scored once: a best checkpoint would be selected on the scored tiles
         return config
 
@@ -85,8 +92,9 @@ class Study:
         """The result of one run, from its file if it is there."""
         from ktda_jax import config as configs
 
-        tiles = hashlib.sha256(json.dumps([train, val]).encode()).hexdigest()[:10]
-        config = self.config(name, overrides, seed, self.output / "tiles" / tiles)
+        tiles = hashlib.sha256(json.dumps([train, val, self.args.published]).encode()).hexdigest()[:10]
+        root = self.output / "tiles" / tiles
+        config = self.config(name, overrides, seed, root)
         decides = {k: v for k, v in configs.flat(config).items() if not k.startswith(configs.RUNTIME)}
         if name == "probe":
             decides |= {**PROBE, **overrides}
@@ -99,7 +107,9 @@ class Study:
         if self.args.collect:
             return {}
         print(f"== {place}", flush=True)
-        fold_files.write_folder(self.output / "tiles" / tiles, self.tiles, train, val)
+        fold_files.write_folder(
+            root, self.tiles, train, val, cut=None if self.args.published else min(config.data.crop)
+        )
         workdir.mkdir(parents=True, exist_ok=True)
         found = self._probe(config, train, val, {**PROBE, **overrides}) if name == "probe" else _train(config, workdir)
         result = {
@@ -133,7 +143,7 @@ class Study:
             "steps": 0,
             "parameters": (features + 1) * len(self.classes),
             "frozen": _frozen(model),
-            "inference_gflop": (flops.of_model(model, tuple(config.data.crop))["teacher"] + head) / 1e9,
+            "inference_gflop": (flops.of_model(model, self.size)["teacher"] + head) / 1e3 / math.prod(self.size),
             "device": jax.devices()[0].device_kind,
         }
 
@@ -172,7 +182,7 @@ def _train(config, workdir: pathlib.Path) -> dict:
         "steps": config.total_steps,
         "parameters": state.count({k: v for k, v in params.items() if not k.startswith("auxiliary_head/")}),
         "frozen": _frozen(model) if model.encoder == "teacher" else 0,
-        "inference_gflop": operations["inference"] / 1e9,
+        "inference_gflop": operations["inference"] / 1e3 / math.prod(config.data.crop),  # of a megapixel
         "device": jax.devices()[0].device_kind,
     }
     jax.clear_caches()  # every run compiles programs of its own
@@ -197,21 +207,20 @@ def _prepare_jax(output: pathlib.Path) -> None:
 
 
 def choose(study: Study) -> dict:
-    """{name: {scored fold: {"overrides", "scores"}}}: the best of the grid on folds that are not the scored one."""
+    """{name: {scored fold: {"overrides", "scores"}}}: the best candidate on folds that are not the scored one."""
     import numpy as np
     from evidence_table import miou
 
     args, chosen = study.args, {}
     for name in args.names:
-        grid = PROBE_GRID if name == "probe" else args.grid
-        candidates = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        candidates = args.candidates[name]
         scores = {fold: [[] for _ in candidates] for fold in range(args.folds)}
         # The inner fold outermost but one: XLA's programs are the same for all folds of a candidate.
         for (number, overrides), fold in itertools.product(enumerate(candidates), range(args.folds)):
             for inner in range(1, args.inner + 1):
                 held = (fold + inner) % args.folds
                 result = study.measure(
-                    name, f"choice/{name}/fold{fold}_inner{held}_{number}", seed=args.seeds[0], overrides=overrides,
+                    name, f"choice/{name}/fold{fold}_inner{held}", seed=args.seeds[0], overrides=overrides,
                     train=study.training_part((fold, held), 100, args.seeds[0]), val=study.of_folds({held}),
                 )  # fmt: skip
                 if result:
@@ -228,12 +237,19 @@ def choose(study: Study) -> dict:
     return chosen
 
 
+def chosen_for(name: str, fold: int, choice: dict) -> dict:
+    """The name's own choice, or that of `full` but for what the ablation itself sets."""
+    own = choice.get(name, {} if name == "probe" else choice.get("full", {}))
+    overrides = own.get(str(fold), {}).get("overrides", {})
+    fixed = () if name in choice or name == "probe" else ABLATIONS["ABLATIONS"][name]
+    return {k: v for k, v in overrides.items() if k not in fixed}
+
+
 def score(study: Study, choice: dict) -> list[dict]:
     """All runs, in an order that gives whole columns of the table early."""
     args, results = study.args, []
     for seed, percent, name, fold in itertools.product(args.seeds, args.labels, args.names, range(args.folds)):
-        chosen = choice.get(name, {} if name == "probe" else choice.get("full", {}))
-        overrides = chosen.get(str(fold), {}).get("overrides", {})
+        overrides = chosen_for(name, fold, choice)
         result = study.measure(
             name, f"{name}_{percent}/fold{fold}_seed{seed}", seed=seed, overrides=overrides,
             train=study.training_part({fold}, percent, seed), val=study.of_folds({fold}),
@@ -258,13 +274,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--published", action="store_true", help="the published sizes, for an accelerator")
     parser.add_argument("--set", default=[], action="append", metavar="KEY=VALUE", help="for all: total_steps=300")
     parser.add_argument("--choose", action="store_true", help="choose hyper-parameters instead of scoring")
-    parser.add_argument("--grid", default=GRID, type=json.loads, help="of --choose, as JSON")
+    parser.add_argument(
+        "--candidates", default=CANDIDATES, type=json.loads, help='of --choose: {"full": [{"KEY": VALUE}]}'
+    )
     parser.add_argument("--inner", default=1, type=int, help="of --choose: inner folds per scored one")
     parser.add_argument("--collect", action="store_true", help="table and figure of what is finished; runs nothing")
     parser.add_argument("--keep_checkpoints", action="store_true")
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(NAMES):
         sys.exit(f"error: --names={','.join(sorted(unknown))} is unknown; known: {', '.join(NAMES)}")
+    if args.choose and (without := set(args.names) - set(args.candidates)):
+        sys.exit(f"error: --choose has no candidates for {', '.join(sorted(without))}; give --candidates")
     if args.folds < 2 + args.choose or not 1 <= args.inner < args.folds:
         sys.exit(f"error: --folds={args.folds} --inner={args.inner}; give at least 2 folds, 3 to --choose, fewer inner")
     if not args.teacher.exists():

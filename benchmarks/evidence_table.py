@@ -83,7 +83,7 @@ def rows(results: list[dict]) -> list[dict]:
 
 def markdown(table: list[dict], classes: tuple[str, ...]) -> str:
     head = ["labels", "model", "runs", "mIoU", f"against {BASELINE}", "union", *classes, "aAcc", "time", "parameters"]
-    lines = [head + ["GFLOP"], ["---"] * (len(head) + 1)]
+    lines = [head + ["GFLOP/Mpx"], ["---"] * (len(head) + 1)]
     for row in table:
         difference, frozen = row["difference"], row["frozen"]
         shown = "-"

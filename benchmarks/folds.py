@@ -11,6 +11,7 @@ import pathlib
 import shutil
 
 import numpy as np
+from PIL import Image
 
 IGNORE = 255
 
@@ -38,6 +39,17 @@ def find_tiles(root: pathlib.Path) -> dict[str, tuple[pathlib.Path, pathlib.Path
     if not tiles:
         raise ValueError(f"no tiles in {root}: it needs img_dir/SPLIT/BIOME_SCENE_NUMBER.png and ann_dir/SPLIT")
     return dict(sorted(tiles.items()))
+
+
+def size(tiles: dict) -> tuple[int, int]:
+    """(H, W) of all tiles; ValueError if they differ."""
+    sizes = {}
+    for image, _ in tiles.values():
+        with Image.open(image) as opened:  # the header only
+            sizes.setdefault(opened.size[::-1], image)
+    if len(sizes) > 1:
+        raise ValueError(f"tiles of different sizes: {', '.join(f'{v} {h}x{w}' for (h, w), v in sizes.items())}")
+    return next(iter(sizes))
 
 
 def count_classes(tiles: dict, num_classes: int) -> dict[str, np.ndarray]:
@@ -117,8 +129,12 @@ def fewer(names, counts: dict[str, np.ndarray], percent: int, seed: int) -> list
     return sorted(chosen)
 
 
-def write_folder(root: pathlib.Path, tiles: dict, train, val) -> None:
-    """Makes `root` with img_dir/{train,val} and ann_dir/{train,val} as links to `tiles`; kept if it is there."""
+def write_folder(root: pathlib.Path, tiles: dict, train, val, cut: int | None) -> None:
+    """Makes `root` with img_dir/{train,val} and ann_dir/{train,val} as links to `tiles`; kept if it is there.
+
+    Tiles larger than `cut` pixels are cut into squares of that size, NAME-0 the upper left one; ValueError if these do
+    not fill a tile.
+    """
     if root.exists():
         return
     temporary = root.with_name(f".{root.name}.tmp")
@@ -128,8 +144,20 @@ def write_folder(root: pathlib.Path, tiles: dict, train, val) -> None:
             folder = temporary / ("img_dir", "ann_dir")[kind] / split
             folder.mkdir(parents=True)
             for name in names:
-                (folder / tiles[name][kind].name).symlink_to(tiles[name][kind].resolve())
+                _cut(tiles[name][kind].resolve(), cut, folder)
     os.replace(temporary, root)
+
+
+def _cut(source: pathlib.Path, cut: int | None, folder: pathlib.Path) -> None:
+    with Image.open(source) as image:
+        width, height = image.size
+        if cut is None or (width, height) == (cut, cut):
+            return (folder / source.name).symlink_to(source)
+        if width % cut or height % cut:
+            raise ValueError(f"{source} is {height}x{width}, which squares of {cut} pixels do not fill")
+        corners = itertools.product(range(0, height, cut), range(0, width, cut))
+        for number, (y, x) in enumerate(corners):
+            image.crop((x, y, x + cut, y + cut)).save(folder / f"{source.stem}-{number}.png")
 
 
 def fingerprint(tiles: dict) -> str:

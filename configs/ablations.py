@@ -16,7 +16,7 @@ Arguments: ablations.py:NAME[,small], NAME one of
            kl_position  ... along all positions
            fmm_mlp      full with the `mlp` form of the FMM
            dinov2       the frozen teacher as the encoder under the same decoder: no student, FAM or FMM
-           With small, ConvNeXt-V2 atto, a DINOv2-S teacher and an FMM of one block and 96 channels, for two CPU cores;
+           With small, ConvNeXt-V2 atto, a DINOv2-S teacher and an FMM of one block and 48 channels, for two CPU cores;
            without, the published sizes. Label fractions are folders of fewer tiles: benchmarks/evidence.py --labels.
 Hardware:  two CPU cores with small; one accelerator without.
 Time, score: benchmarks/EVIDENCE.md.
@@ -60,16 +60,16 @@ def get_config(argument: str = "full") -> ConfigDict:
 
 
 def small(config: ConfigDict) -> None:
-    """For two CPU cores; 256 px tiles without a test split, scored once, at the end."""
-    config.total_steps = config.eval_every = 150
-    config.log_every, config.batch_size, config.eval_batch_size = 10, 4, 6
-    config.schedule.warmup, config.schedule.poly_begin = 15, None
-    config.data.crop, config.data.photometric = (256, 256), False
+    """For two CPU cores: 128 px squares without a test split, scored once, at the end."""
+    config.total_steps = config.eval_every = 200
+    config.log_every, config.batch_size, config.eval_batch_size = 20, 8, 24
+    config.schedule.warmup, config.schedule.poly_begin = 20, None
+    config.data.crop = config.model.teacher.image_size = (128, 128)
     config.data.test_split = config_dict.placeholder(str)
     student, teacher, fmm = config.model.student, config.model.teacher, config.model.fmm
     student.preset, student.drop_path, student.remat = "v2_atto", 0.0, False
     teacher.preset = "small"
-    # The teacher's 384 channels at 76 x 76 tokens would make decoder and FMM ten times the student.
-    config.model.neck_channels, fmm.blocks, fmm.heads, fmm.mlp_ratio, fmm.remat = 96, 1, 2, 2.0, False
+    # The teacher's 384 channels at 40 x 40 tokens would make decoder and FMM ten times the student.
+    config.model.neck_channels, fmm.blocks, fmm.heads, fmm.mlp_ratio, fmm.remat = 48, 1, 1, 2.0, False
     config.model.head_channels, config.model.aux_channels = 64, 32
     config.optimizer.lr = 1e-3

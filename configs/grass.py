@@ -56,6 +56,7 @@ def get_config(argument: str = "") -> ConfigDict:
         teacher=dict(preset="base", width=config_dict.placeholder(int), depth=config_dict.placeholder(int),
                      heads=config_dict.placeholder(int), image_size=(256, 256)),
         encoder=config_dict.placeholder(str),  # None: the student; or teacher: the frozen one under the same decoder
+        tap_scales=config_dict.placeholder(tuple),  # of the teacher's four taps; None: 1, as published
         fam=True,
         fmm=dict(enabled=True, form="transformer", blocks=4, heads=8, mlp_ratio=4.0, remat=False),
         grid=config_dict.placeholder(tuple),  # of the FAM's output; None: the teacher's

@@ -62,7 +62,7 @@ def train_step(
         frozen = None if teacher_graphdef is None else state.merge(teacher_graphdef, teacher, {})
         outputs = model(rows["image"], train=True, key=key, teacher=frozen)
         if "teacher" in rows:
-            outputs = outputs._replace(teacher=rows["teacher"])
+            outputs = outputs._replace(teacher=model.config.scaled(rows["teacher"]))
         loss, terms = losses.total_loss(outputs, rows["label"], config.loss)
         return loss, (terms, state.batch_stats(model))
 

@@ -9,6 +9,7 @@ teacher's taps go to the neck.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -36,6 +37,7 @@ class KTDAConfig:
     fam: bool = True
     fmm: FMMConfig | None = FMMConfig()
     grid: tuple[int, int] | None = None  # of the FAM's output; None: the teacher's for the input at hand
+    tap_scales: tuple[float, ...] | None = None  # what the teacher's four taps are multiplied by; None: 1, as published
     neck_channels: int | None = None  # of the neck and all behind it; None: the teacher's width, as published
     head_channels: int = 512
     aux_channels: int = 256  # 0: no auxiliary head
@@ -51,6 +53,8 @@ class KTDAConfig:
             values = getattr(self.student, name)
             if len(values) != 4:
                 raise ValueError(f"config.model.student.{name} is {values}; give four numbers, one per stage")
+        if self.tap_scales is not None and (len(self.tap_scales) != 4 or min(self.tap_scales) <= 0):
+            raise ValueError(f"config.model.tap_scales is {self.tap_scales}; give four numbers above 0")
         if len(self.rgb) != 3 or not 0 <= min(self.rgb) <= max(self.rgb) < self.student.bands:
             raise ValueError(f"rgb is {self.rgb}; give three positions among the {self.student.bands} bands")
 
@@ -60,6 +64,10 @@ class KTDAConfig:
         if self.fam or self.encoder == "teacher":
             return (self.neck_channels or self.teacher.width,) * 4
         return tuple(self.student.channels)
+
+    def scaled(self, taps: Sequence[jax.Array]) -> list[jax.Array]:
+        """The teacher's taps times `tap_scales`. Unscaled, the last, alone normalised, outweighs the others."""
+        return list(taps) if self.tap_scales is None else [s * t for s, t in zip(self.tap_scales, taps, strict=True)]
 
     @classmethod
     def from_dict(cls, config) -> "KTDAConfig":
@@ -150,7 +158,7 @@ class KTDA(nnx.Module):
         if teacher is not None:
             seen = images if (bands, rgb) == (3, (0, 1, 2)) else images[..., np.array(rgb)]
             seen = normalize(seen, self.dtype, teacher.config.mean, teacher.config.std)
-            taps = jax.lax.stop_gradient(teacher(seen))
+            taps = self.config.scaled(jax.lax.stop_gradient(teacher(seen)))
         if self.student is not None:
             x = normalize(images, self.dtype, *band_statistics(bands, rgb))
             features = self.student(x, key=keys[0])
