@@ -35,8 +35,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 ABLATIONS = runpy.run_path(str(ROOT / "configs" / "ablations.py"))
 NAMES = (*ABLATIONS["ABLATIONS"], "probe")
 CANDIDATES = {
-    "student": [{"optimizer.lr": lr} for lr in (3e-4, 1e-3, 3e-3)],
-    "full": [{"optimizer.lr": lr} for lr in (3e-4, 1e-3, 3e-3)],
+    "student": [{"optimizer.lr": lr} for lr in (3e-4, 1e-3)],
+    "scaled": [{"loss.alpha": alpha} for alpha in (0.5, 0.0)],
     "probe": [{"l2": l2} for l2 in (1e-4, 1e-3, 1e-2, 1e-1)],
 }
 PROBE = {"l2": 1e-2}
@@ -82,6 +82,8 @@ class Study:
             raise ValueError(f"--set or --candidates: {str(error.args[0]).splitlines()[0]}") from error
         config.data.name, config.data.root, config.seed = self.args.dataset, str(root), seed
         config.weights.teacher = str(self.args.teacher)
+        if config.teacher.mode == "precomputed":
+            config.teacher.features = str(self.output / "features" / root.name)
         config.data.train_split, config.data.val_split, config.data.test_split = "train", "val", None
         if self.args.published or name == "probe":  # whole tiles
             config.data.crop = config.model.teacher.image_size = self.size
@@ -163,9 +165,11 @@ def _train(config, workdir: pathlib.Path) -> dict:
     import jax
     from flax import nnx
 
-    from ktda_jax import flops, program, state, train
+    from ktda_jax import extract, flops, program, state, train
     from ktda_jax.models.ktda import KTDA
 
+    if config.distill and config.teacher.mode == "precomputed":
+        extract.run(config)
     _COMPILED.clear()
     start = time.perf_counter()
     result = train.train_and_evaluate(config, workdir)

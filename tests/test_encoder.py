@@ -83,3 +83,21 @@ def test_a_narrower_neck(tmp_path):
     assert params["decode_head/lateral_convs/0/conv/kernel"].shape[-2] == 6
     with pytest.raises(ConfigError, match=r"heads is 4, which does not divide 6"):
         build(runs.config(tmp_path, {"model.neck_channels": 6, "model.fmm.form": "transformer", "model.fmm.heads": 4}))
+
+
+def test_tap_scales_multiply_what_is_distilled(tmp_path):
+    """A step with scales is a step without on taps that were multiplied before."""
+    scales = (4.0, 2.0, 1.0, 0.5)
+    taps = [np.random.default_rng(k).normal(size=(4, 5, 5, 16)).astype(np.float32) for k in range(4)]
+    batch = {"image": np.full((4, 64, 64, 3), 90, np.uint8), "label": np.zeros((4, 64, 64), np.uint8)}
+    losses_of = {}
+    for given, multiplied in ((scales, (1,) * 4), (None, scales), (None, (1,) * 4)):
+        program = build(runs.config(tmp_path, {"model.tap_scales": given, "teacher.mode": "precomputed"}))
+        rows = {**batch, "teacher": [s * t for s, t in zip(multiplied, taps, strict=True)]}
+        step = runs.compile_quickly(program.train_step, runs.random_state(program), rows, {})
+        losses_of[given, multiplied] = float(step(runs.random_state(program), rows, {})[1]["distill"])
+    ours, by_hand, unscaled = losses_of.values()
+    assert ours == pytest.approx(by_hand, rel=1e-6) and abs(ours - unscaled) > 0.1 * unscaled
+    for wrong in ((1.0, 2.0, 3.0), (1.0, 1.0, 1.0, 0.0)):
+        with pytest.raises(ValueError, match="config.model.tap_scales is .*; give four numbers above 0"):
+            model_config_of(runs.config(tmp_path, {"model.tap_scales": wrong}))

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+from PIL import Image
 
 from ktda_jax import config as configs
 from ktda_jax import weights
@@ -69,6 +70,23 @@ def test_the_folds_of_the_real_tiles():
     assert len(tiles) == 24 and np.bincount(list(found.values())).tolist() == [6, 6, 6, 6]
     shares = np.array([sum(given[n] for n in found if found[n] == f) for f in range(4)]) / sum(given.values())
     assert (shares > 0.02).all()  # every class is scored in every fold
+
+
+def test_tiles_are_cut_into_squares(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    runs.write_tile(tmp_path / "data", "train", "Barren_00_7", image, image[..., 0] % 4)
+    tiles = folds.find_tiles(tmp_path / "data")
+    assert folds.size(tiles) == (8, 12)
+    folds.write_folder(tmp_path / "cut", tiles, tiles, [], cut=4)
+    corners = [(y, x) for y in (0, 4) for x in (0, 4, 8)]
+    for kind, whole in (("img_dir", image), ("ann_dir", image[..., 0] % 4)):
+        for number, (y, x) in enumerate(corners):
+            square = np.asarray(Image.open(tmp_path / "cut" / kind / "train" / f"Barren_00_7-{number}.png"))
+            np.testing.assert_array_equal(square, whole[y : y + 4, x : x + 4])
+    with pytest.raises(ValueError, match="is 8x12, which squares of 5 pixels do not fill"):
+        folds.write_folder(tmp_path / "other", tiles, tiles, [], cut=5)
+    folds.write_folder(tmp_path / "whole", tiles, tiles, [], cut=None)
+    assert (tmp_path / "whole" / "img_dir" / "train" / "Barren_00_7.png").is_symlink()
 
 
 def test_fewer_labels_are_nested_and_keep_every_class():
@@ -186,7 +204,8 @@ def test_it_goes_on_where_it_was_stopped(study, fake, tmp_path, capsys):
 
 
 def test_hyper_parameters_are_chosen_without_the_scored_tiles(study, fake, tmp_path):
-    evidence.main([*study(names="full", grid='{"optimizer.lr": [1e-4, 2e-3, 1e-3]}'), "--choose"])
+    candidates = {"full": [{"optimizer.lr": lr, "loss.alpha": 0.7} for lr in (1e-4, 2e-3, 1e-3)]}
+    evidence.main([*study(names="full", candidates=json.dumps(candidates)), "--choose"])
     assigned = json.loads((tmp_path / "out" / "folds.json").read_text())
     records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("runs/choice/full/*/result.json")]
     assert len(records) == len(fake.configs) == 9
@@ -195,10 +214,11 @@ def test_hyper_parameters_are_chosen_without_the_scored_tiles(study, fake, tmp_p
         assert {assigned[n] for n in (*record["train"], *record["val"])} == {0, 1, 2} - {scored}
         assert not set(record["train"]) & set(record["val"])
     choice = json.loads((tmp_path / "out" / "choice.json").read_text())["full"]
-    assert [choice[f]["overrides"] for f in "012"] == [{"optimizer.lr": 2e-3}] * 3
+    assert [choice[f]["overrides"] for f in "012"] == [candidates["full"][1]] * 3
     fake.configs.clear()
     evidence.main(study(names="full,mse"))
-    assert [c.optimizer.lr for c in fake.configs] == [2e-3] * 6  # mse has none of its own and takes that of full
+    assert [c.optimizer.lr for c in fake.configs] == [2e-3] * 6  # mse has none of its own and takes that of full,
+    assert [c.loss.alpha for c in fake.configs] == [0.7] * 3 + [0.0] * 3  # but for what it is about
 
 
 def test_two_tiny_configurations_end_to_end(study, tmp_path):
@@ -235,7 +255,7 @@ def test_every_ablation_is_a_valid_config():
     [
         (dict(names="student,fll"), "error: --names=fll is unknown; known: student"),
         (dict(teacher="nowhere"), "error: no --teacher=nowhere"),
-        (dict(set="model.x=1"), "error: --set or --grid: "),
+        (dict(set="model.x=1"), "error: --set or --candidates: "),
         (dict(folds=20), "error: 12 scenes are too few for 20 folds"),
         (dict(data="nowhere"), "error: no tiles in nowhere"),
     ],
