@@ -74,7 +74,7 @@ class Study:
     def config(self, name: str, overrides: dict, seed: int, root: pathlib.Path):
         """The ablation's config for tiles in `root`; the probe's is that of `full`, which names the teacher."""
         argument = "full" if name == "probe" else name
-        config = ABLATIONS["get_config"](argument if self.args.published else f"{argument},small")
+        config = ABLATIONS["get_config"](f"{argument},{'base' if self.args.published else 'small'}")
         sizes = {k: v for k, v in overrides.items() if k not in PROBE}
         try:
             config.lock().update_from_flattened_dict({**self.args.set, **sizes})

@@ -3,7 +3,7 @@
 Command:   python -m ktda_jax.main --config=configs/ablations.py:full,small --config.data.root=DIR \\
              --config.weights.teacher=weights/dinov2s
            benchmarks/evidence.py runs them over folds, seeds and shares of the labels, and makes the table.
-Arguments: ablations.py:NAME[,small], NAME one of
+Arguments: ablations.py:NAME[,base|,small], NAME one of
            student      the student alone: its own pyramid goes to the decoder
            fam          + FAM (and the neck that goes with it), without distillation
            fam_distill  + FAM with distillation
@@ -17,8 +17,9 @@ Arguments: ablations.py:NAME[,small], NAME one of
            kl_position  ... along all positions
            fmm_mlp      full with the `mlp` form of the FMM
            dinov2       the frozen teacher as the encoder under the same decoder: no student, FAM or FMM
-           With small, ConvNeXt-V2 atto, a DINOv2-S teacher and an FMM of one block and 48 channels, for two CPU cores;
-           without, the published sizes. Label fractions are folders of fewer tiles: benchmarks/evidence.py --labels.
+           With base, the published sizes on a schedule for some twenty tiles; with small, that schedule for ConvNeXt-V2
+           atto, a DINOv2-S teacher and an FMM of one block and 48 channels; without either, configs/cloud.py's.
+           Label fractions are folders of fewer tiles: benchmarks/evidence.py --labels.
 Hardware:  two CPU cores with small; one accelerator without.
 Time, score: benchmarks/EVIDENCE.md.
 """
@@ -54,27 +55,35 @@ def get_config(argument: str = "full") -> ConfigDict:
     name, *flags = argument.split(",")
     if name not in ABLATIONS:
         raise ValueError(f"ablation {name!r} is unknown; known: {', '.join(ABLATIONS)}")
-    if unknown := set(flags) - {"small"}:
-        raise ValueError(f"config argument {', '.join(sorted(unknown))!r} is unknown; known: NAME, small")
+    if unknown := set(flags) - {"small", "base"}:
+        raise ValueError(f"config argument {', '.join(sorted(unknown))!r} is unknown; known: NAME, small, base")
     config = cloud["get_config"]()
+    if "base" in flags or "small" in flags:
+        short(config)
     if "small" in flags:
         small(config)
     config.update_from_flattened_dict(ABLATIONS[name])
     return config
 
 
-def small(config: ConfigDict) -> None:
-    """For two CPU cores: 128 px squares without a test split, scored once, at the end."""
+def short(config: ConfigDict) -> None:
+    """A schedule for some twenty tiles of 256 px without a test split, scored once, at the end."""
     config.total_steps = config.eval_every = 300
-    config.log_every, config.batch_size, config.eval_batch_size = 50, 4, 24
+    config.log_every, config.batch_size, config.eval_batch_size = 50, 4, 6
     config.schedule.warmup, config.schedule.poly_begin = 30, None
-    config.teacher.mode = "precomputed"  # by evidence.py; it then sees the tiles without the colour distortion
+    config.data.crop, config.data.test_split = (256, 256), config_dict.placeholder(str)
+    config.model.student.remat = config.model.fmm.remat = False
+
+
+def small(config: ConfigDict) -> None:
+    """For two CPU cores: 128 px squares, which evidence.py cuts and whose teacher features it precomputes."""
+    config.eval_batch_size = 24
     config.data.crop = config.model.teacher.image_size = (128, 128)
-    config.data.test_split = config_dict.placeholder(str)
+    config.teacher.mode = "precomputed"  # the teacher then sees the tiles without the colour distortion
     student, teacher, fmm = config.model.student, config.model.teacher, config.model.fmm
-    student.preset, student.drop_path, student.remat = "v2_atto", 0.0, False
+    student.preset, student.drop_path = "v2_atto", 0.0
     teacher.preset = "small"
     # The teacher's 384 channels at 40 x 40 tokens would make decoder and FMM ten times the student.
-    config.model.neck_channels, fmm.blocks, fmm.heads, fmm.mlp_ratio, fmm.remat = 48, 1, 1, 2.0, False
+    config.model.neck_channels, fmm.blocks, fmm.heads, fmm.mlp_ratio = 48, 1, 1, 2.0
     config.model.head_channels, config.model.aux_channels = 64, 32
     config.optimizer.lr = 1e-3
