@@ -6,7 +6,7 @@
 
 DIR holds tiles named BIOME_SCENE_NUMBER in img_dir/*/ and ann_dir/*/, whose splits are ignored: folds are made here
 (benchmarks/folds.py). Every run trains on the other folds and is scored once, at its last step, on its own: no
-checkpoint is selected by its score. The name `probe` is the linear probe of the teacher (benchmarks/probe.py).
+checkpoint is selected by its score. The names `probe...` are linear probes (benchmarks/probe.py).
 
 A finished run is known by its result.json and a hash of all that decides it; the same command goes on where it was
 stopped. `--choose` runs CANDIDATES for every scored fold on folds that are not scored (trains on all but it and the
@@ -33,7 +33,9 @@ import folds as fold_files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ABLATIONS = runpy.run_path(str(ROOT / "configs" / "ablations.py"))
-NAMES = (*ABLATIONS["ABLATIONS"], "probe")
+# Linear probes: of all four taps of the teacher, of each alone, and of the mean colour for comparison.
+PROBES = {"probe": slice(None), **{f"probe_tap{k}": slice(k, k + 1) for k in range(4)}, "probe_colour": None}
+NAMES = (*ABLATIONS["ABLATIONS"], *PROBES)
 CANDIDATES = {
     "student": [{"optimizer.lr": lr} for lr in (3e-4, 1e-3)],
     "scaled": [{"loss.alpha": alpha} for alpha in (0.5, 0.0)],
@@ -73,7 +75,7 @@ class Study:
 
     def config(self, name: str, overrides: dict, seed: int, root: pathlib.Path):
         """The ablation's config for tiles in `root`; the probe's is that of `full`, which names the teacher."""
-        argument = "full" if name == "probe" else name
+        argument = "full" if name in PROBES else name
         config = ABLATIONS["get_config"](f"{argument},{'base' if self.args.published else 'small'}")
         sizes = {k: v for k, v in overrides.items() if k not in PROBE}
         try:
@@ -85,7 +87,7 @@ class Study:
         if config.teacher.mode == "precomputed":
             config.teacher.features = str(self.output / "features" / root.name)
         config.data.train_split, config.data.val_split, config.data.test_split = "train", "val", None
-        if self.args.published or name == "probe":  # whole tiles
+        if self.args.published or name in PROBES:  # whole tiles
             config.data.crop = config.model.teacher.image_size = self.size
         config.eval_every = config.total_steps  # scored once: a best checkpoint would be selected on the scored tiles
         return config
@@ -98,7 +100,7 @@ class Study:
         root = self.output / "tiles" / tiles
         config = self.config(name, overrides, seed, root)
         decides = {k: v for k, v in configs.flat(config).items() if not k.startswith(configs.RUNTIME)}
-        if name == "probe":
+        if name in PROBES:
             decides |= {**PROBE, **overrides}
         decides |= {"name": name, "train": train, "val": val, "tiles": self.fingerprint}
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
@@ -113,7 +115,10 @@ class Study:
             root, self.tiles, train, val, cut=None if self.args.published else min(config.data.crop)
         )
         workdir.mkdir(parents=True, exist_ok=True)
-        found = self._probe(config, train, val, {**PROBE, **overrides}) if name == "probe" else _train(config, workdir)
+        if name in PROBES:
+            found = self._probe(name, config, train, val, {**PROBE, **overrides})
+        else:
+            found = _train(config, workdir)
         result = {
             "name": name, "seed": seed, "overrides": overrides, "train": train, "val": val, "digest": digest,
             "date": time.strftime("%Y-%m-%d"), "versions": {p: metadata.version(p) for p in ("jax", "flax", "numpy")},
@@ -124,28 +129,35 @@ class Study:
             shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
         return result
 
-    def _probe(self, config, train: list, val: list, settings: dict) -> dict:
+    def _probe(self, name: str, config, train: list, val: list, settings: dict) -> dict:
         import jax
+        import numpy as np
         import probe
 
         from ktda_jax import flops, program
 
         model = program.model_config_of(config)
-        if self.taps is None:
-            self.taps = probe.features(config, self.tiles)
-        options = dict(patch=model.teacher.patch, num_classes=len(self.classes), **settings)
+        patch, classes = model.teacher.patch, len(self.classes)
+        if name == "probe_colour":
+            features, teacher = probe.colours(self.tiles, patch), 0
+        else:
+            if self.taps is None:
+                self.taps = probe.features(config, self.tiles)
+            features = {n: np.concatenate(taps[PROBES[name]], -1) for n, taps in self.taps.items()}
+            teacher = flops.of_model(model, self.size)["teacher"]  # of all its layers, whichever tap is used
         start = time.perf_counter()
-        confusion = probe.run(self.taps, self.tiles, train, val, **options)
-        tokens, features = self.taps[val[0]].shape[:2], self.taps[val[0]].shape[2]
-        head = 2 * tokens[0] * tokens[1] * features * len(self.classes)
+        confusion = probe.run(features, self.tiles, train, val, patch=patch, num_classes=classes, **settings)
+        seconds = time.perf_counter() - start
+        height, width, channels = features[val[0]].shape
+        head = 2 * height * width * channels * classes
         return {
             "confusion": confusion.tolist(),
-            "seconds": time.perf_counter() - start,
+            "seconds": seconds,
             "compile_s": 0.0,
             "steps": 0,
-            "parameters": (features + 1) * len(self.classes),
-            "frozen": _frozen(model),
-            "inference_gflop": (flops.of_model(model, self.size)["teacher"] + head) / 1e3 / math.prod(self.size),
+            "parameters": (channels + 1) * classes,
+            "frozen": _frozen(model) if teacher else 0,
+            "inference_gflop": (teacher + head) / 1e3 / math.prod(self.size),
             "device": jax.devices()[0].device_kind,
         }
 
@@ -242,10 +254,10 @@ def choose(study: Study) -> dict:
 
 
 def chosen_for(name: str, fold: int, choice: dict) -> dict:
-    """The name's own choice, or that of `full` but for what the ablation itself sets."""
-    own = choice.get(name, {} if name == "probe" else choice.get("full", {}))
-    overrides = own.get(str(fold), {}).get("overrides", {})
-    fixed = () if name in choice or name == "probe" else ABLATIONS["ABLATIONS"][name]
+    """The name's own choice, or that of `full` (or `probe`) but for what the ablation itself sets."""
+    family = "probe" if name in PROBES else "full"
+    overrides = choice.get(name, choice.get(family, {})).get(str(fold), {}).get("overrides", {})
+    fixed = () if name in choice or name in PROBES else ABLATIONS["ABLATIONS"][name]
     return {k: v for k, v in overrides.items() if k not in fixed}
 
 

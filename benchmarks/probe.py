@@ -21,8 +21,8 @@ from ktda_jax.models.layers import resize
 IGNORE = 255
 
 
-def features(config, tiles: dict) -> dict[str, np.ndarray]:
-    """{name: float32 (h, w, 4 C)}: the teacher's taps of whole tiles, side by side."""
+def features(config, tiles: dict) -> dict[str, list[np.ndarray]]:
+    """{name: four of float32 (h, w, C)}: the teacher's taps of whole tiles."""
     model = program.model_config_of(config)
     mesh = sharding.make_mesh(1, 1)
     graphdef, place = program.frozen_teacher(config, model, jnp.float32, mesh)
@@ -31,9 +31,20 @@ def features(config, tiles: dict) -> dict[str, np.ndarray]:
     @jax.jit
     def taps(arrays, image):
         seen = normalize(image[None], jnp.float32, model.teacher.mean, model.teacher.std)
-        return jnp.concatenate(state.merge(graphdef, arrays, {})(seen), -1)[0]
+        return [tap[0] for tap in state.merge(graphdef, arrays, {})(seen)]
 
-    return {name: np.asarray(taps(arrays, read_image(str(image)))) for name, (image, _) in tiles.items()}
+    return {name: jax.device_get(taps(arrays, read_image(str(image)))) for name, (image, _) in tiles.items()}
+
+
+def colours(tiles: dict, patch: int) -> dict[str, np.ndarray]:
+    """{name: float32 (h, w, 3)}: mean colour of every patch x patch pixels, the last ones padded by their edge."""
+    found = {}
+    for name, (image, _) in tiles.items():
+        pixels = read_image(str(image)).astype(np.float32)
+        (height, width), padding = pixels.shape[:2], [(0, -size % patch) for size in pixels.shape[:2]]
+        padded = np.pad(pixels, [*padding, (0, 0)], mode="edge")
+        found[name] = padded.reshape(-(-height // patch), patch, -(-width // patch), patch, 3).mean((1, 3))
+    return found
 
 
 def class_shares(label: np.ndarray, patch: int, num_classes: int) -> np.ndarray:
