@@ -15,8 +15,9 @@ from ktda_jax import state, weights
 from ktda_jax.checkpoint import Checkpoints
 from ktda_jax.config import classes_of
 from ktda_jax.data.images import read_image
-from ktda_jax.models.ktda import KTDA
+from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.models.layers import at_least_float32, resize
+from ktda_jax.models.vit import ViT
 from ktda_jax.program import model_config_of
 
 LARGEST = 2048  # pixels a side: attention over the whole image
@@ -36,7 +37,9 @@ class Segmenter:
             raise ValueError(f"these weights are a {found.kind}; prediction needs a whole KTDA model")
         self.config, self.classes, self.palette, self.source = found.config, found.classes, found.palette, found.source
         self.data = found.data  # how training read its images, where that is known
-        graphdef, params, stats = state.abstract(lambda: KTDA(found.config, dtype=dtype, rngs=nnx.Rngs(0)))
+        graphdef, params, stats = state.abstract(
+            lambda: KTDA(found.config, own_encoder=True, dtype=dtype, rngs=nnx.Rngs(0))
+        )
         ours = {k: v for k, v in found.arrays.items() if k in params or k in stats}
         state.check_shapes(ours, {**params, **stats}, "the weights")
         self.graphdef = graphdef
@@ -105,15 +108,27 @@ def from_workdir(workdir: pathlib.Path) -> weights.Weights:
         info = classes_of(config)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{workdir}: its config.json does not describe a training of ours: {error}") from error
-    if model.encoder == "teacher":
-        raise ValueError(f"{workdir}: its encoder is the frozen teacher, which no checkpoint holds; use --mode=eval")
     _, params, stats = state.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step = checkpoints.best_step()
         if step is None:
             raise ValueError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
         params, stats = checkpoints.restore_model(step, params, stats)
+    if model.encoder == "teacher":
+        params = {**params, **_encoder(workdir, config.weights.teacher, model)}
     return weights.Weights(
         kind="ktda", config=model, arrays={**params, **stats}, source={"workdir": str(workdir), "step": step},
         classes=info.classes, palette=info.palette, data=config.data.to_dict(),
     )  # fmt: skip
+
+
+def _encoder(workdir: pathlib.Path, path: str | None, model: KTDAConfig) -> state.Arrays:
+    """The frozen encoder's arrays under 'teacher/', from where training had them: no checkpoint holds them."""
+    if path is None:
+        raise ValueError(f"{workdir}: its encoder is a teacher that was random (config.weights.teacher was unset)")
+    _, expected, _ = state.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
+    try:
+        arrays = weights.load(path, expected, "teacher", model.teacher)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{workdir}: its frozen encoder cannot be read: {error}") from error
+    return {f"teacher/{k}": v for k, v in arrays.items()}

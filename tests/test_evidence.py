@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import runs
 from PIL import Image
 
 from ktda_jax import config as configs
-from ktda_jax import weights
+from ktda_jax import pretrained, weights
 from ktda_jax.program import model_config_of
 from ktda_jax.weights import Weights
 
@@ -221,10 +222,15 @@ def test_hyper_parameters_are_chosen_without_the_scored_tiles(study, fake, tmp_p
     assert [c.loss.alpha for c in fake.configs] == [0.7] * 3 + [0.0] * 3  # but for what it is about
 
 
-def test_two_tiny_configurations_end_to_end(study, tmp_path):
-    """And the probe, on real trainings of six steps."""
+def test_tiny_configurations_end_to_end(study, tmp_path):
+    """KTDA distilled from precomputed features, a frozen encoder, and the probe; on real trainings of six steps."""
     flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
-    command = [sys.executable, "benchmarks/evidence.py", *study(names="student,dinov2,probe", folds=2)]
+    command = [
+        sys.executable,
+        "benchmarks/evidence.py",
+        *study(names="scaled,dinov2,probe", folds=2),
+        "--keep_checkpoints",
+    ]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(runs.REPOSITORY)}
     done = subprocess.run(command, cwd=runs.REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -233,9 +239,21 @@ def test_two_tiny_configurations_end_to_end(study, tmp_path):
     for record in found:
         assert np.sum(record["confusion"]) == 6 * 48 * 48  # all pixels of the fold's six tiles
     by_name = {r["name"]: r for r in found}
-    assert by_name["dinov2"]["frozen"] > 0 == by_name["student"]["frozen"]
+    assert by_name["dinov2"]["frozen"] > 0 == by_name["scaled"]["frozen"]
     assert by_name["dinov2"]["inference_gflop"] > by_name["dinov2"]["frozen"] / 1e9
-    assert not list((tmp_path / "out").glob("runs/*/*/checkpoints"))
+    assert len(list((tmp_path / "out").glob("features/*/*.json"))) == 2  # of either training part
+    # The frozen encoder comes along where a training is used: it predicts what was scored.
+    workdir = next((tmp_path / "out").glob("runs/dinov2_100/fold0*"))
+    segmenter, tiles = pretrained.load_pretrained(workdir), folds.find_tiles(tmp_path / "data")
+    confusion = np.zeros((4, 4), int)
+    record = json.loads((workdir / "result.json").read_text())
+    for name in record["val"]:
+        labels = segmenter.predict(tiles[name][0]).labels
+        np.add.at(confusion, (np.asarray(Image.open(tiles[name][1])), labels), 1)
+    assert confusion.tolist() == record["confusion"]
+    shutil.rmtree(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="its frozen encoder cannot be read: .*teacher"):
+        pretrained.load_pretrained(workdir)
     table = (tmp_path / "out" / "table.md").read_text()
     assert all(f"| 100 % | {name} | 2 |" in table for name in by_name)
 

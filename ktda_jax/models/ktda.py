@@ -127,9 +127,14 @@ def band_statistics(bands: int, rgb: tuple[int, int, int]) -> tuple[np.ndarray, 
 class KTDA(nnx.Module):
     """The trainable network. The teacher is a `ViT` of its own, passed to the call, never part of this state."""
 
-    def __init__(self, config: KTDAConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, config: KTDAConfig, *, own_encoder: bool = False, dtype=jnp.float32, param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        """`own_encoder`: a frozen encoder is part of the model, as prediction wants it, instead of an argument."""
         common = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         channels, width, frozen = config.channels, config.teacher.width, config.encoder == "teacher"
+        self.teacher = ViT(config.teacher, **common) if frozen and own_encoder else None
         self.student = None if frozen else ConvNeXt(config.student, **common)
         self.fam = FAM(config.student.channels, width, **common) if config.fam else None
         self.neck = MultiLevelNeck((width,) * 4, channels[0], **common) if config.fam or frozen else None
@@ -154,7 +159,7 @@ class KTDA(nnx.Module):
         """
         rgb, bands = self.config.rgb, self.config.student.bands
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        taps = aligned = None
+        taps, aligned, teacher = None, None, teacher or self.teacher
         if teacher is not None:
             seen = images if (bands, rgb) == (3, (0, 1, 2)) else images[..., np.array(rgb)]
             seen = normalize(seen, self.dtype, teacher.config.mean, teacher.config.std)
