@@ -150,7 +150,7 @@ def _inference(found: Weights, dtype, *, for_onnx: bool) -> tuple[Callable, Mapp
     config = dataclasses.replace(found.config, aux_channels=0)  # the auxiliary head shapes the loss alone
 
     def build():
-        model = KTDA(config, dtype=dtype, rngs=nnx.Rngs(0))
+        model = KTDA(config, own_encoder=True, dtype=dtype, rngs=nnx.Rngs(0))
         for _, module in nnx.iter_modules(model):
             # By default attention goes by this process's device, and cuDNN's is for one GPU and one batch size. ONNX
             # knows neither branches by platform nor our loops.

@@ -62,7 +62,7 @@ def precomputed(trained: Trained, config, source, fingerprint: str, count: int) 
 
     pairs, names, images = [], [], []
     for index in np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist():
-        tile, teacher = source[index], features.read(index, False)
+        tile, teacher = source[index], trained.model.scaled(features.read(index, False))
         student = jax.device_get(run(trained.params, trained.stats, tile["image"][None]))
         pairs.append([(t, s[0]) for t, s in zip(teacher, student, strict=True)])
         names.append(tile["name"])

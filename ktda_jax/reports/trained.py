@@ -33,7 +33,9 @@ def load(workdir: pathlib.Path, config) -> Trained:
         raise ConfigError("no checkpoint in the workdir yet")
     dtype = configs.compute_dtype(config)
     found = pretrained.from_workdir(workdir)
-    graphdef, params, stats = state.abstract(lambda: KTDA(found.config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graphdef, params, stats = state.abstract(
+        lambda: KTDA(found.config, own_encoder=True, dtype=dtype, rngs=nnx.Rngs(0))
+    )
     params, stats = ({k: found.arrays[k] for k in names} for names in (params, stats))
     mesh = sharding.make_mesh(1, 1)
     step = evaluate.make_eval_step(graphdef, found.config.num_classes, mesh)
