@@ -154,6 +154,7 @@ def study(tmp_path):
         image = label[..., None] * 50 + rng.integers(0, 40, (48, 48, 3))
         runs.write_tile(data, ("train", "val")[number % 2], f"{BIOMES[number // 4]}_{number % 4:02}_0", image, label)
     sizes = {**runs.TINY, "data.crop": (48, 48), "model.teacher.image_size": (48, 48), "mesh.data": 1}
+    del sizes["loss.alpha"]  # which ablations are about
     config = runs.config(data, sizes)
     teacher = Weights("teacher", model_config_of(config).teacher, runs.random_teacher(config), {})
     weights.save(tmp_path / "teacher", teacher)
