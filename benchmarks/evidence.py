@@ -1,17 +1,17 @@
 """Does KTDA help? Ablations (configs/ablations.py) over folds, seeds and shares of the labels: one table, one figure.
 
     python benchmarks/evidence.py --data=DIR --teacher=weights/dinov2s --output=results/evidence
-    python benchmarks/evidence.py ... --names=student,full,probe --labels=25,100 --seeds=0,1,2
-    python benchmarks/evidence.py ... --names=student,full,probe --choose      # hyper-parameters, once, before scoring
+    python benchmarks/evidence.py ... --names=student,full,scaled,probe --labels=25,100 --seeds=0,1
+    python benchmarks/evidence.py ... --names=student,scaled,probe --choose    # hyper-parameters, once, before scoring
 
 DIR holds tiles named BIOME_SCENE_NUMBER in img_dir/*/ and ann_dir/*/, whose splits are ignored: folds are made here
 (benchmarks/folds.py). Every run trains on the other folds and is scored once, at its last step, on its own: no
 checkpoint is selected by its score. The names `probe...` are linear probes (benchmarks/probe.py).
 
-A finished run is known by its result.json and a hash of all that decides it; the same command goes on where it was
-stopped. `--choose` runs CANDIDATES for every scored fold on folds that are not scored (trains on all but it and the
-next one, validates on the next one) and writes OUTPUT/choice.json, which scoring then reads; a name without a choice of
-its own takes that of `full`, but for what the ablation itself sets.
+A finished run is known by its result.json and a hash of all that decides it; the same command leaves it alone, and
+begins a run that was stopped again. `--choose` runs CANDIDATES for every scored fold on folds that are not scored
+(trains on all but it and the next one, validates on the next one) and writes OUTPUT/choice.json, which scoring then
+reads; a name that nothing was chosen for runs as configured.
 """
 
 import argparse
@@ -61,6 +61,12 @@ class Study:
         self.counts = fold_files.count_classes(self.tiles, len(self.classes))
         self.fold_of = fold_files.assign(self.counts, args.folds)
         self.fingerprint = fold_files.fingerprint(self.tiles)
+        self.teacher = fold_files.digest_of(args.teacher)
+        # What a choice is made for, and so where it may be used.
+        self.terms = {
+            "folds": self.fold_of, "tiles": self.fingerprint, "teacher": self.teacher, "published": args.published,
+            "set": {k: str(v) for k, v in args.set.items()},
+        }  # fmt: skip
         self.size = fold_files.size(self.tiles)
         self.taps = None  # of all tiles, once the probe needs them
 
@@ -73,8 +79,8 @@ class Study:
         fold_files.check_classes(names, self.counts, f"what remains without folds {sorted(without)}")
         return fold_files.fewer(names, self.counts, percent, seed)
 
-    def config(self, name: str, overrides: dict, seed: int, root: pathlib.Path):
-        """The ablation's config for tiles in `root`; the probe's is that of `full`, which names the teacher."""
+    def config(self, name: str, overrides: dict, seed: int):
+        """The ablation's config, but for where its tiles are; a probe's is that of `full`, which names the teacher."""
         argument = "full" if name in PROBES else name
         config = ABLATIONS["get_config"](f"{argument},{'base' if self.args.published else 'small'}")
         sizes = {k: v for k, v in overrides.items() if k not in PROBE}
@@ -82,10 +88,7 @@ class Study:
             config.lock().update_from_flattened_dict({**self.args.set, **sizes})
         except (KeyError, TypeError) as error:
             raise ValueError(f"--set or --candidates: {str(error.args[0]).splitlines()[0]}") from error
-        config.data.name, config.data.root, config.seed = self.args.dataset, str(root), seed
-        config.weights.teacher = str(self.args.teacher)
-        if config.teacher.mode == "precomputed":
-            config.teacher.features = str(self.output / "features" / root.name)
+        config.data.name, config.seed, config.weights.teacher = self.args.dataset, seed, str(self.args.teacher)
         config.data.train_split, config.data.val_split, config.data.test_split = "train", "val", None
         if self.args.published or name in PROBES:  # whole tiles
             config.data.crop = config.model.teacher.image_size = self.size
@@ -96,11 +99,18 @@ class Study:
         """The result of one run, from its file if it is there."""
         from ktda_jax import config as configs
 
-        tiles = hashlib.sha256(json.dumps([train, val, self.args.published]).encode()).hexdigest()[:10]
-        root = self.output / "tiles" / tiles
-        config = self.config(name, overrides, seed, root)
-        decides = {k: v for k, v in configs.flat(config).items() if not k.startswith(configs.RUNTIME)}
-        if name in PROBES:
+        probes = name in PROBES
+        config = self.config(name, overrides, seed)
+        cut = None if self.args.published or probes else min(config.data.crop)
+        tiles = hashlib.sha256(json.dumps([train, val, cut, self.fingerprint]).encode()).hexdigest()[:10]
+        config.data.root = str(self.output / "tiles" / tiles)
+        if config.teacher.mode == "precomputed":
+            size = "x".join(map(str, config.data.crop))
+            config.teacher.features = str(self.output / "features" / f"{tiles}-{self.teacher[:10]}-{size}")
+        decides = {k: v for k, v in configs.flat(config).items() if not k.startswith((*configs.RUNTIME, "weights."))}
+        if config.distill or config.model.encoder == "teacher" or probes:
+            decides["teacher"] = self.teacher
+        if probes:
             decides |= {**PROBE, **overrides}
         decides |= {"name": name, "train": train, "val": val, "tiles": self.fingerprint}
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
@@ -111,11 +121,11 @@ class Study:
         if self.args.collect:
             return {}
         print(f"== {place}", flush=True)
-        fold_files.write_folder(
-            root, self.tiles, train, val, cut=None if self.args.published else min(config.data.crop)
-        )
-        workdir.mkdir(parents=True, exist_ok=True)
-        if name in PROBES:
+        shutil.rmtree(workdir, ignore_errors=True)  # of a run that was stopped; its time would not be that of a run
+        workdir.mkdir(parents=True)
+        if not probes:
+            fold_files.write_folder(pathlib.Path(config.data.root), self.tiles, train, val, cut)
+        if probes:
             found = self._probe(name, config, train, val, {**PROBE, **overrides})
         else:
             found = _train(config, workdir)
@@ -254,11 +264,19 @@ def choose(study: Study) -> dict:
 
 
 def chosen_for(name: str, fold: int, choice: dict) -> dict:
-    """The name's own choice, or that of `full` (or `probe`) but for what the ablation itself sets."""
-    family = "probe" if name in PROBES else "full"
-    overrides = choice.get(name, choice.get(family, {})).get(str(fold), {}).get("overrides", {})
-    fixed = () if name in choice or name in PROBES else ABLATIONS["ABLATIONS"][name]
-    return {k: v for k, v in overrides.items() if k not in fixed}
+    """The overrides that were chosen, for any probe those of `probe`; none where there was no choice."""
+    found = choice.get("probe" if name in PROBES else name)
+    return found[str(fold)]["overrides"] if found else {}
+
+
+def read_choice(path: pathlib.Path, terms: dict) -> dict:
+    """What `--choose` wrote; ValueError if for other folds, tiles or settings, where it may have seen scored tiles."""
+    if not path.exists():
+        return {}
+    saved = json.loads(path.read_text())
+    if different := [key for key in terms if saved["made_for"].get(key) != terms[key]]:
+        raise ValueError(f"{path} was made for other {', '.join(different)}; take another --output, or remove it")
+    return saved["chosen"]
 
 
 def score(study: Study, choice: dict) -> list[dict]:
@@ -334,9 +352,11 @@ def main(argv: list[str]) -> None:
         study = Study(args)
         write_json(args.output / "folds.json", study.fold_of)
         path = args.output / CHOICE
-        choice = json.loads(path.read_text()) if path.exists() else {}
+        choice = read_choice(path, study.terms)
         if args.choose:
-            write_json(path, {**choice, **choose(study)})
+            chosen = choose(study)
+            # Read again: meanwhile another process may have chosen for other names.
+            write_json(path, {"made_for": study.terms, "chosen": {**read_choice(path, study.terms), **chosen}})
             print(f"the choice is in {path}")
             return
         results = score(study, choice)

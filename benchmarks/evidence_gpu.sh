@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # The base-size table of benchmarks/EVIDENCE.md on one GPU, in one call:
 #
-#   for p in grain ml-collections array-record etils absl-py; do     # once, where there is a network; Python 3.12
-#     pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
-#       --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 -d wheels $p
-#   done
-#   TEACHER=weights/dinov2b DATA=tiles bash benchmarks/evidence_gpu.sh     # on the machine; results in $OUT or results/
+#   pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+#     --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 -d wheels \
+#     grain==0.2.18 ml-collections array-record etils absl-py portpicker           # once, where there is a network
+#   TEACHER=weights/dinov2b DATA=tiles bash benchmarks/evidence_gpu.sh             # table and figure go to $OUT or results/
 #
-# It needs jax, flax, optax, orbax, opencv and matplotlib there. Finished runs are kept in $OUT/evidence: where a
-# call may last ten minutes only, call it again. NAMES, LABELS, SEEDS and SET (KEY=VALUE ..., for all runs) may be set;
-# for a teacher of another size than the base one, SET=model.teacher.preset=small.
+# It needs jax, flax, optax, orbax, cloudpickle, opencv and matplotlib there. Runs are kept in results/evidence: where a call
+# may last ten minutes only, and that folder stays, call it again. NAMES, LABELS, SEEDS and SET (KEY=VALUE ..., for all
+# runs) may be set; for a teacher of another size than the base one, SET=model.teacher.preset=small.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-results}
+out=${OUT:-results} work=$PWD/results/evidence
+mkdir -p "$out"
 if compgen -G 'wheels/*.whl' > /dev/null; then
   site=$(mktemp -d)
   trap 'rm -rf "$site"' EXIT
@@ -24,6 +24,7 @@ set_flags=()
 for setting in ${SET:-}; do set_flags+=("--set=$setting"); done
 begun=$SECONDS
 python benchmarks/evidence.py --published --data="${DATA:?names the tiles}" --teacher="${TEACHER:?names the weights}" \
-  --output="$out/evidence" --names="${NAMES:-student,full,no_distill,dinov2,probe}" --labels="${LABELS:-100}" \
+  --output="$work" --names="${NAMES:-student,full,no_distill,dinov2,probe}" --labels="${LABELS:-100}" \
   --seeds="${SEEDS:-0}" "${set_flags[@]}"
+cp "$work/table.md" "$work/figure.png" "$work/folds.json" "$out/"
 echo "== evidence: $((SECONDS - begun)) s"

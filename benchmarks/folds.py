@@ -137,7 +137,7 @@ def write_folder(root: pathlib.Path, tiles: dict, train, val, cut: int | None) -
     """
     if root.exists():
         return
-    temporary = root.with_name(f".{root.name}.tmp")
+    temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     for split, names in (("train", train), ("val", val)):
         for kind in range(2):
@@ -145,7 +145,12 @@ def write_folder(root: pathlib.Path, tiles: dict, train, val, cut: int | None) -
             folder.mkdir(parents=True)
             for name in names:
                 _cut(tiles[name][kind].resolve(), cut, folder)
-    os.replace(temporary, root)
+    try:
+        os.replace(temporary, root)
+    except OSError:
+        if not root.is_dir():
+            raise
+        shutil.rmtree(temporary)  # another process made it meanwhile
 
 
 def _cut(source: pathlib.Path, cut: int | None, folder: pathlib.Path) -> None:
@@ -167,4 +172,14 @@ def fingerprint(tiles: dict) -> str:
         digest.update(name.encode())
         for path in paths:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def digest_of(path: pathlib.Path) -> str:
+    """sha256 of a file, or of the names and bytes of all files in a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        digest.update(file.name.encode())
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()

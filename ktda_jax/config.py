@@ -112,9 +112,9 @@ def check(config) -> None:
         raise ConfigError(f"config.teacher.dtype is {config.teacher.dtype!r}; choose 'bfloat16' or 'float16'")
     if config.ema is not None and not 0 < config.ema < 1:
         raise ConfigError(f"config.ema is {config.ema}; give a decay between 0 and 1, such as 0.999")
-    if config.model.encoder == "teacher" and config.distill:
+    if config.model.get("encoder") == "teacher" and config.distill:
         raise ConfigError("config.model.encoder='teacher' leaves nothing to distil; set config.distill=False")
-    if config.model.encoder == "teacher" and config.weights.student is not None:
+    if config.model.get("encoder") == "teacher" and config.weights.student is not None:
         raise ConfigError("config.model.encoder='teacher' has no student; leave config.weights.student out")
     if config.distill and not config.model.fam:
         raise ConfigError("config.distill needs the FAM; set config.model.fam=True or config.distill=False")

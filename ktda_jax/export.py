@@ -3,8 +3,9 @@
     python -m ktda_jax.export --checkpoint=runs/grass --format=stablehlo --output=grass.stablehlo
     python -m ktda_jax.export --checkpoint=weights/grass --size=256 --format=onnx --output=grass.onnx
 
-The file holds the weights, the normalisation and the argmax, and neither teacher nor auxiliary head. FILE.json beside
-it says what goes in and what comes out. StableHLO runs on CPU, CUDA and TPU with nothing but jax and flatbuffers:
+The file holds the weights, the normalisation and the argmax; no auxiliary head, and a teacher only where that is the
+encoder. FILE.json beside it says what goes in and what comes out. StableHLO runs on CPU, CUDA and TPU with nothing but
+jax and flatbuffers:
 
     import numpy as np
     from jax import export, jit

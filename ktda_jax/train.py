@@ -74,7 +74,7 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
         )
         if features is not None:
             writer.message(f"teacher: features in {features.folder}, made by {features.source or 'a random teacher'}")
-        encodes = config.model.encoder == "teacher"
+        encodes = config.model.get("encoder") == "teacher"
         computed = encodes or (config.distill and features is None)
         for part, needed in (("student", config.weights.model is None and not encodes), ("teacher", computed)):
             if needed and config.weights[part] is None and not start:
@@ -148,8 +148,19 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
     split = config.data.test_split or config.data.val_split
     trained = (workdir / "checkpoints").is_dir()
     if trained:
-        what_it_sees = ("data.bands", "data.rgb", "data.scale", "data.nodata")
-        configs.compare(workdir, config, only=("model.", "data.name", "data.classes", "data.palette", *what_it_sees))
+        decides = (
+            "model.",
+            "data.name",
+            "data.classes",
+            "data.palette",
+            "data.bands",
+            "data.rgb",
+            "data.scale",
+            "data.nodata",
+        )
+        if config.model.get("encoder") == "teacher":
+            decides += ("weights.teacher",)
+        configs.compare(workdir, config, only=decides)
     if not trained and config.weights.model is None:
         raise ConfigError(
             f"no checkpoints in {workdir}; train first, give --workdir of a trained run, or config.weights.model"
@@ -168,7 +179,7 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
     params = current.params if current.ema is None else current.ema
     result = evaluate.evaluate(
         program.eval_step, params, current.batch_stats, batches, program.mesh, num_classes=len(info.classes),
-        frozen=program.teacher() if config.model.encoder == "teacher" else None,
+        frozen=program.teacher() if config.model.get("encoder") == "teacher" else None,
     )  # fmt: skip
     if jax.process_index() == 0:
         table = evaluate.write_report(result, workdir, split, info, reading.bands_of(config.data)[1])

@@ -246,12 +246,14 @@ _ELSEWHERE = {  # settings of the model that config.data decides
 
 
 def _differences(found, wanted, prefix: str) -> list[tuple[str, Any, Any]]:
-    differ = []
+    differ, free = [], (*_FREE, "grid", "dropout")
+    if getattr(found, "encoder", None) == "student":
+        free += ("tap_scales",)  # of the loss alone
     for field in dataclasses.fields(found):
         theirs, ours = getattr(found, field.name), getattr(wanted, field.name)
         name = ".".join(filter(None, (prefix, field.name)))
         if dataclasses.is_dataclass(theirs) and dataclasses.is_dataclass(ours):
             differ += _differences(theirs, ours, name)
-        elif field.name not in (*_FREE, "grid", "dropout") and theirs != ours:
+        elif field.name not in free and theirs != ours:
             differ.append((_ELSEWHERE.get(name, name), theirs, ours))
     return differ

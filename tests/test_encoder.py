@@ -7,8 +7,8 @@ import pytest
 import runs
 from flax import nnx
 
+from ktda_jax import benchmark, flops, losses, state
 from ktda_jax import config as configs
-from ktda_jax import flops, losses, state
 from ktda_jax.config import ConfigError
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.vit import ViT
@@ -47,6 +47,20 @@ def test_only_the_decoder_trains(tmp_path):
     assert float(jnp.abs(logits - step(params, stats, other)[1]).max()) > 1e-4
     with pytest.raises(ValueError, match="this model's encoder is the frozen teacher"):
         jax.eval_shape(lambda: state.merge(program.graphdef, params, stats)(images))
+
+
+def test_a_config_from_before_there_was_a_choice_of_encoders(tmp_path):
+    config = runs.config(tmp_path).unlock()
+    for name in ("encoder", "tap_scales", "neck_channels"):
+        del config.model[name]
+    configs.check(config)
+    assert model_config_of(config) == model_config_of(runs.config(tmp_path))
+
+
+def test_the_benchmark_times_a_frozen_encoder(tmp_path):
+    config = runs.config(tmp_path, {**FROZEN, "batch_size": 1})
+    report = benchmark.run(config, steps=0, forwards=1)
+    assert report["forward"]["images_per_s"] > 0
 
 
 def test_inference_pays_for_the_frozen_encoder(tmp_path):
@@ -105,6 +119,6 @@ def test_tap_scales_multiply_what_the_teacher_gives(tmp_path):
     assert [float(t.mean()) for t in scaled] == [4.0, 4.0, 3.0, 2.0]
     unscaled = model_config_of(runs.config(tmp_path)).scaled(taps)
     assert all(a is b for a, b in zip(unscaled, taps, strict=True))  # as published
-    for wrong in ((1.0, 2.0, 3.0), (1.0, 1.0, 1.0, 0.0)):
+    for wrong in ((1.0, 2.0, 3.0), (1.0, 1.0, 1.0, 0.0), (1.0, "a", 1.0, 1.0)):
         with pytest.raises(ValueError, match="config.model.tap_scales is .*; give four numbers above 0"):
             model_config_of(runs.config(tmp_path, {"model.tap_scales": wrong}))

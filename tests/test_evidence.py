@@ -215,12 +215,37 @@ def test_hyper_parameters_are_chosen_without_the_scored_tiles(study, fake, tmp_p
         record, scored = json.loads(path.read_text()), int(path.parent.name[4])
         assert {assigned[n] for n in (*record["train"], *record["val"])} == {0, 1, 2} - {scored}
         assert not set(record["train"]) & set(record["val"])
-    choice = json.loads((tmp_path / "out" / "choice.json").read_text())["full"]
+    choice = json.loads((tmp_path / "out" / "choice.json").read_text())["chosen"]["full"]
     assert [choice[f]["overrides"] for f in "012"] == [candidates["full"][1]] * 3
     fake.configs.clear()
     evidence.main(study(names="full,mse"))
-    assert [c.optimizer.lr for c in fake.configs] == [2e-3] * 6  # mse has none of its own and takes that of full,
-    assert [c.loss.alpha for c in fake.configs] == [0.7] * 3 + [0.0] * 3  # but for what it is about
+    assert [c.loss.alpha for c in fake.configs] == [0.7] * 3 + [0.0] * 3  # mse, which has no choice, as configured
+    with pytest.raises(SystemExit, match="choice.json was made for other folds; take another --output"):
+        evidence.main(study(names="full", folds=4))
+    with pytest.raises(SystemExit, match="choice.json was made for other set; take another --output"):
+        evidence.main([*study(names="full"), "--set=optimizer.b2=0.9"])
+
+
+def test_tiles_are_cut_for_trainings_whatever_probes_did_before(study, fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence.Study, "_probe", lambda *_: {**MEASURED, "confusion": two_classes(50)})
+    command = [*study(names="probe,student"), "--set=data.crop=(24, 24)"]
+    evidence.main(command)
+    shapes = {Image.open(p).size for c in fake.configs for p in pathlib.Path(c.data.root).glob("*/*/*.png")}
+    assert shapes == {(24, 24)} and len(fake.configs) == 3
+    for image in (tmp_path / "data" / "img_dir").glob("*/*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(image))).save(image)
+    evidence.main(command)  # other pixels are other runs, on tiles that are cut anew
+    assert len(fake.configs) == 6 and not {c.data.root for c in fake.configs[3:]} & {
+        c.data.root for c in fake.configs[:3]
+    }
+
+
+def test_a_result_belongs_to_its_teacher(study, fake, tmp_path):
+    command = study(names="student,full")
+    evidence.main(command)
+    (tmp_path / "teacher" / "note.txt").write_text("other weights")
+    evidence.main(command)
+    assert [c.distill for c in fake.configs] == [False] * 3 + [True] * 6  # the student has no teacher
 
 
 def test_tiny_configurations_end_to_end(study, tmp_path):

@@ -53,8 +53,9 @@ class KTDAConfig:
             values = getattr(self.student, name)
             if len(values) != 4:
                 raise ValueError(f"config.model.student.{name} is {values}; give four numbers, one per stage")
-        if self.tap_scales is not None and (len(self.tap_scales) != 4 or min(self.tap_scales) <= 0):
-            raise ValueError(f"config.model.tap_scales is {self.tap_scales}; give four numbers above 0")
+        scales = self.tap_scales
+        if scales is not None and not (len(scales) == 4 and all(isinstance(s, int | float) and s > 0 for s in scales)):
+            raise ValueError(f"config.model.tap_scales is {scales}; give four numbers above 0")
         if len(self.rgb) != 3 or not 0 <= min(self.rgb) <= max(self.rgb) < self.student.bands:
             raise ValueError(f"rgb is {self.rgb}; give three positions among the {self.student.bands} bands")
 
@@ -125,7 +126,7 @@ def band_statistics(bands: int, rgb: tuple[int, int, int]) -> tuple[np.ndarray, 
 
 
 class KTDA(nnx.Module):
-    """The trainable network. The teacher is a `ViT` of its own, passed to the call, never part of this state."""
+    """The trainable network. The teacher is a `ViT` of its own, passed to the call; but see `own_encoder`."""
 
     def __init__(
         self, config: KTDAConfig, *, own_encoder: bool = False, dtype=jnp.float32, param_dtype=jnp.float32,
