@@ -3,10 +3,10 @@
 #
 #   pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
 #     --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 -d wheels \
-#     grain==0.2.18 ml-collections array-record etils absl-py portpicker           # once, where there is a network
-#   TEACHER=weights/dinov2b DATA=tiles bash benchmarks/evidence_gpu.sh             # table and figure go to $OUT or results/
+#     grain==0.2.18 array-record portpicker ml-collections tensorboardX           # once, where there is a network
+#   TEACHER=weights/dinov2b DATA=tiles bash benchmarks/evidence_gpu.sh             # table, figure: $OUT or results/
 #
-# It needs jax, flax, optax, orbax, cloudpickle, opencv and matplotlib there. Runs are kept in results/evidence: where a call
+# It needs jax, flax, optax, orbax, cloudpickle, opencv and matplotlib. Runs are kept in results/evidence: where a call
 # may last ten minutes only, and that folder stays, call it again. NAMES, LABELS, SEEDS and SET (KEY=VALUE ..., for all
 # runs) may be set; for a teacher of another size than the base one, SET=model.teacher.preset=small.
 set -euo pipefail
