@@ -66,9 +66,10 @@ def evaluate(
     """
     total = np.zeros((num_classes, num_classes), np.int64)
     samples, pending = [], None
+    needed = () if frozen is None else (frozen,)
     for batch in batches:
         arrays = {k: batch[k] for k in ("image", "label", "mask")}
-        confusion, predictions = eval_step(params, stats, sharding.to_global(mesh, arrays), frozen)
+        confusion, predictions = eval_step(params, stats, sharding.to_global(mesh, arrays), *needed)
         if len(samples) < SAMPLES:
             local = sharding.local_rows(predictions)
             for row in np.flatnonzero(batch["mask"])[: SAMPLES - len(samples)]:
