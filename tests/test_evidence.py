@@ -248,6 +248,7 @@ def test_a_result_belongs_to_its_teacher(study, fake, tmp_path):
     assert [c.distill for c in fake.configs] == [False] * 3 + [True] * 6  # the student has no teacher
 
 
+@pytest.mark.slow
 def test_tiny_configurations_end_to_end(study, tmp_path):
     """KTDA distilled from precomputed features, a frozen encoder, and the probe; on real trainings of six steps."""
     flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
