@@ -332,6 +332,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
             settings[key] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
             settings[key] = value
+    for name in set(args.names) & set(ABLATIONS["ABLATIONS"]):
+        about = ABLATIONS["ABLATIONS"][name]
+        if clash := sorted(key for key in settings.keys() & about.keys() if settings[key] != about[key]):
+            sys.exit(f"error: --set={clash[0]} is what the ablation {name} is about; leave one of them out")
     args.set = settings
     args.output = args.output.absolute()
     return args

@@ -300,6 +300,7 @@ def test_every_ablation_is_a_valid_config():
     [
         (dict(names="student,fll"), "error: --names=fll is unknown; known: student"),
         (dict(teacher="nowhere"), "error: no --teacher=nowhere"),
+        (dict(names="full,mse", set="loss.alpha=0.7"), "error: --set=loss.alpha is what the ablation mse is about"),
         (dict(set="model.x=1"), "error: --set or --candidates: "),
         (dict(folds=20), "error: 12 scenes are too few for 20 folds"),
         (dict(data="nowhere"), "error: no tiles in nowhere"),
