@@ -123,11 +123,10 @@ class Study:
         print(f"== {place}", flush=True)
         shutil.rmtree(workdir, ignore_errors=True)  # of a run that was stopped; its time would not be that of a run
         workdir.mkdir(parents=True)
-        if not probes:
-            fold_files.write_folder(pathlib.Path(config.data.root), self.tiles, train, val, cut)
-        if probes:
+        if probes:  # which read the tiles where they are
             found = self._probe(name, config, train, val, {**PROBE, **overrides})
         else:
+            fold_files.write_folder(pathlib.Path(config.data.root), self.tiles, train, val, cut)
             found = _train(config, workdir)
         result = {
             "name": name, "seed": seed, "overrides": overrides, "train": train, "val": val, "digest": digest,
@@ -241,7 +240,7 @@ def choose(study: Study) -> dict:
     for name in args.names:
         candidates = args.candidates[name]
         scores = {fold: [[] for _ in candidates] for fold in range(args.folds)}
-        # The inner fold outermost but one: XLA's programs are the same for all folds of a candidate.
+        # Candidates outermost: XLA's programs are the same for all folds of one.
         for (number, overrides), fold in itertools.product(enumerate(candidates), range(args.folds)):
             for inner in range(1, args.inner + 1):
                 held = (fold + inner) % args.folds

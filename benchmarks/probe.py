@@ -13,12 +13,11 @@ import numpy as np
 import scipy.optimize
 
 from ktda_jax import program, sharding, state
+from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.images import read_image, read_label
 from ktda_jax.metrics import confusion_matrix
 from ktda_jax.models.ktda import normalize
 from ktda_jax.models.layers import resize
-
-IGNORE = 255
 
 
 def features(config, tiles: dict) -> dict[str, list[np.ndarray]]:

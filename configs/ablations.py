@@ -9,7 +9,7 @@ Arguments: ablations.py:NAME[,base|,small], NAME one of
            fam_distill  + FAM with distillation
            fmm          the student with FMM, without FAM
            no_distill   FAM and FMM without distillation: what the larger decoder alone gives
-           full         KTDA as published
+           full         KTDA with the published losses
            scaled       full, with the teacher's taps brought to one size before they are distilled
            mse          full, distilled by MSE only
            kl_width     full, distilled by KL only, softmax along the width as published
