@@ -20,13 +20,11 @@ from importlib import metadata
 import jax
 import numpy as np
 from absl import app, flags
-from flax import nnx
 
 from ktda_jax import config as configs
 from ktda_jax import flops, sharding, state
 from ktda_jax import main as command  # its flags, and its one-line errors
 from ktda_jax.config import ConfigError
-from ktda_jax.models.vit import ViT
 from ktda_jax.program import batch_shapes, build, model_config_of
 
 # Dense bfloat16 TFLOP/s, as their makers state them.
@@ -103,16 +101,10 @@ def run(config, *, steps=3, warmup=1, forwards=3, forward_batch=1, peak=None, tr
     if forwards:
         image = jax.device_put(rng.integers(0, 256, (forward_batch, *crop, model.student.bands), np.uint8))
 
-        encoder = None
-        if model.encoder == "teacher":
-            encoder, _, _ = state.abstract(
-                lambda: ViT(model.teacher, dtype=configs.compute_dtype(config), rngs=nnx.Rngs(0))
-            )
-
         @jax.jit
         def forward(params, stats, teacher, image):
-            needed = {} if encoder is None else {"teacher": state.merge(encoder, teacher, {})}
-            return state.merge(program.graphdef, params, stats)(image, **needed).logits
+            encoder = None if program.encoder is None else state.merge(program.encoder, teacher, {})
+            return state.merge(program.graphdef, params, stats)(image, teacher=encoder).logits
 
         arguments = current.params, current.batch_stats, teacher, image
         jax.block_until_ready(forward(*arguments))

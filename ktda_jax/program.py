@@ -34,6 +34,7 @@ class Program:
     abstract: TrainState
     shardings: TrainState
     init: Callable[[], TrainState]
+    encoder: nnx.GraphDef | None  # of the frozen teacher, where that is the model's encoder
     teacher: Callable[[], state.Arrays]  # the frozen teacher's arrays; empty where nothing needs it
     train_step: Callable
     eval_step: Callable
@@ -147,6 +148,7 @@ def build(
         encodes = model_config.encoder == "teacher"
         if encodes or (teacher and config.distill and config.teacher.mode == "computed"):
             teacher_graphdef, teacher_arrays = frozen_teacher(config, model_config, dtype, mesh)
+        encoder = teacher_graphdef if encodes else None
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -173,9 +175,10 @@ def build(
         abstract=abstract,
         shardings=shardings,
         init=lambda: jit_once(init, out_shardings=shardings)(loaded),
+        encoder=encoder,
         teacher=teacher_arrays,
         train_step=jitted,
-        eval_step=evaluate.make_eval_step(graphdef, len(info.classes), mesh, teacher_graphdef if encodes else None),
+        eval_step=evaluate.make_eval_step(graphdef, len(info.classes), mesh, encoder),
         compile_step=functools.partial(compile_ahead, jitted),
     )
 

@@ -74,7 +74,7 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
         )
         if features is not None:
             writer.message(f"teacher: features in {features.folder}, made by {features.source or 'a random teacher'}")
-        encodes = config.model.get("encoder") == "teacher"
+        encodes = program.encoder is not None
         computed = encodes or (config.distill and features is None)
         for part, needed in (("student", config.weights.model is None and not encodes), ("teacher", computed)):
             if needed and config.weights[part] is None and not start:
@@ -179,7 +179,7 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
     params = current.params if current.ema is None else current.ema
     result = evaluate.evaluate(
         program.eval_step, params, current.batch_stats, batches, program.mesh, num_classes=len(info.classes),
-        frozen=program.teacher() if config.model.get("encoder") == "teacher" else None,
+        frozen=None if program.encoder is None else program.teacher(),
     )  # fmt: skip
     if jax.process_index() == 0:
         table = evaluate.write_report(result, workdir, split, info, reading.bands_of(config.data)[1])

@@ -67,6 +67,7 @@ def toy(monkeypatch):
 
         start = jax.eval_shape(init)
         program = Program(
+            encoder=None,
             mesh=mesh, graphdef=None, optimizer=None, schedule=lambda step: 0.1, abstract=start,
             shardings=sharding.tree_shardings(mesh, start), init=init, teacher=dict, train_step=train_step,
             eval_step=eval_step, compile_step=lambda *args: None,
