@@ -9,9 +9,9 @@ DIR holds tiles named BIOME_SCENE_NUMBER in img_dir/*/ and ann_dir/*/, whose spl
 checkpoint is selected by its score. The names `probe...` are linear probes (benchmarks/probe.py).
 
 A finished run is known by its result.json and a hash of all that decides it; the same command leaves it alone, and
-begins a run that was stopped again. `--choose` runs CANDIDATES for every scored fold on folds that are not scored
-(trains on all but it and the next one, validates on the next one) and writes OUTPUT/choice.json, which scoring then
-reads; a name that nothing was chosen for runs as configured.
+begins a run that was stopped again. `--choose` runs CANDIDATES (choice.py) for every scored fold on folds that are not
+scored (trains on all but it and the next one, validates on the next one) and writes OUTPUT/choice.json, which scoring
+then reads; a name that nothing was chosen for runs as configured.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import sys
 import time
 from importlib import metadata
 
+import choice as choices
 import folds as fold_files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -36,11 +37,6 @@ ABLATIONS = runpy.run_path(str(ROOT / "configs" / "ablations.py"))
 # Linear probes: of all four taps of the teacher, of each alone, and of the mean colour for comparison.
 PROBES = {"probe": slice(None), **{f"probe_tap{k}": slice(k, k + 1) for k in range(4)}, "probe_colour": None}
 NAMES = (*ABLATIONS["ABLATIONS"], *PROBES)
-CANDIDATES = {
-    "student": [{"optimizer.lr": lr} for lr in (3e-4, 1e-3)],
-    "scaled": [{"loss.alpha": alpha} for alpha in (0.5, 0.0)],
-    "probe": [{"l2": l2} for l2 in (1e-4, 1e-3, 1e-2, 1e-1)],
-}
 PROBE = {"l2": 1e-2}
 RESULT, CHOICE = "result.json", "choice.json"
 
@@ -231,58 +227,11 @@ def _prepare_jax(output: pathlib.Path) -> None:
     )
 
 
-def choose(study: Study) -> dict:
-    """{name: {scored fold: {"overrides", "scores"}}}: the best candidate on folds that are not the scored one."""
-    import numpy as np
-    from evidence_table import miou
-
-    args, chosen = study.args, {}
-    for name in args.names:
-        candidates = args.candidates[name]
-        scores = {fold: [[] for _ in candidates] for fold in range(args.folds)}
-        # Candidates outermost: XLA's programs are the same for all folds of one.
-        for (number, overrides), fold in itertools.product(enumerate(candidates), range(args.folds)):
-            for inner in range(1, args.inner + 1):
-                held = (fold + inner) % args.folds
-                result = study.measure(
-                    name, f"choice/{name}/fold{fold}_inner{held}", seed=args.seeds[0], overrides=overrides,
-                    train=study.training_part((fold, held), 100, args.seeds[0]), val=study.of_folds({held}),
-                )  # fmt: skip
-                if result:
-                    scores[fold][number].append(miou(result["confusion"]))
-        if not all(found for of_fold in scores.values() for found in of_fold):
-            raise ValueError(f"the choice of {name} is not complete; leave --collect out")
-        chosen[name] = {}
-        for fold, found in scores.items():
-            means = [float(np.mean(values)) for values in found]
-            chosen[name][str(fold)] = {
-                "overrides": candidates[int(np.argmax(means))],
-                "scores": [{**c, "mIoU": round(m, 2)} for c, m in zip(candidates, means, strict=True)],
-            }
-    return chosen
-
-
-def chosen_for(name: str, fold: int, choice: dict) -> dict:
-    """The overrides that were chosen, for any probe those of `probe`; none where there was no choice."""
-    found = choice.get("probe" if name in PROBES else name)
-    return found[str(fold)]["overrides"] if found else {}
-
-
-def read_choice(path: pathlib.Path, terms: dict) -> dict:
-    """What `--choose` wrote; ValueError if for other folds, tiles or settings, where it may have seen scored tiles."""
-    if not path.exists():
-        return {}
-    saved = json.loads(path.read_text())
-    if different := [key for key in terms if saved["made_for"].get(key) != terms[key]]:
-        raise ValueError(f"{path} was made for other {', '.join(different)}; take another --output, or remove it")
-    return saved["chosen"]
-
-
 def score(study: Study, choice: dict) -> list[dict]:
     """All runs, in an order that gives whole columns of the table early."""
     args, results = study.args, []
     for seed, percent, name, fold in itertools.product(args.seeds, args.labels, args.names, range(args.folds)):
-        overrides = chosen_for(name, fold, choice)
+        overrides = choices.overrides_for(name, fold, choice)
         result = study.measure(
             name, f"{name}_{percent}/fold{fold}_seed{seed}", seed=seed, overrides=overrides,
             train=study.training_part({fold}, percent, seed), val=study.of_folds({fold}),
@@ -308,7 +257,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--set", default=[], action="append", metavar="KEY=VALUE", help="for all: total_steps=300")
     parser.add_argument("--choose", action="store_true", help="choose hyper-parameters instead of scoring")
     parser.add_argument(
-        "--candidates", default=CANDIDATES, type=json.loads, help='of --choose: {"full": [{"KEY": VALUE}]}'
+        "--candidates", default=choices.CANDIDATES, type=json.loads, help='of --choose: {"full": [{"KEY": VALUE}]}'
     )
     parser.add_argument("--inner", default=1, type=int, help="of --choose: inner folds per scored one")
     parser.add_argument("--collect", action="store_true", help="table and figure of what is finished; runs nothing")
@@ -355,11 +304,11 @@ def main(argv: list[str]) -> None:
         study = Study(args)
         write_json(args.output / "folds.json", study.fold_of)
         path = args.output / CHOICE
-        choice = read_choice(path, study.terms)
+        choice = choices.read(path, study.terms)
         if args.choose:
-            chosen = choose(study)
+            chosen = choices.choose(study)
             # Read again: meanwhile another process may have chosen for other names.
-            write_json(path, {"made_for": study.terms, "chosen": {**read_choice(path, study.terms), **chosen}})
+            write_json(path, {"made_for": study.terms, "chosen": {**choices.read(path, study.terms), **chosen}})
             print(f"the choice is in {path}")
             return
         results = score(study, choice)
