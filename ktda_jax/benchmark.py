@@ -8,22 +8,36 @@ Random tiles and weights: neither changes the time. A step's time includes movin
 peak memory is the process's largest resident set, which holds everything, the compiler's work too.
 """
 
+import sys
+
+from absl import app, flags
+
+from ktda_jax import main as command  # its flags, and its one-line errors
+from ktda_jax.verbs import parsed
+
+if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
+    flags.DEFINE_integer("steps", 3, "Timed training steps; 0: none.", lower_bound=0)
+    flags.DEFINE_integer("warmup", 1, "Steps and passes before the clock starts.", lower_bound=0)
+    flags.DEFINE_integer("forwards", 3, "Timed forward passes; 0: none.", lower_bound=0)
+    flags.DEFINE_integer("forward_batch", 1, "Images in a forward pass.", lower_bound=1)
+    flags.DEFINE_float("peak_tflops", None, "Of one device, for MFU; known for the devices in benchmark.py.")
+    flags.DEFINE_string("trace", None, "Folder for a profiler trace of three training steps.")
+    flags.DEFINE_string("output", None, "JSON file of the results.")
+    PARSE = parsed(command.parse)  # before the imports below, which take seconds
+
 import os
 import pathlib
 import platform
 import resource
 import statistics
-import sys
 import time
 from importlib import metadata
 
 import jax
 import numpy as np
-from absl import app, flags
 
 from ktda_jax import config as configs
 from ktda_jax import flops, sharding, state
-from ktda_jax import main as command  # its flags, and its one-line errors
 from ktda_jax.config import ConfigError
 from ktda_jax.program import batch_shapes, build, model_config_of
 
@@ -163,12 +177,5 @@ def main(_: list[str]) -> None:
         configs.write_json(pathlib.Path(given.output), {**report, "command": " ".join(sys.argv)})
 
 
-if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have an --output too
-    flags.DEFINE_integer("steps", 3, "Timed training steps; 0: none.", lower_bound=0)
-    flags.DEFINE_integer("warmup", 1, "Steps and passes before the clock starts.", lower_bound=0)
-    flags.DEFINE_integer("forwards", 3, "Timed forward passes; 0: none.", lower_bound=0)
-    flags.DEFINE_integer("forward_batch", 1, "Images in a forward pass.", lower_bound=1)
-    flags.DEFINE_float("peak_tflops", None, "Of one device, for MFU; known for the devices in benchmark.py.")
-    flags.DEFINE_string("trace", None, "Folder for a profiler trace of three training steps.")
-    flags.DEFINE_string("output", None, "JSON file of the results.")
-    app.run(main, flags_parser=command.parse)
+if __name__ == "__main__":
+    app.run(main, flags_parser=PARSE)

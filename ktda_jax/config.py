@@ -1,4 +1,7 @@
-"""What a config means: derived values, checks before anything is compiled, agreement with a workdir."""
+"""What a config means: derived values, checks before anything is compiled, agreement with a workdir.
+
+JAX is imported only where it is asked something, so that a setting that cannot work is named at once.
+"""
 
 import json
 import os
@@ -7,13 +10,11 @@ import sys
 from importlib import metadata
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from ktda_jax import reading
 from ktda_jax.data.datasets import DatasetInfo, dataset_info
-from ktda_jax.losses import KL_AXES
 
 # Settings that may differ between two runs of one workdir: they change how it runs, not what it computes.
 RUNTIME = (
@@ -21,6 +22,7 @@ RUNTIME = (
     "data.test_split", "teacher.features", "teacher.dtype",
 )  # fmt: skip
 
+KL_AXES = ("width", "channel", "position")  # that the softmax of the distillation may run along
 
 _SHARE = (lambda x: 0 <= x < 1, "a number from 0 to below 1")
 _POSITIVE = (lambda x: x > 0, "a number above 0")
@@ -57,8 +59,10 @@ class ConfigError(ValueError):
     """Something the user can mend in the configuration; shown as one line."""
 
 
-def compute_dtype(config) -> jnp.dtype:
+def compute_dtype(config) -> np.dtype:
     """`config.dtype`: float32, bfloat16 or auto (bfloat16 on accelerators)."""
+    import jax
+
     name = config.dtype
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -66,7 +70,7 @@ def compute_dtype(config) -> jnp.dtype:
         raise ConfigError(f"config.dtype is {config.dtype!r}; choose auto, float32 or bfloat16")
     if name == "float64" and not jax.config.jax_enable_x64:
         raise ConfigError("config.dtype is 'float64', which JAX computes only with JAX_ENABLE_X64=1 in the environment")
-    return jnp.dtype(name)
+    return jax.numpy.dtype(name)
 
 
 def classes_of(config) -> DatasetInfo:
@@ -201,6 +205,8 @@ def write_json(path: pathlib.Path, values: dict) -> None:
 
 def write_run(workdir: pathlib.Path, config, fingerprints: dict[str, str]) -> None:
     """What a later reader needs to know about how the numbers came about."""
+    import jax
+
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ktda-jax")
     versions = {}
     for package in packages:

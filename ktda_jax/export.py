@@ -27,6 +27,20 @@ Height and width are fixed: the matrices that resize feature maps are computed f
 probabilities are always there, since they cost a softmax, and leave the device only where they are asked for.
 """
 
+import sys
+
+from absl import app, flags
+
+from ktda_jax.verbs import parsed, parser
+
+if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
+    flags.DEFINE_string("checkpoint", None, "The workdir of a training, a folder of ktda_jax.convert, or a .pth file.")
+    flags.DEFINE_string("format", None, "stablehlo (for JAX on any device) or onnx.")
+    flags.DEFINE_string("output", None, "The file to write.")
+    flags.DEFINE_string("size", None, "Height and width in pixels: 256, or 256x512; default the crop of the training.")
+    flags.DEFINE_string("dtype", "float32", "What it computes in: float32, or, for stablehlo, bfloat16.")
+    PARSE = parsed(parser("checkpoint", "format", "output"))  # before the imports below, which take seconds
+
 import contextlib
 import dataclasses
 import hashlib
@@ -37,7 +51,6 @@ import pathlib
 import re
 import shutil
 import signal
-import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -46,7 +59,6 @@ from importlib import metadata
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 from absl import logging as absl_logging
 from flax import nnx
 from jax import export as jax_export
@@ -57,7 +69,6 @@ from ktda_jax.data.datasets import IGNORE
 from ktda_jax.models.convnext import Block
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.vit import Attention
-from ktda_jax.verbs import parser
 from ktda_jax.weights import Weights, check_free
 
 FORMATS = ("stablehlo", "onnx")
@@ -191,7 +202,11 @@ def _to_onnx(infer: Callable, shape: tuple[int, int, int]) -> bytes:
     for name in ("onnx_ir", "jax2onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     names = dict(input_names=["images"], output_names=["labels", "probabilities"])
-    return jax2onnx.to_onnx(infer, [_images(shape)], model_name="ktda", **names).SerializeToString()
+    # jax2onnx writes the body of an inner jit in its place, but asks JAX's private modules how to; JAX 0.12 no longer
+    # has what 0.13.0 to 0.17.1 ask for (tried 2026-11-26). Traced without jit there is nothing to ask, and the graph
+    # is the same.
+    with jax.disable_jit():
+        return jax2onnx.to_onnx(infer, [_images(shape)], model_name="ktda", **names).SerializeToString()
 
 
 def _describe(found: Weights, arrays, size: tuple[int, int], format: str, dtype: str) -> dict:
@@ -265,9 +280,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("checkpoint", None, "The workdir of a training, a folder of ktda_jax.convert, or a .pth file.")
-    flags.DEFINE_string("format", None, "stablehlo (for JAX on any device) or onnx.")
-    flags.DEFINE_string("output", None, "The file to write.")
-    flags.DEFINE_string("size", None, "Height and width in pixels: 256, or 256x512; default the crop of the training.")
-    flags.DEFINE_string("dtype", "float32", "What it computes in: float32, or, for stablehlo, bfloat16.")
-    app.run(main, flags_parser=parser("checkpoint", "format", "output"))
+    app.run(main, flags_parser=PARSE)

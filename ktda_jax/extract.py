@@ -5,22 +5,29 @@ Training with --config.teacher.mode=precomputed then reads them in step with the
 a file of its own, so that all must see the folder.
 """
 
+import sys
+
+from absl import app
+
+from ktda_jax import main as command  # its flags, and its one-line errors
+from ktda_jax.verbs import parsed
+
+if __name__ == "__main__":
+    PARSE = parsed(command.parse)  # before the imports below, which take seconds
+
 import fcntl
 import os
 import pathlib
 import shutil
 import signal
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 from jax.experimental import multihost_utils
 
 from ktda_jax import config as configs
-from ktda_jax import main as command  # its flags, and its one-line errors
 from ktda_jax import sharding, state
 from ktda_jax.config import ConfigError
 from ktda_jax.data import pipeline
@@ -215,4 +222,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse)
+    app.run(main, flags_parser=PARSE)

@@ -4,16 +4,25 @@ Reads every tile of every split that the config names, writes `inspection.json`,
 `--output`, prints the tables, and exits with 1 if something is wrong with the data.
 """
 
-import contextlib
-import pathlib
 import sys
 
-import numpy as np
 from absl import app, flags
+
+from ktda_jax import main as command  # its flags, and its one-line errors
+from ktda_jax.verbs import parsed
+
+if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
+    flags.DEFINE_string("output", None, "Where to write; default inspection/<data set>.")
+    flags.DEFINE_integer("samples", 6, "Random training tiles in the sheet.", lower_bound=1)
+    PARSE = parsed(command.parse)  # before the imports below, which take seconds
+
+import contextlib
+import pathlib
+
+import numpy as np
 
 from ktda_jax import config as configs
 from ktda_jax import figures, reading, sheets
-from ktda_jax import main as command  # its --config, and its one-line errors
 from ktda_jax.config import ConfigError
 from ktda_jax.data import augment, inspect
 from ktda_jax.data.check import check_split
@@ -150,7 +159,5 @@ def main(_: list[str]) -> None:
     print("nothing wrong found")
 
 
-if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have an --output too
-    flags.DEFINE_string("output", None, "Where to write; default inspection/<data set>.")
-    flags.DEFINE_integer("samples", 6, "Random training tiles in the sheet.", lower_bound=1)
-    app.run(main, flags_parser=command.parse)
+if __name__ == "__main__":
+    app.run(main, flags_parser=PARSE)

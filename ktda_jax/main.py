@@ -9,6 +9,8 @@ import threading
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from ktda_jax import config as configs
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config, such as configs/grass.py:tiny.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; default runs/<config name>.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train (or resume) and evaluate, or only evaluate.")
@@ -51,6 +53,10 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit("error: --coordinator=HOST:PORT needs --num_processes and --process_id too")
     if "://" in (WORKDIR.value or ""):  # pathlib would make a local folder of that name
         sys.exit(f"error: --workdir={WORKDIR.value} is not a path; mount it and give the folder")
+    try:
+        configs.check(CONFIG.value)
+    except configs.ConfigError as error:
+        sys.exit(f"error: {error}")
     return rest
 
 
@@ -110,7 +116,6 @@ def start() -> None:
 def main(_: list[str]) -> None:
     start()
     from ktda_jax import train
-    from ktda_jax.config import ConfigError
     from ktda_jax.data.images import DataError
 
     verbs = {"train": train.train_and_evaluate, "eval": train.evaluate_workdir}
@@ -120,7 +125,7 @@ def main(_: list[str]) -> None:
         if COORDINATOR.value:
             # JAX waits at exit for the others, minutes, while they wait for this one; unless all fail alike.
             _end_after(FAILED_SECONDS)
-        if isinstance(error, (ConfigError, DataError, train.TrainingError)):
+        if isinstance(error, (configs.ConfigError, DataError, train.TrainingError)):
             sys.exit(f"error: {error}")
         raise
     if result is None:

@@ -5,6 +5,20 @@ holds, and estimates the time of a step there and on other slices (`ktda_jax.sli
 out). With --search, settings are tried until one fits. Two cores need minutes for each compilation of the base model.
 """
 
+import sys
+
+from absl import app, flags
+
+from ktda_jax import main as command  # its flags, and its one-line errors
+from ktda_jax.verbs import parsed
+
+if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
+    flags.DEFINE_string("topology", "v5e:2x2", "KIND:SHAPE of the slice to compile for.")
+    flags.DEFINE_integer("batch", None, "Global batch; default config.batch_size.", lower_bound=1)
+    flags.DEFINE_bool("search", False, "Where the step does not fit, try settings that need less memory.")
+    flags.DEFINE_string("output", None, "JSON file of the figures.")
+    PARSE = parsed(command.parse)  # before the imports below, which take seconds
+
 import copy
 import importlib.util
 import math
@@ -12,7 +26,6 @@ import os
 import pathlib
 import re
 import shlex
-import sys
 import time
 from importlib import metadata
 
@@ -23,13 +36,11 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile 
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 from flax import nnx
 from jax.experimental import topologies
 
 from ktda_jax import config as configs
 from ktda_jax import flops, sharding, slices, state
-from ktda_jax import main as command  # its flags, and its one-line errors
 from ktda_jax.config import ConfigError
 from ktda_jax.models.vit import ViT
 from ktda_jax.program import batch_shapes, build, model_config_of
@@ -258,9 +269,5 @@ def main(_: list[str]) -> None:
         configs.write_json(pathlib.Path(given.output), report)
 
 
-if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have flags too
-    flags.DEFINE_string("topology", "v5e:2x2", "KIND:SHAPE of the slice to compile for.")
-    flags.DEFINE_integer("batch", None, "Global batch; default config.batch_size.", lower_bound=1)
-    flags.DEFINE_bool("search", False, "Where the step does not fit, try settings that need less memory.")
-    flags.DEFINE_string("output", None, "JSON file of the figures.")
-    app.run(main, flags_parser=command.parse)
+if __name__ == "__main__":
+    app.run(main, flags_parser=PARSE)

@@ -8,14 +8,38 @@ hold class numbers, 255 where the scene has no data, with colours and class name
 '.[geo]'). Bands and value range are read as in training, unless flags say otherwise.
 """
 
+import sys
+
+from absl import app, flags, logging
+
+from ktda_jax.verbs import parsed, parser
+
+if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
+    flags.DEFINE_string("checkpoint", None, "A workdir, a converted folder, a .pth, or hf://ORG/NAME.")
+    flags.DEFINE_string("input", None, "A GeoTIFF, PNG or JPEG, a quoted glob pattern, or a folder of them.")
+    flags.DEFINE_string("output", None, "The map, .tif or .png, of one input; else the folder for all maps.")
+    flags.DEFINE_integer("tile", None, "Side of the tiles in pixels; by default the training crop's.")
+    flags.DEFINE_integer("overlap", None, "Pixels that tiles overlap; by default a quarter of the tile.")
+    flags.DEFINE_integer("batch_size", None, "Tiles at once; by default 4 on each accelerator, 1 on CPU.", 1)
+    flags.DEFINE_list("bands", None, "Band numbers, from 1, in the order of training; by default as in training.")
+    flags.DEFINE_list("scale", None, "LOW,HIGH, or one such pair per band: the values that become 0 and 255.")
+    flags.DEFINE_float("nodata", None, "Value of pixels without data, beside what a file declares; else as trained.")
+    flags.DEFINE_bool("cog", False, "Cloud-Optimized GeoTIFF.")
+    flags.DEFINE_bool("probabilities", False, "NAME_probabilities.tif, a band per class; 254 is 1.")
+    flags.DEFINE_bool("confidence", False, "NAME_confidence.tif: the probability of the mapped class.")
+    flags.DEFINE_bool("polygonize", False, "NAME.gpkg: the map as polygons, cut every 4096 pixels.")
+    flags.DEFINE_bool("overlay", False, "NAME_overlay.png: scene and classes, at most 2048 pixels a side.")
+    flags.DEFINE_bool("skip_existing", False, "Leave scenes alone whose outputs are all there.")
+    flags.DEFINE_bool("tta", False, "Average over mirror images and two other scales; six times the work.")
+    hint = "put a pattern such as --input='*.tif' in quotes"
+    PARSE = parsed(parser("checkpoint", "input", "output", hint=hint))  # before the imports below, which take seconds
+
 import pathlib
 import signal
-import sys
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
 
 from ktda_jax import pretrained
 from ktda_jax.data.datasets import IGNORE
@@ -23,7 +47,6 @@ from ktda_jax.reading import is_scale
 from ktda_jax.scenes import device, files, mapping, polygons
 from ktda_jax.scenes.outputs import Legend
 from ktda_jax.scenes.raster import Reading, rasterio_for
-from ktda_jax.verbs import parser
 
 
 def run(
@@ -144,22 +167,5 @@ def main(_: list[str]) -> None:
         sys.exit(f"error: {error}")
 
 
-if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have an --output too
-    flags.DEFINE_string("checkpoint", None, "A workdir, a converted folder, a .pth, or hf://ORG/NAME.")
-    flags.DEFINE_string("input", None, "A GeoTIFF, PNG or JPEG, a quoted glob pattern, or a folder of them.")
-    flags.DEFINE_string("output", None, "The map, .tif or .png, of one input; else the folder for all maps.")
-    flags.DEFINE_integer("tile", None, "Side of the tiles in pixels; by default the training crop's.")
-    flags.DEFINE_integer("overlap", None, "Pixels that tiles overlap; by default a quarter of the tile.")
-    flags.DEFINE_integer("batch_size", None, "Tiles at once; by default 4 on each accelerator, 1 on CPU.", 1)
-    flags.DEFINE_list("bands", None, "Band numbers, from 1, in the order of training; by default as in training.")
-    flags.DEFINE_list("scale", None, "LOW,HIGH, or one such pair per band: the values that become 0 and 255.")
-    flags.DEFINE_float("nodata", None, "Value of pixels without data, beside what a file declares; else as trained.")
-    flags.DEFINE_bool("cog", False, "Cloud-Optimized GeoTIFF.")
-    flags.DEFINE_bool("probabilities", False, "NAME_probabilities.tif, a band per class; 254 is 1.")
-    flags.DEFINE_bool("confidence", False, "NAME_confidence.tif: the probability of the mapped class.")
-    flags.DEFINE_bool("polygonize", False, "NAME.gpkg: the map as polygons, cut every 4096 pixels.")
-    flags.DEFINE_bool("overlay", False, "NAME_overlay.png: scene and classes, at most 2048 pixels a side.")
-    flags.DEFINE_bool("skip_existing", False, "Leave scenes alone whose outputs are all there.")
-    flags.DEFINE_bool("tta", False, "Average over mirror images and two other scales; six times the work.")
-    hint = "put a pattern such as --input='*.tif' in quotes"
-    app.run(main, flags_parser=parser("checkpoint", "input", "output", hint=hint))
+if __name__ == "__main__":
+    app.run(main, flags_parser=PARSE)

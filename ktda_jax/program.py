@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ktda_jax import config as configs
 from ktda_jax import evaluate, libc, losses, optim, reading, sharding, state, weights
 from ktda_jax.config import ConfigError
+from ktda_jax.models.initial import HostRngs
 from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.models.vit import ViT
 from ktda_jax.state import TrainState
@@ -30,7 +31,6 @@ class Program:
     mesh: Mesh
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
-    schedule: Callable
     abstract: TrainState
     shardings: TrainState
     init: Callable[[], TrainState]
@@ -50,6 +50,7 @@ def train_step(
     graphdef,
     teacher_graphdef,
     optimizer,
+    schedule,
     mesh,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step. batch: `image` (B, H, W, bands), `label` (B, H, W), the rows of all devices.
@@ -89,7 +90,7 @@ def train_step(
     ema = current.ema
     if ema is not None:
         ema = jax.tree.map(lambda e, p: config.ema * e + (1 - config.ema) * p, ema, params)
-    terms["grad_norm"] = optax.tree.norm(grads)
+    terms |= {"grad_norm": optax.tree.norm(grads), "lr": schedule(current.step)}
     return TrainState(current.step + 1, params, stats, opt_state, ema), terms
 
 
@@ -152,29 +153,32 @@ def build(
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
-    def init(loaded) -> TrainState:
-        rngs = nnx.Rngs(params=jax.random.key(config.seed))
-        _, params, stats = state.split(KTDA(model_config, **common, rngs=rngs))
+    ema = None if config.ema is None else params
+    moments = jax.eval_shape(optimizer.init, params)
+    abstract = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, stats, moments, ema)
+    shardings = sharding.tree_shardings(mesh, abstract)
+
+    def init() -> TrainState:
+        _, params, stats = state.split(KTDA(model_config, **common, rngs=HostRngs(config.seed)))
         params |= {k: v for k, v in loaded.items() if k in params}
         stats |= {k: v for k, v in loaded.items() if k in stats}
+        # The optimiser's moments and counters begin at 0.
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
         ema = None if config.ema is None else params
-        return TrainState(state.step_zero(), params, stats, optimizer.init(params), ema)
+        return sharding.place(TrainState(zeros.step, params, stats, zeros.opt_state, ema), shardings)
 
-    abstract = jax.eval_shape(init, loaded)
-    shardings = sharding.tree_shardings(mesh, abstract)
     step = functools.partial(
         train_step, config=config, graphdef=graphdef, teacher_graphdef=teacher_graphdef, optimizer=optimizer,
-        mesh=mesh,
+        schedule=schedule, mesh=mesh,
     )  # fmt: skip
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
     return Program(
         mesh=mesh,
         graphdef=graphdef,
         optimizer=optimizer,
-        schedule=schedule,
         abstract=abstract,
         shardings=shardings,
-        init=lambda: jit_once(init, out_shardings=shardings)(loaded),
+        init=init,
         encoder=encoder,
         teacher=teacher_arrays,
         train_step=jitted,

@@ -8,20 +8,29 @@ evaluates, for the best and worst tiles, the class shares and the feature maps; 
 checkpoint yet, no teacher) is said in the page, in one line. The page is one file and needs no network.
 """
 
+import sys
+
+from absl import app, flags, logging
+
+from ktda_jax.verbs import parsed, parser
+
+if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
+    flags.DEFINE_multi_string("workdir", None, "A run's folder; several for a comparison, repeated or with commas.")
+    flags.DEFINE_string("output", None, "The page; default report.html (of several: comparison.html) in the first.")
+    flags.DEFINE_string("root", None, "Where the data are now, in the place of config.data.root.")
+    flags.DEFINE_integer("tiles", 4, "Best and worst tiles each; 0: without a model and without data.", lower_bound=0)
+    PARSE = parsed(parser())  # before the imports below, which take seconds
+
 import contextlib
 import os
 import pathlib
-import sys
 import uuid
 from collections.abc import Sequence
-
-from absl import app, flags, logging
 
 from ktda_jax.config import ConfigError
 from ktda_jax.reports import workdir
 from ktda_jax.reports.gather import gather
 from ktda_jax.reports.page import render
-from ktda_jax.verbs import parser
 
 
 def run(workdirs: Sequence[str], output: str | None = None, *, root: str | None = None, tiles: int = 4) -> pathlib.Path:
@@ -68,9 +77,5 @@ def main(_: list[str]) -> None:
     print(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
-if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have these too
-    flags.DEFINE_multi_string("workdir", None, "A run's folder; several for a comparison, repeated or with commas.")
-    flags.DEFINE_string("output", None, "The page; default report.html (of several: comparison.html) in the first.")
-    flags.DEFINE_string("root", None, "Where the data are now, in the place of config.data.root.")
-    flags.DEFINE_integer("tiles", 4, "Best and worst tiles each; 0: without a model and without data.", lower_bound=0)
-    app.run(main, flags_parser=parser())
+if __name__ == "__main__":
+    app.run(main, flags_parser=PARSE)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 Arrays = dict[str, jax.Array]
@@ -83,7 +82,3 @@ def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], what: st
 def count(arrays: Mapping[str, Any]) -> int:
     """Number of values."""
     return sum(int(a.size) for a in arrays.values())
-
-
-def step_zero() -> jax.Array:
-    return jnp.zeros((), jnp.int32)

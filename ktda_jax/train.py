@@ -89,13 +89,9 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
             terms = {"loss": terms.pop("loss"), **terms}  # first in the file, so first in the figure
             _check_finite(step, terms, checkpoints.latest_step())
             if step % config.log_every == 0 or step == 1:
-                terms = {f"train/{k}": v for k, v in terms.items()}
-                terms["train/lr"] = float(program.schedule(step - 1))
-                if skipped:
-                    terms["train/skipped_tiles"] = skipped
-                writer.write(step, terms)
-            shown = {k: terms[k] for k in terms if k.rpartition("/")[2] in ("loss", "acc")}
-            writer.progress(step, shown)
+                logged = {**terms, "skipped_tiles": skipped} if skipped else terms
+                writer.write(step, {f"train/{k}": v for k, v in logged.items()})
+            writer.progress(step, {k: terms[k] for k in ("loss", "acc")})
 
         step = start
         while step < config.total_steps:

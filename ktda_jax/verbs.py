@@ -4,7 +4,7 @@ import runpy
 import sys
 from collections.abc import Callable
 
-from absl import flags
+from absl import app, flags
 
 VERBS = {
     "main": "train, resume, evaluate",
@@ -35,6 +35,13 @@ def parser(*required: str, hint: str = "all options are flags, see --help") -> C
         return rest
 
     return parse
+
+
+def parsed(parse: Callable[[list[str]], list[str]]) -> Callable[[list[str]], list[str]]:
+    """Parses the command line now, before a verb imports JAX, which takes seconds; gives what app.run parses with."""
+    app.define_help_flags()
+    rest = parse(sys.argv)
+    return lambda argv: rest
 
 
 def main() -> None:

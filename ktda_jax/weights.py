@@ -88,12 +88,12 @@ def read(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_head
 
     The numbers of heads are for sources alone, whose tensors do not tell them.
     """
-    from ktda_jax import convert  # only here: it imports this module
+    from ktda_jax.convert import sources  # only here: it imports this module
     from ktda_jax.convert.files import expand
 
     folder = expand(path)
     if not (folder / DESCRIPTION).is_file():
-        return convert.load(str(path), teacher_heads=teacher_heads, fmm_heads=fmm_heads)
+        return sources.load(str(path), teacher_heads=teacher_heads, fmm_heads=fmm_heads)
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

@@ -15,7 +15,8 @@ import torch
 from safetensors.numpy import save_file
 
 import ktda_jax
-from ktda_jax import convert, weights
+from ktda_jax import weights
+from ktda_jax.convert import sources
 from ktda_jax.convert.files import WeightsError
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -44,7 +45,7 @@ def whole(tmp_path_factory) -> pathlib.Path:
 @pytest.mark.parametrize("name", ["grass_tiny", "grass_tiny_resized"])
 def test_golden_logits(name, tmp_path):
     out = tmp_path / "w"
-    weights.save(out, convert.load(str(golden.GOLDENS / f"{name}.pth"), "ktda", teacher_heads=2))
+    weights.save(out, sources.load(str(golden.GOLDENS / f"{name}.pth"), "ktda", teacher_heads=2))
     model = ktda_jax.load_pretrained(out)
     arrays = golden.arrays(name)
     expected = np.moveaxis(arrays["eval/decode_logits"], 1, -1)
@@ -105,8 +106,8 @@ def test_checkpoints_as_mmengine_writes_them(tmp_path, monkeypatch):
     record = {"meta": {"epoch": 1}, "message_hub": {"log_scalars": {"loss": HistoryBuffer()}}, "state_dict": tensors}
     torch.save(record, tmp_path / "iter_10.pth")
     monkeypatch.delitem(sys.modules, module.__name__)
-    found = convert.load(str(tmp_path / "iter_10.pth"), teacher_heads=2)
-    expected = convert.load(str(CHECKPOINT), teacher_heads=2)
+    found = sources.load(str(tmp_path / "iter_10.pth"), teacher_heads=2)
+    expected = sources.load(str(CHECKPOINT), teacher_heads=2)
     assert found.config == expected.config and found.arrays.keys() == expected.arrays.keys()
 
 
@@ -116,8 +117,8 @@ def test_harmless_variants(tmp_path):
     changed = {k: torch.nn.Parameter(v.half()) if v.is_floating_point() and v.ndim else v for k, v in tensors.items()}
     torch.save({**changed, "data_preprocessor.mean": torch.ones(3)}, tmp_path / "x.pth")
     found, expected = (
-        convert.load(str(tmp_path / "x.pth"), teacher_heads=2),
-        convert.load(str(CHECKPOINT), teacher_heads=2),
+        sources.load(str(tmp_path / "x.pth"), teacher_heads=2),
+        sources.load(str(CHECKPOINT), teacher_heads=2),
     )
     assert found.config == expected.config and found.arrays.keys() == expected.arrays.keys()
     assert found.arrays["neck/convs/0/kernel"].dtype == np.float32
@@ -128,12 +129,12 @@ def test_without_its_teacher_a_model_predicts_and_goes_back(tmp_path):
     tensors = torch.load(CHECKPOINT, weights_only=True)["state_dict"]
     tensors = {k: v for k, v in tensors.items() if not k.startswith("teach_backbone.")}
     torch.save({"state_dict": tensors}, tmp_path / "x.pth")
-    weights.save(tmp_path / "w", convert.load(str(tmp_path / "x.pth")))
+    weights.save(tmp_path / "w", sources.load(str(tmp_path / "x.pth")))
     found = weights.read(tmp_path / "w")
     assert not any(path.startswith("teacher/") for path in found.arrays)
     labels = ktda_jax.load_pretrained(tmp_path / "w").predict(golden.arrays("grass_tiny")["image_rgb_uint8"]).labels
     assert (labels == golden.arrays("grass_tiny")["eval/pred"]).mean() >= 0.9999
-    convert.to_upstream(found, tmp_path / "new" / "back.pth")
+    sources.to_upstream(found, tmp_path / "new" / "back.pth")
     back = torch.load(tmp_path / "new" / "back.pth", weights_only=True)["state_dict"]
     assert back.keys() == tensors.keys() and all(torch.equal(back[k], v) for k, v in tensors.items())
 
@@ -142,17 +143,17 @@ def test_the_backbone_of_another_decoder_serves_as_student(tmp_path):
     tensors = torch.load(CHECKPOINT, weights_only=True)["state_dict"]
     tensors = {k: v for k, v in tensors.items() if k.startswith(("backbone.", "decode_head."))}  # UPerNet
     torch.save({"state_dict": tensors}, tmp_path / "x.pth")
-    found = convert.load(str(tmp_path / "x.pth"))
+    found = sources.load(str(tmp_path / "x.pth"))
     assert found.kind == "student" and "initialised" not in found.source
-    assert found.config == convert.load(str(CHECKPOINT), teacher_heads=2).config.student
+    assert found.config == sources.load(str(CHECKPOINT), teacher_heads=2).config.student
 
 
 def test_torch_is_not_needed_for_safetensors(tmp_path):
     tensors = {k: v.numpy() for k, v in torch.load(CHECKPOINT, weights_only=True)["state_dict"].items()}
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "m.safetensors")
     code = (
-        "import sys; sys.modules['torch'] = None; from ktda_jax import convert;"
-        f"print(convert.load({str(tmp_path / 'm.safetensors')!r}, teacher_heads=2).kind)"
+        "import sys; sys.modules['torch'] = None; from ktda_jax.convert import sources;"
+        f"print(sources.load({str(tmp_path / 'm.safetensors')!r}, teacher_heads=2).kind)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout.strip() == "ktda", done.stderr
@@ -255,7 +256,7 @@ def test_what_cannot_be_converted_is_said_in_one_line(make, tmp_path):
     pathlib.Path("/tmp/ktda_jax_was_here").unlink(missing_ok=True)
     path, message = make(tmp_path)
     with pytest.raises(WeightsError, match=message) as error:
-        convert.load(str(path), teacher_heads=2)
+        sources.load(str(path), teacher_heads=2)
     assert "\n" not in str(error.value) and path.name in str(error.value)
     assert not pathlib.Path("/tmp/ktda_jax_was_here").exists()
 
@@ -304,10 +305,10 @@ def test_the_command_says_what_is_wrong_and_leaves_nothing(tmp_path):
 
 
 def test_only_whole_models_go_back(tmp_path):
-    found = convert.load(str(CHECKPOINT), teacher_heads=2)
+    found = sources.load(str(CHECKPOINT), teacher_heads=2)
     teacher = weights.Weights("teacher", found.config.teacher, {}, {})
     with pytest.raises(WeightsError, match="--to=upstream writes whole KTDA models; this is a teacher"):
-        convert.to_upstream(teacher, tmp_path / "x.pth")
+        sources.to_upstream(teacher, tmp_path / "x.pth")
     assert not list(tmp_path.iterdir())
 
 

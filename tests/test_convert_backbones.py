@@ -16,7 +16,8 @@ from flax import nnx
 from safetensors.torch import save_file
 from torch_weights import error, nchw, random, randomize
 
-from ktda_jax import convert, state, weights
+from ktda_jax import state, weights
+from ktda_jax.convert import sources
 from ktda_jax.data.images import read_image
 from ktda_jax.models.convnext import ConvNeXt
 from ktda_jax.models.ktda import normalize
@@ -182,7 +183,7 @@ def test_teacher(case, tmp_path):
     model = random_model(build)
     tensors = {k: v.contiguous() for k, v in rename(model.state_dict()).items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    found = convert.load(str(tmp_path / "model.safetensors"), source, teacher_heads=4)
+    found = sources.load(str(tmp_path / "model.safetensors"), source, teacher_heads=4)
     prefix = 1 + found.config.registers
     assert found.kind == "teacher" and found.config.taps == (0, 1, 2, 3)
     patch = model.config.patch_size
@@ -196,7 +197,7 @@ def test_image_statistics_are_never_guessed_against_the_config(tmp_path):
     """A lone file says nothing of them, so the preset's count; a folder's own must agree."""
     model = random_model(dinov3)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    found = convert.load(str(tmp_path / "model.safetensors"), teacher_heads=4)
+    found = sources.load(str(tmp_path / "model.safetensors"), teacher_heads=4)
     assert "assumed" in found.source["statistics"]
     satellite = {k: PRESETS["dinov3_large_sat"][k] for k in ("mean", "std")}
     config = dataclasses.replace(found.config, **satellite)
@@ -269,7 +270,7 @@ CONVNEXTS = {
 def test_student(source, build, tmp_path):
     model = random_model(build)
     torch.save(CONVNEXTS[source](model.state_dict()), tmp_path / "model.pth")
-    found = convert.load(str(tmp_path / "model.pth"), source)
+    found = sources.load(str(tmp_path / "model.pth"), source)
     assert found.kind == "student" and found.config.v2 == (build is convnext_v2)
     assert found.source["initialised"] == [f"norms/{k}/{leaf}" for k in range(3) for leaf in ("scale", "bias")]
     for size in ((64, 64), (96, 160)):

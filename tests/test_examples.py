@@ -14,7 +14,8 @@ import runs
 from PIL import Image
 
 import ktda_jax
-from ktda_jax import convert, weights
+from ktda_jax import weights
+from ktda_jax.convert import sources
 from ktda_jax.data.datasets import dataset_info
 
 FOLDER = runs.REPOSITORY / "examples"
@@ -34,7 +35,7 @@ def example(name: str, *arguments) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A folder of weights with five classes."""
-    found = convert.load(str(golden.GOLDENS / "grass_tiny.pth"), teacher_heads=2)
+    found = sources.load(str(golden.GOLDENS / "grass_tiny.pth"), teacher_heads=2)
     info, path = dataset_info("grass"), tmp_path_factory.mktemp("weights") / "grass"
     weights.save(path, dataclasses.replace(found, classes=info.classes, palette=info.palette))
     return path

@@ -140,7 +140,7 @@ def trajectory(request):
         config = ConfigDict(dict(seed=0, grad_accum=1, ema=None, loss=LOSS))
         parts = dict(graphdef=graphdef, teacher_graphdef=teacher_graphdef, optimizer=optimizer, mesh=None)
         step = jax.jit(lambda current: train_step(current, batch, frozen, config=config, **parts))
-        current = state.TrainState(state.step_zero(), params, stats, optimizer.init(params), None)
+        current = state.TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), None)
         gradients, terms = None, []
         for _ in range(8):
             current, found = step(current)

@@ -21,7 +21,7 @@ from torch_weights import (
 )
 
 from ktda_jax import state
-from ktda_jax.models import layers
+from ktda_jax.models import initial, layers
 from ktda_jax.models.convnext import Downsample
 
 
@@ -183,7 +183,7 @@ def test_convolution(kernel, bias):
     theirs = randomize(torch.nn.Conv2d(4, 6, kernel, padding=kernel // 2, bias=bias))
 
     def build():
-        settings = dict(use_bias=bias, kernel_init=layers.trunc_normal, dtype=jnp.float64, param_dtype=jnp.float64)
+        settings = dict(use_bias=bias, kernel_init=initial.trunc_normal, dtype=jnp.float64, param_dtype=jnp.float64)
         return layers.conv(4, 6, kernel, rngs=nnx.Rngs(0), **settings)
 
     assert_equals_torch(compiled(*adopt(build, theirs.state_dict(), [])), theirs, random(2, 5, 8, 4))

@@ -71,6 +71,12 @@ def test_clipping_bounds_the_global_norm():
     np.testing.assert_allclose(moments["a"], clipped["a"], rtol=1e-6)
 
 
+def test_all_that_the_optimiser_keeps_begins_at_zero():
+    """A training makes it so on the host, without asking the optimiser (program.py)."""
+    kept = optim.adamw(lambda step: 1.0, clip_norm=1.0).init({"a/norm": jnp.ones(3), "b": jnp.ones((2, 2))})
+    assert len(jax.tree.leaves(kept)) == 6 and not any(np.any(leaf) for leaf in jax.tree.leaves(kept))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -12,8 +12,9 @@ from PIL import Image
 
 import ktda_jax
 from ktda_jax import config as configs
-from ktda_jax import convert, state
+from ktda_jax import state
 from ktda_jax.checkpoint import Checkpoints
+from ktda_jax.convert import sources
 from ktda_jax.program import build
 
 
@@ -61,7 +62,7 @@ def test_what_cannot_be_predicted(model, bad, message):
 def test_a_teacher_alone_predicts_nothing(tmp_path):
     from ktda_jax import pretrained, weights
 
-    whole = convert.load(str(golden.GOLDENS / "grass_tiny.pth"), teacher_heads=2)
+    whole = sources.load(str(golden.GOLDENS / "grass_tiny.pth"), teacher_heads=2)
     with pytest.raises(ValueError, match="these weights are a teacher; prediction needs a whole KTDA model"):
         pretrained.Segmenter(weights.Weights("teacher", whole.config.teacher, {}, {}))
 

@@ -68,7 +68,7 @@ def toy(monkeypatch):
         start = jax.eval_shape(init)
         program = Program(
             encoder=None,
-            mesh=mesh, graphdef=None, optimizer=None, schedule=lambda step: 0.1, abstract=start,
+            mesh=mesh, graphdef=None, optimizer=None, abstract=start,
             shardings=sharding.tree_shardings(mesh, start), init=init, teacher=dict, train_step=train_step,
             eval_step=eval_step, compile_step=lambda *args: None,
         )  # fmt: skip
@@ -287,7 +287,7 @@ def test_what_is_left_out_leaves_its_term_and_parameters_out(overrides, missing,
     program = build(config)
     batch = jax.eval_shape(lambda: real_batch(config))
     _, terms = jax.eval_shape(program.train_step, program.abstract, batch, runs.random_teacher(config))
-    assert terms.keys() == {"loss", "decode", "aux", "distill", "acc", "grad_norm"} - missing
+    assert terms.keys() == {"loss", "decode", "aux", "distill", "acc", "grad_norm", "lr"} - missing
     every = {"student", "fam", "neck", "fmm", "decode_head", "auxiliary_head"}
     assert {path.split("/")[0] for path in program.abstract.params} == every - modules
 

@@ -26,7 +26,8 @@ parse = parser("input", "output")
 
 
 def main(_: list[str]) -> None:
-    from ktda_jax import convert, weights
+    from ktda_jax import weights
+    from ktda_jax.convert import sources
     from ktda_jax.convert.files import expand
     from ktda_jax.data.datasets import dataset_info
 
@@ -39,7 +40,7 @@ def main(_: list[str]) -> None:
         if (expand(INPUT.value) / weights.DESCRIPTION).is_file():
             found = weights.read(INPUT.value)
         else:
-            found = convert.load(
+            found = sources.load(
                 INPUT.value, SOURCE.value, teacher_heads=TEACHER_HEADS.value, fmm_heads=FMM_HEADS.value
             )
         if info is not None:
@@ -50,7 +51,7 @@ def main(_: list[str]) -> None:
                 )
             found = dataclasses.replace(found, classes=info.classes, palette=info.palette)
         if TO.value == "upstream":
-            convert.to_upstream(found, output)
+            sources.to_upstream(found, output)
         else:
             weights.save(output, found)
     except (ValueError, OSError) as error:

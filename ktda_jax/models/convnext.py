@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 
 from ktda_jax.models.depthwise import depthwise_conv
-from ktda_jax.models.layers import drop_path, gelu, layer_norm, trunc_normal
+from ktda_jax.models.initial import trunc_normal
+from ktda_jax.models.layers import drop_path, gelu, layer_norm
 from ktda_jax.models.recompute import activation_linear, norm_linear, recompute
 
 PRESETS = {

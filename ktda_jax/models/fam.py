@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from ktda_jax.models.layers import resize, trunc_normal
+from ktda_jax.models.initial import trunc_normal
+from ktda_jax.models.layers import resize
 
 
 class FAM(nnx.Module):

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ktda_jax.models.layers import gelu, layer_norm, trunc_normal
+from ktda_jax.models.initial import trunc_normal
+from ktda_jax.models.layers import gelu, layer_norm
 from ktda_jax.models.recompute import recompute
 from ktda_jax.models.vit import MLP, Attention
 

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ktda_jax.models.initial import normal
 from ktda_jax.models.layers import ConvBNReLU, adaptive_avg_pool, conv, dropout2d, resize
 
 
 def classifier(channels: int, num_classes: int, **common) -> nnx.Linear:
-    return conv(channels, num_classes, 1, kernel_init=nnx.initializers.normal(0.01), **common)
+    return conv(channels, num_classes, 1, kernel_init=normal(0.01), **common)
 
 
 class UPerHead(nnx.Module):

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-# torch's trunc_normal_(std=0.02) cuts at +-2, a hundred standard deviations: a plain normal.
-trunc_normal = nnx.initializers.normal(0.02)
-kaiming_normal_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")  # mmcv ConvModule
+from ktda_jax.models.initial import kaiming_normal_fan_out
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

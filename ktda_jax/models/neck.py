@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
+from ktda_jax.models.initial import xavier_uniform
 from ktda_jax.models.layers import conv, resize
 
 SCALES = (4.0, 2.0, 1.0, 0.5)
@@ -15,7 +16,7 @@ class MultiLevelNeck(nnx.Module):
     """Per level a 1x1 convolution, a bilinear resize by 4, 2, 1, 0.5, a 3x3 convolution; bias, no norm."""
 
     def __init__(self, channels: Sequence[int], width: int, *, dtype, param_dtype, rngs: nnx.Rngs):
-        common = dict(kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        common = dict(kernel_init=xavier_uniform, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.lateral_convs = nnx.List(conv(c, width, 1, **common) for c in channels)
         self.convs = nnx.List(conv(width, width, 3, **common) for _ in channels)
 

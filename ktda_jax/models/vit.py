@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 
 from ktda_jax.models.attention import attention
-from ktda_jax.models.layers import at_least_float32, gelu, layer_norm, resize, trunc_normal
+from ktda_jax.models.initial import trunc_normal
+from ktda_jax.models.layers import at_least_float32, gelu, layer_norm, resize
 from ktda_jax.models.recompute import activation_linear, norm_linear
 
 PRESETS = {
