@@ -3,6 +3,7 @@
     python -m ktda_jax.benchmark --config=configs/grass.py --config.batch_size=2
     python -m ktda_jax.benchmark --config=configs/cloud.py --config.batch_size=2 --steps=1
     python -m ktda_jax.benchmark --config=configs/grass.py --config.teacher.mode=precomputed    # without the teacher
+    python -m ktda_jax.benchmark --machine    # how fast this machine is, to compare times of two machines
 
 Random tiles and weights: neither changes the time. A step's time includes moving the batch to the device. On CPU the
 peak memory is the process's largest resident set, which holds everything, the compiler's work too.
@@ -13,7 +14,7 @@ import sys
 from absl import app, flags
 
 from ktda_jax import main as command  # its flags, and its one-line errors
-from ktda_jax.verbs import parsed
+from ktda_jax.verbs import parsed, parser
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
     flags.DEFINE_integer("steps", 3, "Timed training steps; 0: none.", lower_bound=0)
@@ -23,8 +24,11 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     flags.DEFINE_float("peak_tflops", None, "Of one device, for MFU; known for the devices in benchmark.py.")
     flags.DEFINE_string("trace", None, "Folder for a profiler trace of three training steps.")
     flags.DEFINE_string("output", None, "JSON file of the results.")
-    PARSE = parsed(command.parse)  # before the imports below, which take seconds
+    flags.DEFINE_bool("machine", False, "Only the speed of a product and of a copy on this machine; takes no config.")
+    alone = any(argument.lstrip("-").partition("=")[0] == "machine" for argument in sys.argv[1:])
+    PARSE = parsed(parser() if alone else command.parse)  # before the imports below, which take seconds
 
+import functools
 import os
 import pathlib
 import platform
@@ -34,6 +38,7 @@ import time
 from importlib import metadata
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ktda_jax import config as configs
@@ -127,6 +132,29 @@ def run(config, *, steps=3, warmup=1, forwards=3, forward_batch=1, peak=None, tr
     return report
 
 
+def machine(side: int = 2048, megabytes: int = 256, count: int = 10) -> dict:
+    """Speed of a float32 product of two `side` x `side` matrices and of a copy, the best of `count`, on one device."""
+    square, long = jnp.ones((side, side), jnp.float32), jnp.ones(megabytes * 10**6 // 4, jnp.float32)
+
+    def best(function, *arrays) -> float:
+        jax.block_until_ready(function(*arrays))
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            jax.block_until_ready(function(*arrays))
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    # float32 to the last bit, where an accelerator would round its inputs.
+    product = best(jax.jit(functools.partial(jnp.matmul, precision="highest")), square, square)
+    copy = best(jax.jit(jnp.negative), long)  # negated: a plain copy may be no work at all
+    return {
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "product_gflop_per_s": 2 * side**3 / product / 1e9,
+        "copy_gb_per_s": 2 * long.nbytes / copy / 1e9,  # read and written
+    }
+
+
 def _batch(config, model, rng) -> dict:
     def random(shape):
         if shape.dtype != np.uint8:
@@ -161,6 +189,8 @@ def _shown(value) -> str:
 def main(_: list[str]) -> None:
     command.start()
     config, given = command.CONFIG.value, flags.FLAGS
+    if given.machine:
+        return print(table(machine()))
     with config.unlocked():
         config.eval_batch_size = config.batch_size  # evaluation is not run; let it divide by the devices
     try:

@@ -203,7 +203,7 @@ def _to_onnx(infer: Callable, shape: tuple[int, int, int]) -> bytes:
         logging.getLogger(name).setLevel(logging.ERROR)
     names = dict(input_names=["images"], output_names=["labels", "probabilities"])
     # jax2onnx writes the body of an inner jit in its place, but asks JAX's private modules how to; JAX 0.12 no longer
-    # has what 0.13.0 to 0.17.1 ask for (tried 2026-11-26). Traced without jit there is nothing to ask, and the graph
+    # has what 0.13.0 to 0.17.1 ask for (2026-11-26). Traced without jit there is nothing to ask, and the graph
     # is the same.
     with jax.disable_jit():
         return jax2onnx.to_onnx(infer, [_images(shape)], model_name="ktda", **names).SerializeToString()

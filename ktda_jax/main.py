@@ -10,6 +10,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ktda_jax import config as configs
+from ktda_jax.verbs import parsed
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config, such as configs/grass.py:tiny.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; default runs/<config name>.")
@@ -133,7 +134,7 @@ def main(_: list[str]) -> None:
 
 
 def run() -> None:
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=parsed(parse))
 
 
 if __name__ == "__main__":

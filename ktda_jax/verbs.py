@@ -1,5 +1,7 @@
 """The installed command `ktda VERB ...`, which is `python -m ktda_jax.VERB ...`; flags of verbs without a config."""
 
+import glob
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -41,7 +43,15 @@ def parsed(parse: Callable[[list[str]], list[str]]) -> Callable[[list[str]], lis
     """Parses the command line now, before a verb imports JAX, which takes seconds; gives what app.run parses with."""
     app.define_help_flags()
     rest = parse(sys.argv)
+    quiet_libtpu()
     return lambda argv: rest
+
+
+def quiet_libtpu() -> None:
+    """Where libtpu is installed but no TPU is there, it says so in many lines; call it before JAX is imported."""
+    if not any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*")):
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # of Google's machines, who they are
+        os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 
 
 def main() -> None:

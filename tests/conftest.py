@@ -1,18 +1,19 @@
-"""Eight CPU devices for every test, so that sharding is always exercised; golden models shared by tests."""
+"""Eight CPU devices for every test, so that sharding is always exercised; programs that are compiled fast, and once.
 
+Tests start many processes, of which each would compile the same small programs. So they do without LLVM's optimisations
+(half the time; the tests that compile as users do undo it) and share a cache of compiled programs.
+"""
+
+import atexit
 import os
-
-import pytest
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-
-
-@pytest.fixture(scope="module")
-def quickly():
-    """Compiles all of a module as `runs.compile_quickly` does."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else it is that of the process which started this one
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ktda_jax_programs_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

@@ -108,29 +108,15 @@ def _random(shapes) -> dict[str, np.ndarray]:
     return {path: value + path.endswith("scale") for path, value in arrays.items()}
 
 
-def compile_quickly(jitted, *args):
-    """The compiled program; XLA's CPU compiler takes half the time without its own optimisations."""
-    return jitted.lower(*args).compile({"xla_backend_optimization_level": 0})
-
-
 def start(
     *flags: str,
     devices: int = 1,
-    quickly: bool = True,
-    cache: pathlib.Path | None = None,
     verb: str = "main",
     **environment: str,
 ) -> subprocess.Popen:
-    """`python -m ktda_jax.VERB FLAGS` in a process of its own.
-
-    `quickly` compiles as `compile_quickly` does; `cache` spares repeated compilation.
-    """
+    """`python -m ktda_jax.VERB FLAGS` in a process of its own, compiled as conftest.py says."""
     settings = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
     settings["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    if quickly:
-        settings["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-    if cache is not None:
-        settings |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
     return subprocess.Popen(
         [sys.executable, "-m", f"ktda_jax.{verb}", *flags],
         cwd=REPOSITORY,

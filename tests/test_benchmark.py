@@ -29,6 +29,12 @@ def test_the_command(tmp_path):
     assert report["command"].endswith(" ".join(flags)) and report["versions"]["jax"]
 
 
+def test_the_machine_itself():
+    out, _ = runs.finish(runs.start("--machine", verb="benchmark"))
+    values = dict(line.rsplit(None, 1) for line in out.splitlines() if not line.startswith("device"))
+    assert values.keys() == {"product gflop per s", "copy gb per s"} and min(map(float, values.values())) > 0
+
+
 def test_the_table_shows_every_number():
     text = benchmark.table({"crop": (64, 64), "step": {"s": 0.123456, "spread_s": [0.1, 0.2]}, "batch_size": 4})
     assert "crop           64 x 64" in text and "0.1235" in text and "0.1 to 0.2" in text

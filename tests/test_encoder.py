@@ -39,7 +39,6 @@ def test_only_the_decoder_trains(tmp_path):
         return losses.total_loss(outputs, labels, config.loss)[0], outputs.logits
 
     step = jax.jit(jax.grad(loss, has_aux=True))
-    step = runs.compile_quickly(step, params, stats, frozen)
     gradients, logits = step(params, stats, frozen)
     for part in ("neck/lateral_convs/0/kernel", "decode_head/conv_seg/kernel", "auxiliary_head/conv_seg/kernel"):
         assert float(jnp.abs(gradients[part]).max()) > 0, part
@@ -108,8 +107,7 @@ def test_a_step_with_tap_scales_is_one_on_multiplied_taps(tmp_path):
     for given, multiplied in ((SCALES, (1,) * 4), (None, SCALES)):
         program = build(runs.config(tmp_path, {"model.tap_scales": given, "teacher.mode": "precomputed"}))
         rows = {**batch, "teacher": [s * t for s, t in zip(multiplied, taps, strict=True)]}
-        step = runs.compile_quickly(program.train_step, runs.random_state(program), rows, {})
-        found.append(float(step(runs.random_state(program), rows, {})[1]["distill"]))
+        found.append(float(program.train_step(runs.random_state(program), rows, {})[1]["distill"]))
     assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0] > 0
 
 

@@ -29,8 +29,6 @@ SETTINGS = {"data.crop": SIZE, "data.bands": BANDS, "data.scale": (0, 3000), "mo
 # Numbers found nowhere else. The same for every class, the classifier's bias does not change the labels.
 MARKS = {"auxiliary_head/": np.float32(7.7421875e7), "decode_head/conv_seg/bias": np.float32(0.62109375)}
 
-pytestmark = pytest.mark.usefixtures("quickly")
-
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):

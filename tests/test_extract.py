@@ -57,7 +57,7 @@ def first_terms(config):
     )
     batch = sharding.to_global(program.mesh, {k: batch[k] for k in ("image", "label", "teacher") if k in batch})
     arguments = jax.device_put(runs.random_state(program), program.shardings), batch, program.teacher()
-    _, terms = runs.compile_quickly(program.train_step, *arguments)(*arguments)
+    _, terms = program.train_step(*arguments)
     return jax.device_get(terms)
 
 

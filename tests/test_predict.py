@@ -182,7 +182,7 @@ def test_the_command_and_its_interruption(workdir, tmp_path):
     scene, maps = tmp_path / "scene.tif", tmp_path / "maps"
     sf.write(scene, np.tile(sf.smooth(500, 500), (8, 8, 1)), compress="deflate")
     flags = f"--checkpoint={workdir}", f"--input={scene}", f"--output={maps}/", "--overlay", "--cog"
-    process = runs.start(*flags, verb="predict", cache=tmp_path / "cache")
+    process = runs.start(*flags, verb="predict")
     runs.wait_for(lambda: any(maps.glob(".*.tmp.tif")), process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
@@ -190,7 +190,7 @@ def test_the_command_and_its_interruption(workdir, tmp_path):
     assert "tiles of 64 x 64" in out and not list(maps.iterdir())
 
     sf.write(scene, sf.smooth(150, 200))
-    out, err = runs.finish(runs.start(*flags, verb="predict", cache=tmp_path / "cache"))
+    out, err = runs.finish(runs.start(*flags, verb="predict"))
     assert {p.name for p in maps.iterdir()} == {"scene.tif", "scene.tif.aux.xml", "scene_overlay.png"} and err == ""
     process = runs.start(*flags, "--bands=1,x,3", verb="predict")
     assert process.communicate()[1] == "error: --bands=1,x,3 is not a list of whole numbers\n"

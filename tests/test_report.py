@@ -38,7 +38,6 @@ SETTINGS = {
     "data.on_corrupt": "skip",
 }
 KEEP = 2
-pytestmark = pytest.mark.usefixtures("quickly")
 
 
 @pytest.fixture(scope="module")

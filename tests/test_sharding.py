@@ -104,13 +104,12 @@ def train(tiles, data, fsdp, steps=4):
     batches = pipeline.train_iterator(
         open_source(config, "train"), crop=config.data.crop, batch_size=8, seed=0, num_threads=1
     )
-    current, teacher, step = program.init(), program.teacher(), None
+    current, teacher = program.init(), program.teacher()
     first, terms = jax.device_get(current.params), []
     for _ in range(steps):
         batch = next(batches)
         batch = sharding.to_global(program.mesh, {k: batch[k] for k in ("image", "label")})
-        step = step or runs.compile_quickly(program.train_step, current, batch, teacher)
-        current, values = step(current, batch, teacher)
+        current, values = program.train_step(current, batch, teacher)
         terms.append(jax.device_get(values))
     return first, terms, current
 

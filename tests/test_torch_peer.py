@@ -155,10 +155,8 @@ def run(tmp_path_factory) -> Run:
         (place / f"{module}.py").write_text(f"raise ImportError('{module} is not here')\n")
     flags = [f"--config.{k}={v}" for k, v in SMALL.items()] + [f"--{k}={v}" for k, v in SIZES.items()]
     flags += ["--variants=once,tf32", f"--output={place / 'result.json'}", f"--folder={place / 'sides'}"]
-    # Without dropout the step that is checked and the one that is timed are one program, compiled once.
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(place / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     single = {"XLA_FLAGS": "", "OMP_NUM_THREADS": "1"}  # one device; and sizes too small to share among threads
-    environment = os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{ROOT}"} | cache | single
+    environment = os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{ROOT}"} | single
     command = [sys.executable, "benchmarks/torch_peer.py", "--config=configs/grass.py:tiny", *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,9 +1,11 @@
 """`ktda VERB` runs what `python -m ktda_jax.VERB` runs."""
 
 import importlib.util
+import subprocess
 import sys
 
 import pytest
+import runs
 
 from ktda_jax import verbs
 
@@ -20,6 +22,26 @@ def test_every_verb_runs_as_a_program(verb, monkeypatch):
     verbs.main()
     assert seen == {"name": f"ktda_jax.{verb}", "run_name": "__main__", "argv": [f"ktda {verb}", "--config=a.py"]}
     assert importlib.util.find_spec(f"ktda_jax.{verb}") is not None
+
+
+@pytest.mark.parametrize("verb", verbs.VERBS)
+def test_errors_in_flags_do_not_wait_for_jax(verb):
+    assert _without_jax(verb, "--nosuch=1") == "error: Unknown command line flag 'nosuch'\n"
+
+
+@pytest.mark.parametrize("verb", ["main", "inspect", "extract", "benchmark", "plan"])
+def test_nor_do_settings_that_cannot_work(verb):
+    found = _without_jax(verb, f"--config={runs.REPOSITORY / 'configs/demo.py'}", "--config.batch_size=0")
+    assert found == "error: config.batch_size is 0; give at least 1\n"
+
+
+def _without_jax(verb: str, *flags: str) -> str:
+    """What a verb says that fails where JAX cannot even be imported."""
+    code = "import runpy, sys; sys.modules['jax'] = None; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
+    command = [sys.executable, "-c", code, f"ktda_jax.{verb}", *flags]
+    done = subprocess.run(command, cwd=runs.REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    return done.stderr
 
 
 def test_without_a_verb_all_are_listed(monkeypatch, capsys):

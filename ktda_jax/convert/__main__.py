@@ -12,7 +12,7 @@ import time
 
 from absl import app, flags
 
-from ktda_jax.verbs import parser
+from ktda_jax.verbs import parsed, parser
 
 SOURCE = flags.DEFINE_string("source", "auto", "ktda, hf, meta, timm or mmpretrain; auto goes by the names.")
 INPUT = flags.DEFINE_string("input", None, "A .pth or .safetensors file, a Hugging Face folder, or hf://ORG/NAME.")
@@ -65,4 +65,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=parsed(parse))
