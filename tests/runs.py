@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import runpy
 import socket
 import subprocess
@@ -108,6 +109,15 @@ def _random(shapes) -> dict[str, np.ndarray]:
     return {path: value + path.endswith("scale") for path, value in arrays.items()}
 
 
+# Environment of a process that compiles with all of XLA's optimisations, and anew.
+AS_USERS_COMPILE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "JAX_ENABLE_COMPILATION_CACHE": "0", "XLA_FLAGS": ""}
+
+
+def xla_flags(devices: int) -> str:
+    """This process's XLA_FLAGS, but for so many devices."""
+    return re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+
+
 def start(
     *flags: str,
     devices: int = 1,
@@ -115,8 +125,7 @@ def start(
     **environment: str,
 ) -> subprocess.Popen:
     """`python -m ktda_jax.VERB FLAGS` in a process of its own, compiled as conftest.py says."""
-    settings = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
-    settings["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    settings = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices), **environment}
     return subprocess.Popen(
         [sys.executable, "-m", f"ktda_jax.{verb}", *flags],
         cwd=REPOSITORY,

@@ -251,14 +251,18 @@ def test_a_result_belongs_to_its_teacher(study, fake, tmp_path):
 @pytest.mark.slow
 def test_tiny_configurations_end_to_end(study, tmp_path):
     """KTDA distilled from precomputed features, a frozen encoder, and the probe; on real trainings of six steps."""
-    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
     command = [
         sys.executable,
         "benchmarks/evidence.py",
         *study(names="scaled,dinov2,probe", folds=2),
         "--keep_checkpoints",
     ]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(runs.REPOSITORY)}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": runs.xla_flags(1),
+        "PYTHONPATH": str(runs.REPOSITORY),
+    }
     done = subprocess.run(command, cwd=runs.REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("runs/*/*/result.json")]

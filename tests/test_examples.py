@@ -26,7 +26,7 @@ def example(name: str, *arguments) -> subprocess.CompletedProcess:
         **os.environ,
         "PYTHONPATH": str(runs.REPOSITORY),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": runs.xla_flags(1),
     }
     command = [sys.executable, FOLDER / name, *map(str, arguments)]
     return subprocess.run(command, cwd=runs.REPOSITORY, env=environment, capture_output=True, text=True)

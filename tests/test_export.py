@@ -122,7 +122,7 @@ def test_stablehlo_runs_where_only_jax_is(stablehlo, model, tmp_path):
     np.save(stablehlo.parent / "images.npy", batch)
     program, count = re.subn(r"np\.zeros\(.*\)", 'np.load("images.npy")', snippet("stablehlo"))
     assert count == 1
-    settings = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    settings = {**os.environ, "XLA_FLAGS": runs.xla_flags(1)}
     subprocess.run([sys.executable, "-c", program + CHECK], cwd=stablehlo.parent, env=settings, check=True)
     found = np.load(stablehlo.parent / "found.npz")
     check(model, batch, found["labels"], found["probabilities"])

@@ -138,16 +138,17 @@ def trajectory(request):
         arrays = golden.arrays("grass_tiny")
         batch = {"image": arrays["image_rgb_uint8"], "label": arrays["label_uint8"]}
         config = ConfigDict(dict(seed=0, grad_accum=1, ema=None, loss=LOSS))
-        parts = dict(graphdef=graphdef, teacher_graphdef=teacher_graphdef, optimizer=optimizer, mesh=None)
-        step = jax.jit(lambda current: train_step(current, batch, frozen, config=config, **parts))
+        parts = dict(graphdef=graphdef, teacher_graphdef=teacher_graphdef, optimizer=optimizer, schedule=schedule)
+        step = jax.jit(lambda current: train_step(current, batch, frozen, config=config, mesh=None, **parts))
         current = state.TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), None)
         gradients, terms = None, []
         for _ in range(8):
             current, found = step(current)
             gradients = gradients or current.opt_state[0]
             terms.append({k: float(v) for k, v in found.items()})
-        rates = [float(schedule(index)) for index in range(8)]
-        return Trajectory(dtype, gradients, terms, rates, {**current.params, **current.batch_stats})
+        return Trajectory(
+            dtype, gradients, terms, [each["lr"] for each in terms], {**current.params, **current.batch_stats}
+        )
 
 
 def test_losses_and_every_gradient_of_the_first_step(trajectory):

@@ -48,7 +48,7 @@ def train(tiles):
                 "PYTHON": sys.executable,
                 "GRACE": "1",
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": "",
+                "XLA_FLAGS": runs.xla_flags(1),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -106,14 +106,13 @@ def test_kills_at_random_times_change_nothing(whole, command, tiles, tmp_path):
 def test_a_kill_changes_nothing_as_users_compile(tiles, tmp_path):
     """The same with XLA's optimisations, and compiling anew after the kill."""
     settings = SETTINGS | {"model.student.depths": (0, 0, 0, 1), "model.fmm.enabled": False, "eval_every": 24}
-    optimised = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "JAX_ENABLE_COMPILATION_CACHE": "0"}
     whole, killed = (runs.arguments(tiles, tmp_path / name, settings) for name in ("whole", "killed"))
-    runs.finish(runs.start(*whole, **optimised))
-    process = runs.start(*killed, **optimised)
+    runs.finish(runs.start(*whole, **runs.AS_USERS_COMPILE))
+    process = runs.start(*killed, **runs.AS_USERS_COMPILE)
     runs.wait_for(functools.partial(runs.reached, tmp_path / "killed", 11), process)
     process.kill()
     process.wait()
-    out, _ = runs.finish(runs.start(*killed, **optimised))
+    out, _ = runs.finish(runs.start(*killed, **runs.AS_USERS_COMPILE))
     assert "resuming at step" in out
     runs.assert_same_run(tmp_path / "whole", tmp_path / "killed", tiles, settings)
 
@@ -167,7 +166,7 @@ def test_the_best_checkpoint_is_the_one_reported(whole):
 
 def run_forked(arguments, devices, report):
     """What `python -m ktda_jax.main` does, in a fork of a process that has imported the libraries already."""
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = runs.xla_flags(devices)
     os.environ["JAX_PLATFORMS"] = "cpu"
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(report / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

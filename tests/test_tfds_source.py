@@ -169,14 +169,14 @@ def test_damaged_records(data_dir, tmp_path):
 def test_two_builds_at_once(tmp_path, monkeypatch):
     """While one build is writing, another process finishes: the slower one takes over what is there."""
     monkeypatch.setattr(meadow_builder.Builder, "TILES", {"train": 2, "val": 1})
-    generate_tile, results = meadow_builder.generate_tile, []
+    encode_tile, results = meadow_builder.tiles.encode_tile, []
 
-    def slow_tile(*args, **kwargs):
-        monkeypatch.setattr(meadow_builder, "generate_tile", generate_tile)
+    def slow_tile(*args):
+        monkeypatch.setattr(meadow_builder.tiles, "encode_tile", encode_tile)
         results.append(prepare("meadow", tmp_path))
-        return generate_tile(*args, **kwargs)
+        return encode_tile(*args)
 
-    monkeypatch.setattr(meadow_builder, "generate_tile", slow_tile)
+    monkeypatch.setattr(meadow_builder.tiles, "encode_tile", slow_tile)
     results.append(prepare("meadow", tmp_path))
     assert results == [str(tmp_path / "meadow" / "1.0.0")] * 2
     assert [child.name for child in (tmp_path / "meadow").iterdir()] == ["1.0.0"]
