@@ -26,7 +26,10 @@ ON_GPU, ON_CPU = ("published", "once", "tf32", "compiled", "compiled_once"), ("p
 TOLERANCE = 1e-4  # relative, of each term of the loss in float32
 TERMS = ("decode", "aux", "distill")
 GRADIENT_TOLERANCE = 1e-2  # relative, of the norm; BatchNorm over the batch's few pooled values amplifies rounding
-SHARPEN = 10.0  # fresh classifiers give logits near 0, whose cross entropy hardly depends on the rest of the model
+# Fresh classifiers give logits near 0, whose cross entropy hardly depends on the rest of the model, and fresh attention
+# hardly chooses among its tokens.
+SHARPEN = 10.0
+SHARPENED = ("conv_seg/kernel", "attn/qkv/kernel", "attn/proj/kernel")
 PUBLISHED = {  # settings that change what is computed, and that the PyTorch side has in the published form only
     "grad_accum": 1, "ema": None, "clip_norm": None, "distill": True, "teacher.mode": "computed",
     "loss.kl_axis": "width", "model.fam": True, "model.fmm.enabled": True, "model.fmm.form": "transformer",
@@ -101,7 +104,7 @@ def check_ours(config, folder: pathlib.Path) -> dict:
     with jax.default_matmul_precision(exact):
         program = build(config)
         current, teacher = program.init(), program.teacher()
-        sharp = {k: SHARPEN * v if k.endswith("conv_seg/kernel") else v for k, v in current.params.items()}
+        sharp = {k: SHARPEN * v if k.endswith(SHARPENED) else v for k, v in current.params.items()}
         current = dataclasses.replace(current, params=sharp)
         write_weights(folder / "weights.npz", {**current.params, **current.batch_stats}, teacher)
         rows = sharding.to_global(program.mesh, {k: batch[k] for k in ("image", "label")})

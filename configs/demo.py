@@ -18,11 +18,11 @@ grass = runpy.run_path(str(pathlib.Path(__file__).with_name("grass.py")))
 def get_config(argument: str = "") -> ConfigDict:
     config = grass["get_config"](argument.replace("tiny", ""))
     grass["shrink"](config)
-    config.total_steps, config.eval_every, config.log_every = 180, 60, 10
-    config.batch_size = config.eval_batch_size = 8
+    config.total_steps, config.eval_every, config.log_every = 300, 100, 10
+    config.batch_size, config.eval_batch_size = 4, 8
     config.data.source, config.data.name, config.data.root = "tfds", "meadow", "data/tfds"
-    config.data.crop = (128, 128)
-    config.model.teacher.image_size = (128, 128)
+    config.data.crop = config.model.teacher.image_size = (96, 96)  # of tiles of 128 px
+    config.model.student.depths, config.model.neck_channels, config.model.head_channels = (1, 1, 1, 1), 32, 48
     if "tiny" in argument:
         config.total_steps, config.eval_every, config.schedule.warmup = 8, 4, 2
     return config

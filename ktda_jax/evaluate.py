@@ -30,7 +30,11 @@ class Evaluation:
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, num_classes: int, mesh: Mesh, encoder: nnx.GraphDef | None = None
+    graphdef: nnx.GraphDef,
+    num_classes: int,
+    mesh: Mesh,
+    encoder: nnx.GraphDef | None = None,
+    compiler_options: dict | None = None,
 ) -> Callable:
     """(params, batch_stats, batch[, frozen]) -> confusion matrix (C, C) of the batch and predictions (B, H, W) uint8.
 
@@ -47,7 +51,7 @@ def make_eval_step(
         return confusion_matrix(batch["label"], predictions, num_classes, batch["mask"]), predictions
 
     out = (sharding.replicated(mesh), sharding.batch_sharding(mesh))
-    return jax.jit(eval_step, out_shardings=out)
+    return jax.jit(eval_step, out_shardings=out, compiler_options=compiler_options)
 
 
 def evaluate(

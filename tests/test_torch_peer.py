@@ -212,7 +212,7 @@ def test_both_compute_the_same_loss(run):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, term",
-    [("backbone.stages.2.0.pointwise_conv2.weight", "distill"), ("fmm.adapters.0.0.attn.qkv.weight", "decode"),
+    [("backbone.stages.2.0.pointwise_conv2.weight", "decode"), ("fmm.adapters.0.0.attn.qkv.weight", "decode"),
      ("auxiliary_head.convs.0.conv.weight", "aux"), ("teach_backbone.patch_embed.projection.weight", "distill")],
 )  # fmt: skip
 def test_a_changed_weight_is_refused(run, tmp_path, name, term):
