@@ -202,8 +202,9 @@ def compile_ahead(jitted: Callable, *args) -> jax.stages.Compiled:
 
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     """LLVM's first level of optimisation for CPUs: as fast to run as the third, a sixth less to compile (NOTES.md)."""
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return {"xla_backend_optimization_level": 1} if on_cpu and not jax.config.jax_disable_most_optimizations else None
+    if mesh.devices.flat[0].platform != "cpu" or jax.config.read("jax_disable_most_optimizations"):
+        return None
+    return {"xla_backend_optimization_level": 1}
 
 
 def _check_grid(config, model: KTDAConfig) -> None:
