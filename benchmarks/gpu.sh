@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
 # All that a GPU is to show, checked and timed in one call:
 #
-#   pip download --no-deps -d wheels ml-collections     # once, where there is a network
+#   pip download --no-deps -d wheels ml-collections     # once, where there is a network; pure Python, 0.1 MB
 #   bash benchmarks/gpu.sh                              # on the machine with the GPU; results in $OUT or results/
 #
-# It needs jax, flax, optax, orbax and torch, and neither grain nor tensorflow-datasets nor a network. A part that
-# fails is named at the end, and the others go on. PARTS (tests ops ours precomputed peer), CONFIG, BATCH,
-# FORWARD_BATCH, STEPS and VARIANTS may be set; where a call may last ten minutes only, run PARTS="tests ops ours" and
-# PARTS="precomputed peer" one after the other.
+# It needs jax, flax, optax, orbax, torch, pytest and what they need, and neither grain nor tensorflow-datasets nor
+# pytest-xdist nor a network; wheels/ is unpacked for the time of the call. A part that fails is named at the end, and
+# the others go on. PARTS (tests ops ours precomputed peer), CONFIG, BATCH, FORWARD_BATCH, STEPS and VARIANTS may be
+# set; where a call may last ten minutes only, run PARTS="tests ops ours" and PARTS="precomputed peer" one after the
+# other.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-results}
 parts=${PARTS:-tests ops ours precomputed peer}
 config=${CONFIG:-configs/grass.py} batch=${BATCH:-64} forward=${FORWARD_BATCH:-64} steps=${STEPS:-20}
 variants=${VARIANTS:-published,once,tf32,compiled,compiled_once}
-PYTHONPATH=$PWD:$(printf '%s:' "$PWD"/wheels/*.whl)${PYTHONPATH:-}
-export PYTHONPATH
 mkdir -p "$out"
+if compgen -G 'wheels/*.whl' > /dev/null; then # unpacked, since compiled packages do not import from wheels
+  site=$(mktemp -d)
+  trap 'rm -rf "$site"' EXIT
+  python -m pip install -q --no-index --no-deps --no-compile --target "$site" wheels/*.whl || exit
+  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+fi
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 failed=()
 
 part() { # NAME COMMAND...
@@ -27,9 +33,11 @@ part() { # NAME COMMAND...
   if "$@" 2>&1 | tee "$out/$name.log"; then echo "== $name: $((SECONDS - begun)) s"; else failed+=("$name"); fi
 }
 
-# On the GPU, which tests/conftest.py would otherwise hide; a part that cannot run has failed.
+# On the GPU, which tests/conftest.py would otherwise hide; a part that cannot run has failed. pytest-xdist, which
+# pyproject.toml's addopts need, may be missing.
 platforms=$(python -c 'import jax; print("cuda,cpu" if jax.default_backend() == "gpu" else "cpu")')
-part tests env JAX_PLATFORMS="$platforms" python -m pytest -n 0 -q tests/test_attention.py tests/test_depthwise.py
+part tests env JAX_PLATFORMS="$platforms" python -m pytest -o addopts= -q \
+  tests/test_attention.py tests/test_depthwise.py
 # Which form of attention and depthwise convolution a model should take here.
 part ops python benchmarks/ops.py --batch="$batch" --dtype=bfloat16
 # Ours first: small and large batches, and what precomputed features save.

@@ -1,6 +1,7 @@
 """The installed command `ktda VERB ...`, which is `python -m ktda_jax.VERB ...`; flags of verbs without a config."""
 
 import glob
+import importlib.util
 import os
 import runpy
 import sys
@@ -48,10 +49,11 @@ def parsed(parse: Callable[[list[str]], list[str]]) -> Callable[[list[str]], lis
 
 
 def quiet_libtpu() -> None:
-    """Where libtpu is installed but no TPU is there, it says so in many lines; call it before JAX is imported."""
-    if not any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*")):
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # of Google's machines, who they are
-        os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    """libtpu without a TPU complains in eight lines: then JAX is not to try it. Call this before JAX is imported."""
+    nodes = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg", "/dev/dri/*")
+    only_cpu = not any(map(glob.glob, nodes)) and not any(name.startswith("TPU_") for name in os.environ)
+    if only_cpu and sys.platform == "linux" and importlib.util.find_spec("libtpu"):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def main() -> None:

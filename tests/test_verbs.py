@@ -44,6 +44,24 @@ def _without_jax(verb: str, *flags: str) -> str:
     return done.stderr
 
 
+@pytest.mark.parametrize(
+    "installed, node, variable, expected",
+    [
+        (True, None, None, "cpu"),
+        (False, None, None, None),
+        (True, "/dev/accel0", None, None),
+        (True, None, "TPU_NAME", None),
+    ],
+)
+def test_jax_does_not_try_a_tpu_that_is_not_there(monkeypatch, installed, node, variable, expected):
+    monkeypatch.setattr(verbs.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(verbs.glob, "glob", lambda pattern: [node] if node and pattern == "/dev/accel*" else [])
+    environment = {variable: "x"} if variable else {}
+    monkeypatch.setattr(verbs.os, "environ", environment)
+    verbs.quiet_libtpu()
+    assert environment.get("JAX_PLATFORMS") == expected
+
+
 def test_without_a_verb_all_are_listed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ktda"])
     verbs.main()
