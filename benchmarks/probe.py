@@ -24,7 +24,7 @@ def features(config, tiles: dict) -> dict[str, list[np.ndarray]]:
     """{name: four of float32 (h, w, C)}: the teacher's taps of whole tiles."""
     model = program.model_config_of(config)
     mesh = sharding.make_mesh(1, 1)
-    graphdef, place = program.frozen_teacher(config, model, jnp.float32, mesh)
+    graphdef, _, place = program.frozen_teacher(config, model, jnp.float32, mesh)
     arrays = place()
 
     @jax.jit

@@ -7,6 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from ktda_jax import sharding
 from ktda_jax.state import Arrays, TrainState, check_shapes
 
 METRIC = "mIoU"
@@ -53,7 +54,7 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState, shardings: Any) -> tuple[TrainState, dict]:
         """State and data position at `step`, placed by `shardings`; ValueError where shapes differ."""
         self._check(step, abstract)
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+        target = sharding.abstract(abstract, shardings)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()),

@@ -60,7 +60,7 @@ def run(config) -> pathlib.Path:
         sharding.check_batch_size(mesh, config.eval_batch_size, "config.eval_batch_size")
         identity = teacher_identity(config, model)
         dtype = configs.compute_dtype(config)
-        graphdef, place = frozen_teacher(config, model, dtype, mesh)
+        graphdef, _, place = frozen_teacher(config, model, dtype, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     folder, split = features_folder(config), config.data.train_split

@@ -63,8 +63,9 @@ def distillation(
                 "teacher's grid"
             )
         s, t = at_least_float32(s), at_least_float32(t)
-        kl = kl_divergence(s, t, temperature=temperature, axis=axis)
-        total += alpha * kl * temperature**2 + (1 - alpha) * jnp.square(s - t).mean()
+        total += (1 - alpha) * jnp.square(s - t).mean()
+        if alpha != 0:
+            total += alpha * temperature**2 * kl_divergence(s, t, temperature=temperature, axis=axis)
     total = total / len(student)
     return total / 2 if alpha == 0 else total  # upstream halves the pure-MSE form
 

@@ -35,15 +35,12 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile at a time, since no chip is taken
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import topologies
 
 from ktda_jax import config as configs
-from ktda_jax import flops, sharding, slices, state
+from ktda_jax import flops, slices, state
 from ktda_jax.config import ConfigError
-from ktda_jax.models.vit import ViT
-from ktda_jax.program import batch_shapes, build, model_config_of
+from ktda_jax.program import build, model_config_of
 from ktda_jax.slices import ACCELERATOR, CHIPS, SLICES
 
 _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
@@ -68,20 +65,8 @@ def compile_for(config, topology: str) -> dict:
         config.dtype = "bfloat16"
     program = build(config, devices=devices)
     mesh, model, crop = program.mesh, model_config_of(config), tuple(config.data.crop)
-
-    def placed(tree, shardings):
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-    rows = sharding.batch_sharding(mesh)
-    batch = batch_shapes(config, model)
-    batch = placed(batch, jax.tree.map(lambda _: rows, batch))
-    teacher = {}
-    encodes = model.encoder == "teacher"
-    if encodes or (config.distill and config.teacher.mode == "computed"):
-        teacher = state.abstract(lambda: ViT(model.teacher, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))[1]
-        teacher = placed(teacher, sharding.tree_shardings(mesh, teacher))
     try:
-        traced = program.train_step.trace(placed(program.abstract, program.shardings), batch, teacher)
+        traced = program.train_step.trace(*program.arguments)
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         said = str(error).splitlines()[0]
@@ -95,7 +80,7 @@ def compile_for(config, topology: str) -> dict:
     touched, update = compiled.cost_analysis()["bytes accessed"], 28 * parameters / fsdp
     touched += (accumulate - 1) * max(touched - update, 0)
     touched += flops.repeated_bytes(traced.jaxpr.jaxpr, accumulate) / mesh.size
-    model_flops = flops.of_model(model, crop, distill=bool(teacher))["training"] * config.batch_size
+    model_flops = flops.of_model(model, crop, distill=bool(program.arguments[2]))["training"] * config.batch_size
     return {
         "config": config.data.name,
         "crop": crop,

@@ -5,7 +5,9 @@ import functools
 import gc
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -38,7 +40,8 @@ class Program:
     teacher: Callable[[], state.Arrays]  # the frozen teacher's arrays; empty where nothing needs it
     train_step: Callable
     eval_step: Callable
-    compile_step: Callable  # compiles train_step for these arguments, which a call may otherwise do as well
+    compile_step: Callable  # compiles train_step for such arguments, which a call may otherwise do as well
+    arguments: tuple  # train_step's three, as ShapeDtypeStructs with shardings: enough to compile it
 
 
 def train_step(
@@ -145,10 +148,10 @@ def build(
         common = dict(dtype=dtype, param_dtype=param_dtype)
         graphdef, params, stats = state.abstract(lambda: KTDA(model_config, **common, rngs=nnx.Rngs(0)))
         loaded = _loaded(config, model_config, params, stats) if initial else {}
-        teacher_graphdef, teacher_arrays = None, dict
+        teacher_graphdef, teacher_shapes, teacher_arrays = None, {}, dict
         encodes = model_config.encoder == "teacher"
         if encodes or (teacher and config.distill and config.teacher.mode == "computed"):
-            teacher_graphdef, teacher_arrays = frozen_teacher(config, model_config, dtype, mesh)
+            teacher_graphdef, teacher_shapes, teacher_arrays = frozen_teacher(config, model_config, dtype, mesh)
         encoder = teacher_graphdef if encodes else None
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -174,6 +177,8 @@ def build(
     options = compiler_options(mesh)
     placed = (shardings, sharding.replicated(mesh))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=placed, compiler_options=options)
+    batch = batch_shapes(config, model_config)
+    batch = sharding.abstract(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
     return Program(
         mesh=mesh,
         graphdef=graphdef,
@@ -186,18 +191,39 @@ def build(
         train_step=jitted,
         eval_step=evaluate.make_eval_step(graphdef, len(info.classes), mesh, encoder, options),
         compile_step=functools.partial(compile_ahead, jitted),
+        arguments=(sharding.abstract(abstract, shardings), batch, teacher_shapes),
     )
 
 
-def compile_ahead(jitted: Callable, *args) -> jax.stages.Compiled:
+def compile_ahead(jitted: Callable, *args, given_up: Callable[[], bool] = lambda: False) -> jax.stages.Compiled | None:
     """Compiles what a later call with such arguments then runs, and returns the compiler's memory to the system.
 
-    The C library would keep it: 2.2 GB while the base model's step runs on a CPU.
+    The C library would keep it: 2.2 GB while the base model's step runs on a CPU. None if it was `given_up` in time.
     """
-    compiled = jitted.lower(*args).compile()
+    lowered = jitted.lower(*args)
+    if given_up():
+        return None
+    compiled = lowered.compile()
     gc.collect()
     libc.trim()
     return compiled
+
+
+class Compilation:
+    """The training step's, in a thread of its own: it needs no tiles, so they are made and checked meanwhile."""
+
+    def __init__(self, program: Program):
+        self._given_up = threading.Event()
+        pool = ThreadPoolExecutor(1, "compilation")
+        self._compiled = pool.submit(program.compile_step, *program.arguments, given_up=self._given_up.is_set)
+        pool.shutdown(wait=False)
+
+    def give_up(self) -> None:
+        """Not in the middle of the compiler's own work, which cannot be stopped."""
+        self._given_up.set()
+
+    def wait(self) -> None:
+        self._compiled.result()
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
@@ -247,20 +273,24 @@ def _loaded(config, model: KTDAConfig, params: state.Arrays, stats: state.Arrays
 
 def frozen_teacher(
     config, model: KTDAConfig, dtype: jnp.dtype, mesh: Mesh
-) -> tuple[nnx.GraphDef, Callable[[], state.Arrays]]:
-    """The frozen teacher's structure, and what puts its arrays on the mesh; its file is read and checked now."""
+) -> tuple[nnx.GraphDef, state.Arrays, Callable[[], state.Arrays]]:
+    """The frozen teacher's structure, its arrays' shapes and shardings, and what puts them on the mesh.
+
+    Its file is read and checked now.
+    """
     common = dict(dtype=dtype, param_dtype=jnp.promote_types(dtype, jnp.float32))
     graphdef, expected, _ = state.abstract(lambda: ViT(model.teacher, **common, rngs=nnx.Rngs(0)))
     shardings = sharding.tree_shardings(mesh, expected)
+    shapes = sharding.abstract(expected, shardings)
     if config.weights.teacher is not None:
         arrays = weights.load(config.weights.teacher, expected, "teacher", model.teacher)
-        return graphdef, lambda: sharding.place(arrays, shardings)
+        return graphdef, shapes, lambda: sharding.place(arrays, shardings)
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
 
     def init() -> state.Arrays:
         return state.split(ViT(model.teacher, **common, rngs=nnx.Rngs(params=key)))[1]
 
-    return graphdef, lambda: jax.jit(init, out_shardings=shardings, compiler_options=compiler_options(mesh))()
+    return graphdef, shapes, lambda: jax.jit(init, out_shardings=shardings, compiler_options=compiler_options(mesh))()
 
 
 def teacher_identity(config, model: KTDAConfig) -> dict[str, Any]:

@@ -44,6 +44,11 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: NamedSharding(mesh, spec(x.shape, mesh.shape["fsdp"])), tree)
 
 
+def abstract(tree: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs that say where the arrays of a tree lie."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,8 +13,9 @@ from ktda_jax.checkpoint import Checkpoints
 from ktda_jax.config import ConfigError
 from ktda_jax.data import pipeline
 from ktda_jax.data.check import check_split
+from ktda_jax.data.teacher_features import TeacherFeatures
 from ktda_jax.inputs import eval_source, open_features, open_source, processes
-from ktda_jax.program import Program, build
+from ktda_jax.program import Compilation, Program, build
 from ktda_jax.state import TrainState
 from ktda_jax.stop import StopSignal
 from ktda_jax.writers import Writer
@@ -29,24 +31,18 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
     configs.check(config)
     configs.compare(workdir, config)
     program = build(config)
-    info, mesh, crop = configs.classes_of(config), program.mesh, tuple(config.data.crop)
+    info, mesh = configs.classes_of(config), program.mesh
 
-    train_source = open_source(config, config.data.train_split)
-    summary = check_split(
-        train_source, crop=crop, on_corrupt=config.data.on_corrupt, num_threads=config.data.num_threads
-    )
-    val_batches, val_fingerprint = eval_source(config, config.data.val_split)
-    fingerprints = {"train": summary.fingerprint, "val": val_fingerprint}
-    if config.data.test_split not in (None, config.data.val_split):  # what is wrong with it must not wait for the end
-        fingerprints["test"] = eval_source(config, config.data.test_split)[1]
-    features = open_features(config, summary.fingerprint)
-    if features is not None:
-        fingerprints["teacher features"] = features.fingerprint
-    batches = pipeline.train_iterator(
-        train_source, crop=crop, batch_size=config.batch_size, seed=config.seed, flip=config.data.flip,
-        photometric=config.data.photometric, on_corrupt=config.data.on_corrupt, features=features,
-        **processes(config),
-    )  # fmt: skip
+    compilation = None
+    if _latest(workdir) < config.total_steps:
+        compilation = Compilation(program)
+    try:
+        data = _open_data(config)
+    except BaseException:
+        if compilation is not None:
+            compilation.give_up()
+        raise
+    batches, fingerprints, features = data.batches, data.fingerprints, data.features
 
     first = jax.process_index() == 0
     try:
@@ -68,7 +64,7 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
             current = program.init()
         writer.resume(start)
         writer.message(
-            f"{state.count(program.abstract.params) / 1e6:.1f} M parameters to train, {len(train_source)} training "
+            f"{state.count(program.abstract.params) / 1e6:.1f} M parameters to train, {data.tiles} training "
             f"tiles, {mesh.size} {jax.default_backend()} device(s), compute in {configs.compute_dtype(config)}"
             + (f", resuming at step {start}" if start else "")
         )
@@ -98,9 +94,9 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
             batch = next(batches)
             skipped += int(batch.pop("skipped", 0))
             batch = sharding.to_global(mesh, {k: batch[k] for k in ("image", "label", "teacher") if k in batch})
-            if step == start:
+            if step == start and compilation is not None:
                 writer.message("compiling the training step")
-                program.compile_step(current, batch, teacher)
+                compilation.wait()
             with jax.transfer_guard("disallow"):
                 current, terms = program.train_step(current, batch, teacher)
             step += 1
@@ -119,7 +115,7 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
                 if validate:
                     params = current.params if current.ema is None else current.ema
                     result = evaluate.evaluate(
-                        program.eval_step, params, current.batch_stats, val_batches, mesh,
+                        program.eval_step, params, current.batch_stats, data.val_batches, mesh,
                         num_classes=len(info.classes), frozen=teacher if encodes else None,
                     )  # fmt: skip
                     scores = result.metrics.summary
@@ -135,6 +131,40 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
                 writer.message(f"stopped by a signal at step {step}; run the same command to go on")
                 return None
     return evaluate_workdir(config, workdir, program=program)
+
+
+class _Data(NamedTuple):
+    batches: Any  # an iterator over the training batches, with get_state and set_state
+    tiles: int  # for training
+    val_batches: Any  # to go through from the start each time
+    fingerprints: dict[str, str]  # of the splits and of precomputed features
+    features: TeacherFeatures | None
+
+
+def _open_data(config) -> _Data:
+    """Makes the tiles where they can be made, and checks all of them."""
+    crop = tuple(config.data.crop)
+    source = open_source(config, config.data.train_split)
+    summary = check_split(source, crop=crop, on_corrupt=config.data.on_corrupt, num_threads=config.data.num_threads)
+    val_batches, val_fingerprint = eval_source(config, config.data.val_split)
+    fingerprints = {"train": summary.fingerprint, "val": val_fingerprint}
+    if config.data.test_split not in (None, config.data.val_split):  # what is wrong with it must not wait for the end
+        fingerprints["test"] = eval_source(config, config.data.test_split)[1]
+    features = open_features(config, summary.fingerprint)
+    if features is not None:
+        fingerprints["teacher features"] = features.fingerprint
+    batches = pipeline.train_iterator(
+        source, crop=crop, batch_size=config.batch_size, seed=config.seed, flip=config.data.flip,
+        photometric=config.data.photometric, on_corrupt=config.data.on_corrupt, features=features,
+        **processes(config),
+    )  # fmt: skip
+    return _Data(batches, len(source), val_batches, fingerprints, features)
+
+
+def _latest(workdir: pathlib.Path) -> int:
+    """The step of the last checkpoint, by the folders' names; 0 without one."""
+    folder = workdir / "checkpoints"
+    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.is_dir() else 0
 
 
 def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | None = None) -> evaluate.Evaluation:

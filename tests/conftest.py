@@ -11,6 +11,8 @@ import shutil
 import tempfile
 from importlib import metadata
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 if os.environ["JAX_PLATFORMS"] == "cpu":
@@ -21,3 +23,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else it is that of the proc
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ktda_jax_programs_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(scope="module")
+def all_recomputed():
+    """Arrays of tests are small; with this they are computed again in the backward pass as large ones are."""
+    from ktda_jax.models import recompute
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recompute, "SMALL", 0)
+        yield

@@ -26,9 +26,11 @@ from torch_weights import (
 )
 
 from ktda_jax import state
-from ktda_jax.models import convnext
+from ktda_jax.models import convnext, depthwise
 from ktda_jax.models.convnext import Block, ConvNeXt, ConvNeXtConfig
 from ktda_jax.models.depthwise import depthwise_conv
+
+pytestmark = pytest.mark.usefixtures("all_recomputed")
 
 RENAMES = [
     (r"^embeddings\.patch_embeddings", "downsample.0.conv"),
@@ -243,3 +245,21 @@ def test_remat_changes_neither_outputs_nor_gradients(quick):
         return value_and_pullback(function, (params, x), (zeros, jnp.ones(())))
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), run(True), run(False))
+
+
+def test_shifted_products_are_not_compiled_for_each_of_their_readers(monkeypatch):
+    """XLA's CPU backend would fuse the 49 products into a norm's mean, its variance and whatever else reads them."""
+    config = ConvNeXtConfig(depths=(1, 1), channels=(8, 16))
+    graphdef, params, _ = state.abstract(lambda: ConvNeXt(config, rngs=nnx.Rngs(0)))
+
+    def products():
+        depthwise._shifts_grad.clear_cache()
+        gradient = jax.grad(lambda params, x: sum(y.sum() for y in state.merge(graphdef, params, {})(x)))
+        lowered = jax.jit(gradient).lower(params, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32))
+        return lowered.compile().as_text().count(" multiply(")
+
+    ours = products()
+    monkeypatch.setattr(depthwise, "_shifts", depthwise._shifted_sum)
+    theirs = products()
+    depthwise._shifts_grad.clear_cache()
+    assert ours < 0.7 * theirs

@@ -11,6 +11,8 @@ from ktda_jax import state
 from ktda_jax.models import fmm
 from ktda_jax.models.fmm import FMM, FMMConfig
 
+pytestmark = pytest.mark.usefixtures("all_recomputed")
+
 RENAMES = [
     (r"self_attn\.in_proj_(weight|bias)", r"attn.qkv.\1"),
     (r"self_attn\.out_proj", "attn.proj"),

@@ -25,6 +25,8 @@ from ktda_jax.models.layers import resize
 from ktda_jax.models.vit import MEAN, STD, ViT, ViTConfig
 from ktda_jax.program import train_step
 
+pytestmark = pytest.mark.usefixtures("all_recomputed")
+
 NAMES = ("grass_tiny", "grass_tiny_resized")
 LOSS = ConfigDict(
     dict(class_weights=None, avg_non_ignore=False, aux_weight=0.4, alpha=0.5, temperature=1.0, kl_axis="width")

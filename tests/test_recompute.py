@@ -3,11 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from ktda_jax import state
+from ktda_jax.models import recompute
 from ktda_jax.models.layers import gelu
 from ktda_jax.models.recompute import activation_linear, norm_linear
+
+pytestmark = pytest.mark.usefixtures("all_recomputed")
 
 
 def parts():
@@ -53,3 +57,13 @@ def test_a_chain_of_blocks_needs_less_memory():
         return jax.jit(jax.grad(loss)).lower(params, x).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(True) < 0.7 * temporary(False)
+
+
+def test_small_arrays_are_kept(monkeypatch):
+    """Nothing is gained with them, and each recomputation is to be compiled too."""
+    monkeypatch.setattr(recompute, "SMALL", 4 * 2 * 5 * 8)
+    first = parts()[1]
+    for tokens, recomputed in ((4, False), (5, True)):
+        x = jax.ShapeDtypeStruct((2, tokens, 8), jnp.float32)
+        program = jax.make_jaxpr(lambda x: activation_linear(jnp.sin, first, x))(x)
+        assert ("custom_vjp" in str(program)) == recomputed

@@ -12,10 +12,13 @@ import runs
 from jax.sharding import PartitionSpec as P
 
 from ktda_jax import sharding
+from ktda_jax.benchmark import COMPILED
 from ktda_jax.checkpoint import Checkpoints
 from ktda_jax.data import pipeline
 from ktda_jax.inputs import open_source
-from ktda_jax.program import build
+from ktda_jax.program import Compilation, build
+
+pytestmark = pytest.mark.usefixtures("all_recomputed")
 
 # The rules --------------------------------------------------------------------------------------------------------
 
@@ -95,6 +98,10 @@ def small_arrays_are_split_too(monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SIZE", 64)
 
 
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: name == COMPILED and compiled.append(name))
+
+
 def train(tiles, data, fsdp, steps=4):
     """(initial parameters, terms of each step, final state) on a mesh, with drop path and dropout."""
     settings = {"mesh.data": data, "mesh.fsdp": fsdp, "batch_size": 8, "eval_batch_size": 8, "ema": 0.9}
@@ -106,10 +113,13 @@ def train(tiles, data, fsdp, steps=4):
     )
     current, teacher = program.init(), program.teacher()
     first, terms = jax.device_get(current.params), []
+    Compilation(program).wait()  # from shapes, which must be those of the arrays
     for _ in range(steps):
         batch = next(batches)
         batch = sharding.to_global(program.mesh, {k: batch[k] for k in ("image", "label")})
+        compiled.clear()
         current, values = program.train_step(current, batch, teacher)
+        assert not compiled
         terms.append(jax.device_get(values))
     return first, terms, current
 

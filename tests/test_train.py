@@ -74,7 +74,7 @@ def toy(monkeypatch):
             encoder=None,
             mesh=mesh, graphdef=None, optimizer=None, abstract=start,
             shardings=sharding.tree_shardings(mesh, start), init=init, teacher=dict, train_step=train_step,
-            eval_step=eval_step, compile_step=lambda *args: None,
+            eval_step=eval_step, compile_step=lambda *args, **options: None, arguments=(),
         )  # fmt: skip
         monkeypatch.setattr(train, "build", lambda config, **options: program)
         return program

@@ -13,6 +13,8 @@ from ktda_jax import state
 from ktda_jax.models import vit
 from ktda_jax.models.vit import ViT, ViTConfig
 
+pytestmark = pytest.mark.usefixtures("all_recomputed")
+
 RENAMES = [
     (r"^embeddings\.patch_embeddings\.projection", "patch_embed"),
     (r"^embeddings\.", ""),

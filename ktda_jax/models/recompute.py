@@ -11,14 +11,18 @@ from typing import Any
 import jax
 from flax import nnx
 
+SMALL = 2**20  # bytes of x, of the whole batch; a program of small arrays gains no memory and compiles longer
+
 
 def recompute(function: Callable[[Any, jax.Array], jax.Array], modules: Any, x: jax.Array) -> jax.Array:
     """function(modules, x) without mutable state; its backward computes it again from the parameters and x.
 
     Around (norm, linear) or (activation, linear) that costs next to nothing, since the product itself is not
     needed again; around a whole block it costs the block's forward pass. Output and x must share all axes but
-    the last.
+    the last. Where x is `SMALL` everything is kept.
     """
+    if x.size * x.dtype.itemsize < SMALL:
+        return function(modules, x)
     graphdef, params = nnx.split(modules)
 
     def plain(params, x):

@@ -36,7 +36,7 @@ def why_not(config) -> str | None:
 
 def computed(trained: Trained, config, names: list[str], images: list[np.ndarray]) -> FeatureMaps:
     """With the frozen teacher of the config; ValueError if its weights cannot be had."""
-    graphdef, place = program.frozen_teacher(config, trained.model, trained.dtype, trained.mesh)
+    graphdef, _, place = program.frozen_teacher(config, trained.model, trained.dtype, trained.mesh)
     which = config.weights.teacher or "random weights, as config.weights.teacher was not set"
     arrays = place()
 
