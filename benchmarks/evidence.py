@@ -139,7 +139,8 @@ class Study:
         import numpy as np
         import probe
 
-        from ktda_jax import flops, program
+        from ktda_jax.plan import flops
+        from ktda_jax.training import program
 
         model = program.model_config_of(config)
         patch, classes = model.teacher.patch, len(self.classes)
@@ -171,10 +172,10 @@ def _frozen(model) -> int:
     """Parameters of the teacher."""
     from flax import nnx
 
-    from ktda_jax import state
+    from ktda_jax.models import flat
     from ktda_jax.models.vit import ViT
 
-    return state.count(state.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))[1])
+    return flat.count(flat.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))[1])
 
 
 def _train(config, workdir: pathlib.Path) -> dict:
@@ -182,26 +183,29 @@ def _train(config, workdir: pathlib.Path) -> dict:
     import jax
     from flax import nnx
 
-    from ktda_jax import extract, flops, program, state, train
+    from ktda_jax import extract
+    from ktda_jax.models import flat
     from ktda_jax.models.ktda import KTDA
+    from ktda_jax.plan import flops
+    from ktda_jax.training import loop, program
 
     if config.distill and config.teacher.mode == "precomputed":
         extract.run(config)
     _COMPILED.clear()
     start = time.perf_counter()
-    result = train.train_and_evaluate(config, workdir)
+    result = loop.train_and_evaluate(config, workdir)
     seconds = time.perf_counter() - start
     if result is None:
         raise Stopped
     model = program.model_config_of(config)
     operations = flops.of_model(model, tuple(config.data.crop), distill=False)
-    params = state.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))[1]
+    params = flat.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))[1]
     found = {
         "confusion": result.confusion.tolist(),
         "seconds": seconds,
         "compile_s": sum(_COMPILED),  # XLA's alone; reading its cache counts, tracing does not
         "steps": config.total_steps,
-        "parameters": state.count({k: v for k, v in params.items() if not k.startswith("auxiliary_head/")}),
+        "parameters": flat.count({k: v for k, v in params.items() if not k.startswith("auxiliary_head/")}),
         "frozen": _frozen(model) if model.encoder == "teacher" else 0,
         "inference_gflop": operations["inference"] / 1e3 / math.prod(config.data.crop),  # of a megapixel
         "device": jax.devices()[0].device_kind,
@@ -295,7 +299,7 @@ def main(argv: list[str]) -> None:
 
     from ktda_jax.config import ConfigError, write_json
     from ktda_jax.data.images import DataError
-    from ktda_jax.train import TrainingError
+    from ktda_jax.training.loop import TrainingError
 
     logging.set_verbosity(logging.WARNING)
     _prepare_jax(args.output)

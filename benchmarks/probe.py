@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 
-from ktda_jax import program, sharding, state
+from ktda_jax import sharding
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.images import read_image, read_label
 from ktda_jax.metrics import confusion_matrix
+from ktda_jax.models import flat
 from ktda_jax.models.ktda import normalize
 from ktda_jax.models.layers import resize
+from ktda_jax.training import program
 
 
 def features(config, tiles: dict) -> dict[str, list[np.ndarray]]:
@@ -30,7 +32,7 @@ def features(config, tiles: dict) -> dict[str, list[np.ndarray]]:
     @jax.jit
     def taps(arrays, image):
         seen = normalize(image[None], jnp.float32, model.teacher.mean, model.teacher.std)
-        return [tap[0] for tap in state.merge(graphdef, arrays, {})(seen)]
+        return [tap[0] for tap in flat.merge(graphdef, arrays, {})(seen)]
 
     return {name: jax.device_get(taps(arrays, read_image(str(image)))) for name, (image, _) in tiles.items()}
 

@@ -59,10 +59,10 @@ def model_of(kind: str):
     import jax.numpy as jnp
     from flax import nnx
 
-    from ktda_jax import state
+    from ktda_jax.models import flat
     from ktda_jax.models.ktda import KTDA, KTDAConfig
     from ktda_jax.models.layers import resize
-    from ktda_jax.scenes.device import Model
+    from ktda_jax.tiling.device import Model
 
     if kind == "none":
         return Model(lambda arrays, images: images.astype(jnp.float32) / 255, (), 3, 3)
@@ -73,21 +73,21 @@ def model_of(kind: str):
             head_channels=16, aux_channels=0,
         )
     )  # fmt: skip
-    graphdef, *arrays = state.split(KTDA(config, rngs=nnx.Rngs(0)))
+    graphdef, *arrays = flat.split(KTDA(config, rngs=nnx.Rngs(0)))
 
     def apply(arrays, images):
-        logits = state.merge(graphdef, *arrays)(images).logits
+        logits = flat.merge(graphdef, *arrays)(images).logits
         return jax.nn.softmax(resize(logits, images.shape[1:3]), -1)
 
     return Model(apply, arrays, 3, 5)
 
 
 def measure(kind: str, scene: pathlib.Path, tile: int, overlap: int, batch: int) -> dict:
-    from ktda_jax.scenes.device import Step
-    from ktda_jax.scenes.files import name_outputs
-    from ktda_jax.scenes.mapping import check_scenes, map_scenes
-    from ktda_jax.scenes.outputs import Legend
-    from ktda_jax.scenes.raster import Reading
+    from ktda_jax.data.raster import Reading
+    from ktda_jax.prediction.files import name_outputs
+    from ktda_jax.prediction.mapping import check_scenes, map_scenes
+    from ktda_jax.prediction.outputs import Legend
+    from ktda_jax.tiling.device import Step
 
     model = model_of(kind)
     step = Step(model, (tile, tile), batch)

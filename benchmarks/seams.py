@@ -33,9 +33,10 @@ def main():
 
     import ktda_jax
     from ktda_jax.data.images import read_image
-    from ktda_jax.scenes import device, files, pipeline
-    from ktda_jax.scenes.raster import Reading, open_scene
-    from ktda_jax.scenes.windows import axis
+    from ktda_jax.data.raster import Reading, open_scene
+    from ktda_jax.prediction import files, pipeline
+    from ktda_jax.tiling import device
+    from ktda_jax.tiling.windows import axis
 
     model = ktda_jax.load_pretrained(args.checkpoint)
     tile = args.tile or model.data["crop"][0]

@@ -14,12 +14,13 @@ import numpy as np
 from timing import resident_peak, summary, timed
 
 from ktda_jax import config as configs
-from ktda_jax import sharding, state
+from ktda_jax import sharding
 from ktda_jax.config import ConfigError
-from ktda_jax.convert import mmseg
 from ktda_jax.data.datasets import IGNORE
+from ktda_jax.models import flat
 from ktda_jax.models.vit import ViTConfig
-from ktda_jax.program import build, model_config_of
+from ktda_jax.training.program import build, model_config_of
+from ktda_jax.weights import mmseg
 
 HERE = pathlib.Path(__file__).resolve().parent
 ON_GPU, ON_CPU = ("published", "once", "tf32", "compiled", "compiled_once"), ("published", "once")
@@ -112,7 +113,7 @@ def check_ours(config, folder: pathlib.Path) -> dict:
     return {"terms": {k: float(v) for k, v in terms.items()}}
 
 
-def write_weights(path: pathlib.Path, arrays: state.Arrays, teacher: state.Arrays) -> None:
+def write_weights(path: pathlib.Path, arrays: flat.Arrays, teacher: flat.Arrays) -> None:
     """A whole checkpoint by upstream's names, which torch loads strictly."""
     counts = {k.removesuffix("mean") + "num_batches_tracked": np.int64(0) for k in arrays if k.endswith("bn/mean")}
     arrays = {**arrays, **{f"teacher/{k}": v for k, v in teacher.items()}}
@@ -142,7 +143,7 @@ def measure_ours(config, folder: pathlib.Path) -> dict:
 
     @jax.jit
     def forward(params, stats, image):
-        return state.merge(program.graphdef, params, stats)(image).logits
+        return flat.merge(program.graphdef, params, stats)(image).logits
 
     def infer():
         jax.block_until_ready(forward(current.params, current.batch_stats, batch["forward"]))

@@ -5,7 +5,7 @@
 
 First both compute the loss of the same weights and batch, in float32, without drop path and dropout; unless the terms
 agree nothing is timed. Then every side runs alone, in a process of its own, so that its memory is its own. Ours is the
-real training step of `ktda_jax.program` (bfloat16 on accelerators, or --config.dtype) and a jitted forward pass.
+real training step (bfloat16 on accelerators, or --config.dtype) and a jitted forward pass.
 
     published      torch's default precision, the student twice per step, as published
     once           the same with one pass of the student, as ours

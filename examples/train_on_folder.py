@@ -13,7 +13,7 @@ import sys
 
 from ktda_jax.config import ConfigError
 from ktda_jax.data.images import DataError
-from ktda_jax.train import TrainingError, train_and_evaluate
+from ktda_jax.training.loop import TrainingError, train_and_evaluate
 
 CLASSES = {"background": (60, 60, 60), "object": (230, 180, 40)}  # name: colour, in the order of the class numbers
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "custom.py"

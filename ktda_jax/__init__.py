@@ -8,6 +8,6 @@ def load_pretrained(path, **options):
     or hf://ORG/NAME. options: dtype (float32), teacher_heads and fmm_heads where no description tells them. ValueError
     says in a line what is wrong.
     """
-    from ktda_jax import pretrained  # only here: the data builders import this package without JAX
+    from ktda_jax.prediction import segmenter  # only here: the data builders import this package without JAX
 
-    return pretrained.load_pretrained(path, **options)
+    return segmenter.load_pretrained(path, **options)

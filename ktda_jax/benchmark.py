@@ -14,7 +14,7 @@ import sys
 from absl import app, flags
 
 from ktda_jax import main as command  # its flags, and its one-line errors
-from ktda_jax.verbs import parsed, parser
+from ktda_jax.cli import parsed, parser
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
     flags.DEFINE_integer("steps", 3, "Timed training steps; 0: none.", lower_bound=0)
@@ -42,9 +42,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ktda_jax import config as configs
-from ktda_jax import flops, sharding, state
+from ktda_jax import sharding
 from ktda_jax.config import ConfigError
-from ktda_jax.program import batch_shapes, build, model_config_of
+from ktda_jax.models import flat
+from ktda_jax.plan import flops
+from ktda_jax.training.program import batch_shapes, build, model_config_of
 
 # Dense bfloat16 TFLOP/s, as their makers state them.
 PEAKS = {
@@ -73,7 +75,7 @@ def run(config, *, steps=3, warmup=1, forwards=3, forward_batch=1, peak=None, tr
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "date": time.strftime("%Y-%m-%d"),
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")},
-        "parameters_M": round(state.count({**program.abstract.params, **teacher}) / 1e6, 1),
+        "parameters_M": round(flat.count({**program.abstract.params, **teacher}) / 1e6, 1),
         "training_tflop_per_image": round(operations["training"] / 1e12, 6),
         "inference_tflop_per_image": round(operations["inference"] / 1e12, 6),
     }
@@ -122,8 +124,8 @@ def run(config, *, steps=3, warmup=1, forwards=3, forward_batch=1, peak=None, tr
 
         @jax.jit
         def forward(params, stats, teacher, image):
-            encoder = None if program.encoder is None else state.merge(program.encoder, teacher, {})
-            return state.merge(program.graphdef, params, stats)(image, teacher=encoder).logits
+            encoder = None if program.encoder is None else flat.merge(program.encoder, teacher, {})
+            return flat.merge(program.graphdef, params, stats)(image, teacher=encoder).logits
 
         arguments = current.params, current.batch_stats, teacher, image
         jax.block_until_ready(forward(*arguments))

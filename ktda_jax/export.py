@@ -31,7 +31,7 @@ import sys
 
 from absl import app, flags
 
-from ktda_jax.verbs import parsed, parser
+from ktda_jax.cli import parsed, parser
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
     flags.DEFINE_string("checkpoint", None, "The workdir of a training, a folder of ktda_jax.convert, or a .pth file.")
@@ -63,13 +63,14 @@ from absl import logging as absl_logging
 from flax import nnx
 from jax import export as jax_export
 
-from ktda_jax import pretrained, state
 from ktda_jax.config import write_json
 from ktda_jax.data.datasets import IGNORE
+from ktda_jax.models import flat
 from ktda_jax.models.convnext import Block
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.vit import Attention
-from ktda_jax.weights import Weights, check_free
+from ktda_jax.prediction import segmenter
+from ktda_jax.weights.folder import Weights, check_free
 
 FORMATS = ("stablehlo", "onnx")
 DTYPES = ("float32", "bfloat16")
@@ -97,7 +98,7 @@ def run(
     check_free(beside)
     convert = _importable(format)
     try:
-        found = pretrained.find(checkpoint)
+        found = segmenter.find(checkpoint)
     except OSError as error:
         raise ValueError(f"cannot read --checkpoint={checkpoint}: {error}") from error
     if found.kind != "ktda":
@@ -152,8 +153,8 @@ def _size(found: Weights, size: tuple[int, int] | None) -> tuple[int, int]:
     if size is None and found.data is None:
         raise ValueError("these weights do not say how large their training tiles were; give --size, such as 256")
     size = tuple(size or found.data["crop"])
-    if not 32 <= min(size) <= max(size) <= pretrained.LARGEST:
-        raise ValueError(f"--size is {size[0]}x{size[1]}; give 32 to {pretrained.LARGEST} pixels a side")
+    if not 32 <= min(size) <= max(size) <= segmenter.LARGEST:
+        raise ValueError(f"--size is {size[0]}x{size[1]}; give 32 to {segmenter.LARGEST} pixels a side")
     return size
 
 
@@ -172,15 +173,15 @@ def _inference(found: Weights, dtype, *, for_onnx: bool) -> tuple[Callable, Mapp
                 module.implementation = "conv" if for_onnx else None
         return model
 
-    graphdef, params, stats = state.abstract(build)
+    graphdef, params, stats = flat.abstract(build)
     ours = {k: v for k, v in found.arrays.items() if k in params or k in stats}
-    state.check_shapes(ours, {**params, **stats}, "the weights")
+    flat.check_shapes(ours, {**params, **stats}, "the weights")
     # Kernels are converted before each product anyway, vectors are used in float32: the result is the same.
     params = {k: jnp.asarray(ours[k], dtype if v.ndim > 1 else v.dtype) for k, v in params.items()}
     stats = {k: jnp.asarray(ours[k], v.dtype) for k, v in stats.items()}
 
     def infer(images):
-        _, labels, probabilities = pretrained.infer(graphdef, params, stats, images)
+        _, labels, probabilities = segmenter.infer(graphdef, params, stats, images)
         return {"labels": labels, "probabilities": probabilities}
 
     return infer, {**params, **stats}
@@ -233,7 +234,7 @@ def _describe(found: Weights, arrays, size: tuple[int, int], format: str, dtype:
         "classes": found.classes,
         "palette": found.palette,
         "nodata": IGNORE,
-        "source": {**found.source, "parameters": state.count(arrays), "parameters_sha256": _fingerprint(found, arrays)},
+        "source": {**found.source, "parameters": flat.count(arrays), "parameters_sha256": _fingerprint(found, arrays)},
         "versions": {name: _version(name) for name in packages},
     }
     return described | ({"platforms": list(PLATFORMS)} if format == "stablehlo" else {})

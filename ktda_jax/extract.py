@@ -10,7 +10,7 @@ import sys
 from absl import app
 
 from ktda_jax import main as command  # its flags, and its one-line errors
-from ktda_jax.verbs import parsed
+from ktda_jax.cli import parsed
 
 if __name__ == "__main__":
     PARSE = parsed(command.parse)  # before the imports below, which take seconds
@@ -28,7 +28,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ktda_jax import config as configs
-from ktda_jax import sharding, state
+from ktda_jax import sharding
 from ktda_jax.config import ConfigError
 from ktda_jax.data import pipeline
 from ktda_jax.data.check import check_split
@@ -43,9 +43,10 @@ from ktda_jax.data.teacher_features import (
     check,
     read_manifest,
 )
-from ktda_jax.inputs import features_folder, open_source, processes
+from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDAConfig, normalize
-from ktda_jax.program import frozen_teacher, model_config_of, teacher_identity
+from ktda_jax.training.inputs import features_folder, open_source, processes
+from ktda_jax.training.program import frozen_teacher, model_config_of, teacher_identity
 
 
 def run(config) -> pathlib.Path:
@@ -157,7 +158,7 @@ def _step(graphdef, model: KTDAConfig, dtype, stored: np.dtype, mesh):
 
     def taps(teacher, images):
         seen = normalize(images[..., np.array(model.rgb)], dtype, model.teacher.mean, model.teacher.std)
-        vit = state.merge(graphdef, teacher, {})
+        vit = flat.merge(graphdef, teacher, {})
         return tuple(jnp.stack(vit(x), 1).astype(stored) for x in (seen, seen[:, :, ::-1]))
 
     return jax.jit(taps, out_shardings=(sharding.batch_sharding(mesh),) * 2)

@@ -9,7 +9,7 @@ import sys
 from absl import app, flags
 
 from ktda_jax import main as command  # its flags, and its one-line errors
-from ktda_jax.verbs import parsed
+from ktda_jax.cli import parsed
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
     flags.DEFINE_string("output", None, "Where to write; default inspection/<data set>.")
@@ -22,14 +22,14 @@ import pathlib
 import numpy as np
 
 from ktda_jax import config as configs
-from ktda_jax import figures, reading, sheets
 from ktda_jax.config import ConfigError
-from ktda_jax.data import augment, inspect
+from ktda_jax.data import augment, inspect, reading
 from ktda_jax.data.check import check_split
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import read_tile
-from ktda_jax.inputs import open_source
+from ktda_jax.figures import plots, sheets
+from ktda_jax.training.inputs import open_source
 
 AUGMENTED = 3  # draws of the augmentation beside each
 
@@ -70,7 +70,7 @@ def run(config, output: pathlib.Path, samples: int) -> list[str]:
     }
     print(_tables(info.classes, counts, suggested, [g for g in groups if g not in across]))
     shares = {split: found.pixels[:classes] for split, found in counts.items()}
-    figures.save_shares(output / "classes.png", shares, info.classes, info.palette)
+    plots.save_shares(output / "classes.png", shares, info.classes, info.palette)
     if data.train_split in sources:
         _sheet(output / "samples.png", sources[data.train_split], config, info, samples)
     configs.write_json(output / "inspection.json", _report(info.classes, counts, groups, suggested, problems))

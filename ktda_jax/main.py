@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ktda_jax import config as configs
-from ktda_jax.verbs import parsed
+from ktda_jax.cli import parsed
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config, such as configs/grass.py:tiny.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; default runs/<config name>.")
@@ -116,17 +116,17 @@ def start() -> None:
 
 def main(_: list[str]) -> None:
     start()
-    from ktda_jax import train
     from ktda_jax.data.images import DataError
+    from ktda_jax.training import loop
 
-    verbs = {"train": train.train_and_evaluate, "eval": train.evaluate_workdir}
+    verbs = {"train": loop.train_and_evaluate, "eval": loop.evaluate_workdir}
     try:
         result = verbs[MODE.value](CONFIG.value, _workdir())
     except Exception as error:
         if COORDINATOR.value:
             # JAX waits at exit for the others, minutes, while they wait for this one; unless all fail alike.
             _end_after(FAILED_SECONDS)
-        if isinstance(error, (configs.ConfigError, DataError, train.TrainingError)):
+        if isinstance(error, (configs.ConfigError, DataError, loop.TrainingError)):
             sys.exit(f"error: {error}")
         raise
     if result is None:

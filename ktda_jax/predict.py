@@ -12,7 +12,7 @@ import sys
 
 from absl import app, flags, logging
 
-from ktda_jax.verbs import parsed, parser
+from ktda_jax.cli import parsed, parser
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
     flags.DEFINE_string("checkpoint", None, "A workdir, a converted folder, a .pth, or hf://ORG/NAME.")
@@ -41,12 +41,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ktda_jax import pretrained
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.reading import is_scale
-from ktda_jax.scenes import device, files, mapping, polygons
-from ktda_jax.scenes.outputs import Legend
-from ktda_jax.scenes.raster import Reading, rasterio_for
+from ktda_jax.data.raster import Reading, rasterio_for
+from ktda_jax.data.reading import is_scale
+from ktda_jax.prediction import files, mapping, polygons, segmenter
+from ktda_jax.prediction.outputs import Legend
+from ktda_jax.tiling import device
 
 
 def run(
@@ -75,7 +75,7 @@ def run(
     files.make_folders(outputs)
 
     on_cpu = jax.default_backend() == "cpu"
-    model = pretrained.load_pretrained(checkpoint, dtype=jnp.float32 if on_cpu else jnp.bfloat16)
+    model = segmenter.load_pretrained(checkpoint, dtype=jnp.float32 if on_cpu else jnp.bfloat16)
     if model.config.num_classes > IGNORE:
         raise ValueError(f"the model has {model.config.num_classes} classes; a map holds at most {IGNORE}")
     trained = mapping.trained_reading(model.data)

@@ -12,7 +12,7 @@ import sys
 
 from absl import app, flags, logging
 
-from ktda_jax.verbs import parsed, parser
+from ktda_jax.cli import parsed, parser
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
     flags.DEFINE_multi_string("workdir", None, "A run's folder; several for a comparison, repeated or with commas.")

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ktda_jax import state
-from ktda_jax.convert import mmseg
-from ktda_jax.convert.architecture import under
+from ktda_jax.models import flat
 from ktda_jax.models.convnext import ConvNeXtConfig
 from ktda_jax.models.fmm import FMMConfig
 from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.models.vit import ViT, ViTConfig
+from ktda_jax.weights import mmseg
+from ktda_jax.weights.architecture import under
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
@@ -61,15 +61,15 @@ def models(name: str, dtype=jnp.float32, **overrides) -> tuple[KTDA, ViT]:
     common = dict(dtype=dtype, param_dtype=dtype)
     tensors = checkpoint(name)
 
-    graphdef, params, stats = state.abstract(lambda: KTDA(configuration, **common, rngs=nnx.Rngs(0)))
+    graphdef, params, stats = flat.abstract(lambda: KTDA(configuration, **common, rngs=nnx.Rngs(0)))
     found = ours(tensors, {**params, **stats})
-    state.check_shapes(found, {**params, **stats}, name)
-    model = state.merge(graphdef, *({k: jnp.asarray(found[k], dtype) for k in part} for part in (params, stats)))
+    flat.check_shapes(found, {**params, **stats}, name)
+    model = flat.merge(graphdef, *({k: jnp.asarray(found[k], dtype) for k in part} for part in (params, stats)))
 
-    graphdef, params, _ = state.abstract(lambda: ViT(configuration.teacher, **common, rngs=nnx.Rngs(0)))
+    graphdef, params, _ = flat.abstract(lambda: ViT(configuration.teacher, **common, rngs=nnx.Rngs(0)))
     found = under(mmseg.from_upstream(tensors)[0], "teacher/")
-    state.check_shapes(found, params, name)
-    return model, state.merge(graphdef, {k: jnp.asarray(found[k], dtype) for k in params}, {})
+    flat.check_shapes(found, params, name)
+    return model, flat.merge(graphdef, {k: jnp.asarray(found[k], dtype) for k in params}, {})
 
 
 def relative(a, b) -> float:

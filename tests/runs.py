@@ -16,12 +16,12 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from ktda_jax import state
-from ktda_jax.checkpoint import Checkpoints
+from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDAConfig
 from ktda_jax.models.vit import ViT
-from ktda_jax.program import build
-from ktda_jax.state import TrainState
+from ktda_jax.training.checkpoint import Checkpoints
+from ktda_jax.training.program import build
+from ktda_jax.training.state import TrainState
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 CLASSES = 5
@@ -100,7 +100,7 @@ def random_teacher(config) -> dict[str, np.ndarray]:
         return {}
     teacher = KTDAConfig.from_dict({**config.model, "num_classes": CLASSES}).teacher
     types = dict(dtype=np.float32, param_dtype=np.float32)
-    return _random(state.abstract(lambda: ViT(teacher, **types, rngs=nnx.Rngs(0)))[1])
+    return _random(flat.abstract(lambda: ViT(teacher, **types, rngs=nnx.Rngs(0)))[1])
 
 
 def _random(shapes) -> dict[str, np.ndarray]:

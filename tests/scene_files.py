@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import rasterio
 
-from ktda_jax.scenes.device import Model, Step
-from ktda_jax.scenes.files import name_outputs
-from ktda_jax.scenes.mapping import check_scenes, map_scenes
-from ktda_jax.scenes.outputs import Legend
-from ktda_jax.scenes.raster import Reading
+from ktda_jax.data.raster import Reading
+from ktda_jax.prediction.files import name_outputs
+from ktda_jax.prediction.mapping import check_scenes, map_scenes
+from ktda_jax.prediction.outputs import Legend
+from ktda_jax.tiling.device import Model, Step
 
 UTM = rasterio.Affine(30.0, 0.0, 399_985.123456789, 0.0, -30.0, 4_200_015.987654321)
 

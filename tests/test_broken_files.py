@@ -9,10 +9,10 @@ import pytest
 import runs
 from PIL import Image
 
-from ktda_jax import train
 from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import FolderSource
 from ktda_jax.data.tfds_source import TfdsSource, prepare
+from ktda_jax.training import loop
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def missing_label(root):
     return r"1 of 3 images in \S*img_dir/train have no label in \S*ann_dir/train: t1.png; add the labels or remove"
 
 
-def loop(root):
+def circular_link(root):
     image_of(root).unlink()
     image_of(root).symlink_to(image_of(root))
     return r"cannot read \S*img_dir/train/t1.png: .*[Ss]ymbolic links"
@@ -85,7 +85,10 @@ def broken_link(root):
     return r"cannot read \S*img_dir/train/t1.png: .*No such file"
 
 
-BROKEN = [truncated, truncated_label, zero_bytes, deep_image, deep_label, float_label, missing_label, loop, folder_loop]
+BROKEN = [
+    truncated, truncated_label, zero_bytes, deep_image, deep_label, float_label, missing_label, circular_link,
+    folder_loop,
+]  # fmt: skip
 BROKEN += [broken_link]
 
 
@@ -93,7 +96,7 @@ BROKEN += [broken_link]
 def test_a_broken_file_is_one_line_before_anything_is_written(tiles, tmp_path, spoil):
     message = spoil(tiles)
     with pytest.raises(DataError, match=message) as training:
-        train.train_and_evaluate(runs.config(tiles), tmp_path / "run")
+        loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
     with pytest.raises(DataError, match=message) as building:
         prepare("grass", tmp_path / "tfds", tiles)
     assert "\n" not in f"{training.value}{building.value}"

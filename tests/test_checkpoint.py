@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from ktda_jax import sharding
-from ktda_jax.checkpoint import Checkpoints
-from ktda_jax.state import TrainState
+from ktda_jax.training.checkpoint import Checkpoints
+from ktda_jax.training.state import TrainState
 
 
 def make_state(step=0, *, width=4, ema=False) -> TrainState:

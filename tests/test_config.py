@@ -9,8 +9,8 @@ import pytest
 import runs
 
 from ktda_jax import config as configs
-from ktda_jax import reading
 from ktda_jax.config import ConfigError
+from ktda_jax.data import reading
 from ktda_jax.models.ktda import KTDAConfig
 
 

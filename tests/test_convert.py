@@ -15,9 +15,8 @@ import torch
 from safetensors.numpy import save_file
 
 import ktda_jax
-from ktda_jax import weights
-from ktda_jax.convert import sources
-from ktda_jax.convert.files import WeightsError
+from ktda_jax.weights import folder, loading, sources
+from ktda_jax.weights.files import WeightsError
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 CHECKPOINT = golden.GOLDENS / "grass_tiny.pth"
@@ -45,7 +44,7 @@ def whole(tmp_path_factory) -> pathlib.Path:
 @pytest.mark.parametrize("name", ["grass_tiny", "grass_tiny_resized"])
 def test_golden_logits(name, tmp_path):
     out = tmp_path / "w"
-    weights.save(out, sources.load(str(golden.GOLDENS / f"{name}.pth"), "ktda", teacher_heads=2))
+    folder.save(out, sources.load(str(golden.GOLDENS / f"{name}.pth"), "ktda", teacher_heads=2))
     model = ktda_jax.load_pretrained(out)
     arrays = golden.arrays(name)
     expected = np.moveaxis(arrays["eval/decode_logits"], 1, -1)
@@ -62,7 +61,7 @@ def test_the_description(whole):
     assert description["kind"] == "ktda" and description["classes"][0] == "low"
     assert description["architecture"]["student"]["depths"] == [1, 1, 2, 1]
     assert description["architecture"]["teacher"]["heads"] == 2
-    from ktda_jax.convert.files import sha256
+    from ktda_jax.weights.files import sha256
 
     assert description["sha256"] == sha256(whole / "model.safetensors")
     assert description["source"]["sha256"] == {"grass_tiny.pth": sha256(CHECKPOINT)}
@@ -129,8 +128,8 @@ def test_without_its_teacher_a_model_predicts_and_goes_back(tmp_path):
     tensors = torch.load(CHECKPOINT, weights_only=True)["state_dict"]
     tensors = {k: v for k, v in tensors.items() if not k.startswith("teach_backbone.")}
     torch.save({"state_dict": tensors}, tmp_path / "x.pth")
-    weights.save(tmp_path / "w", sources.load(str(tmp_path / "x.pth")))
-    found = weights.read(tmp_path / "w")
+    folder.save(tmp_path / "w", sources.load(str(tmp_path / "x.pth")))
+    found = loading.read(tmp_path / "w")
     assert not any(path.startswith("teacher/") for path in found.arrays)
     labels = ktda_jax.load_pretrained(tmp_path / "w").predict(golden.arrays("grass_tiny")["image_rgb_uint8"]).labels
     assert (labels == golden.arrays("grass_tiny")["eval/pred"]).mean() >= 0.9999
@@ -280,7 +279,7 @@ REFUSED = [
 COMMANDS = """
 import json, sys
 from absl.testing import flagsaver
-from ktda_jax.convert import __main__ as cli
+from ktda_jax import convert as cli
 said = []
 for arguments in json.load(sys.stdin):
     with flagsaver.flagsaver():
@@ -306,7 +305,7 @@ def test_the_command_says_what_is_wrong_and_leaves_nothing(tmp_path):
 
 def test_only_whole_models_go_back(tmp_path):
     found = sources.load(str(CHECKPOINT), teacher_heads=2)
-    teacher = weights.Weights("teacher", found.config.teacher, {}, {})
+    teacher = folder.Weights("teacher", found.config.teacher, {}, {})
     with pytest.raises(WeightsError, match="--to=upstream writes whole KTDA models; this is a teacher"):
         sources.to_upstream(teacher, tmp_path / "x.pth")
     assert not list(tmp_path.iterdir())

@@ -16,12 +16,12 @@ from flax import nnx
 from safetensors.torch import save_file
 from torch_weights import error, nchw, random, randomize
 
-from ktda_jax import state, weights
-from ktda_jax.convert import sources
 from ktda_jax.data.images import read_image
+from ktda_jax.models import flat
 from ktda_jax.models.convnext import ConvNeXt
 from ktda_jax.models.ktda import normalize
 from ktda_jax.models.vit import MEAN, PRESETS, STD, ViT, ViTConfig
+from ktda_jax.weights import loading, sources
 
 VIT = dict(
     hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=14, mlp_ratio=2,
@@ -67,9 +67,9 @@ def vit_outputs(model, x, prefix) -> list[np.ndarray]:
 
 def run(found, x) -> list[np.ndarray]:
     build = {"teacher": ViT, "student": ConvNeXt}[found.kind]
-    graphdef, _, _ = state.abstract(lambda: build(found.config, rngs=nnx.Rngs(0)))
+    graphdef, _, _ = flat.abstract(lambda: build(found.config, rngs=nnx.Rngs(0)))
     arrays = {k: jnp.asarray(v) for k, v in found.arrays.items()}
-    return jax.jit(lambda arrays, x: state.merge(graphdef, arrays, {})(x))(arrays, jnp.asarray(x, jnp.float32))
+    return jax.jit(lambda arrays, x: flat.merge(graphdef, arrays, {})(x))(arrays, jnp.asarray(x, jnp.float32))
 
 
 def renamed(tensors, pairs) -> dict[str, torch.Tensor]:
@@ -201,13 +201,13 @@ def test_image_statistics_are_never_guessed_against_the_config(tmp_path):
     assert "assumed" in found.source["statistics"]
     satellite = {k: PRESETS["dinov3_large_sat"][k] for k in ("mean", "std")}
     config = dataclasses.replace(found.config, **satellite)
-    shapes = state.abstract(lambda: ViT(config, rngs=nnx.Rngs(0)))[1]
-    assert weights.load(str(tmp_path / "model.safetensors"), shapes, "teacher", config)
+    shapes = flat.abstract(lambda: ViT(config, rngs=nnx.Rngs(0)))[1]
+    assert loading.load(str(tmp_path / "model.safetensors"), shapes, "teacher", config)
     settings = {"image_mean": [0.43, 0.411, 0.296], "image_std": [0.213, 0.156, 0.143]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    assert weights.load(str(tmp_path), shapes, "teacher", config)
+    assert loading.load(str(tmp_path), shapes, "teacher", config)
     with pytest.raises(ValueError, match=r"has mean \(109.65, 104.805, 75.48\) \(config: \(123.675"):
-        weights.load(str(tmp_path), shapes, "teacher", dataclasses.replace(config, mean=MEAN, std=STD))
+        loading.load(str(tmp_path), shapes, "teacher", dataclasses.replace(config, mean=MEAN, std=STD))
 
 
 def to_mmpretrain_convnext(tensors, names=("depthwise_conv", "pointwise_conv1", "pointwise_conv2", "norm3")):
@@ -294,10 +294,10 @@ SMALL = os.environ.get("KTDA_DINOV2_SMALL", "")  # what shared/tools/dinov2_smal
 def test_really_pretrained_dinov2(tile):
     """The taps of the published teacher code on a real tile; both resizes of the position embedding are in it."""
     config = ViTConfig(**PRESETS["small"], image_size=(256, 256))
-    graphdef, expected, _ = state.abstract(lambda: ViT(config, rngs=nnx.Rngs(0)))
-    arrays = {k: jnp.asarray(v) for k, v in weights.load(SMALL, expected, "teacher", config).items()}
+    graphdef, expected, _ = flat.abstract(lambda: ViT(config, rngs=nnx.Rngs(0)))
+    arrays = {k: jnp.asarray(v) for k, v in loading.load(SMALL, expected, "teacher", config).items()}
     with np.load(SHARED / "golden" / "dinov2_small_teacher.npz") as golden:
         image = normalize(read_image(str(SHARED / "real_samples" / str(golden[f"{tile}/file"])))[None], jnp.float32)
         every = 4 if tile == "cloud" else 1
-        for k, tap in enumerate(jax.jit(lambda a, x: state.merge(graphdef, a, {})(x))(arrays, image)):
+        for k, tap in enumerate(jax.jit(lambda a, x: flat.merge(graphdef, a, {})(x))(arrays, image)):
             assert error(tap[0, ::every, ::every], np.moveaxis(golden[f"{tile}/{k}"], 0, -1)) < 1e-4

@@ -25,8 +25,7 @@ from torch_weights import (
     worst,
 )
 
-from ktda_jax import state
-from ktda_jax.models import convnext, depthwise
+from ktda_jax.models import convnext, depthwise, flat
 from ktda_jax.models.convnext import Block, ConvNeXt, ConvNeXtConfig
 from ktda_jax.models.depthwise import depthwise_conv
 
@@ -118,7 +117,7 @@ def test_gradients_equal_transformers(v2, remat, quick):
 
     def function(primals):
         params, x = primals
-        return state.merge(graphdef, params, {})(x)
+        return flat.merge(graphdef, params, {})(x)
 
     _, (params_grad, x_grad) = value_and_pullback(
         function, (params, jnp.asarray(nhwc(x))), [jnp.asarray(c) for c in cotangents]
@@ -149,11 +148,11 @@ def test_precision_of_narrow_types(dtype, v2, tolerance, quick):
 def test_presets_have_the_published_sizes(preset, published):
     """The published counts are of classifiers: a final LayerNorm and 1000 classes, no LayerNorm per stage."""
     config = ConvNeXtConfig(**convnext.PRESETS[preset])
-    _, params, _ = state.abstract(lambda: ConvNeXt(config, rngs=nnx.Rngs(0)))
+    _, params, _ = flat.abstract(lambda: ConvNeXt(config, rngs=nnx.Rngs(0)))
     classifier = 2 * config.channels[-1] + 1000 * (config.channels[-1] + 1)
-    assert state.count(params) == published - classifier + 2 * sum(config.channels)
+    assert flat.count(params) == published - classifier + 2 * sum(config.channels)
     if preset == "base":
-        assert state.count(params) == pytest.approx(87.6e6, abs=0.05e6)
+        assert flat.count(params) == pytest.approx(87.6e6, abs=0.05e6)
 
 
 def test_drop_path_rises_linearly_over_all_blocks():
@@ -206,7 +205,7 @@ def test_blocks_draw_independently(monkeypatch):
 
     @jax.jit
     def draw(key):
-        state.merge(graphdef, params, {})(jnp.zeros((1, 32, 32, 3)), key=key)
+        flat.merge(graphdef, params, {})(jnp.zeros((1, 32, 32, 3)), key=key)
         return draws
 
     draws = draw(jax.random.key(0))
@@ -217,9 +216,9 @@ def test_blocks_draw_independently(monkeypatch):
 def test_remat_keeps_less_for_the_backward_pass():
     def kept(remat):
         config = ConvNeXtConfig(depths=(4, 4), channels=(4, 8), remat=remat)
-        graphdef, params, _ = state.abstract(lambda: ConvNeXt(config, rngs=nnx.Rngs(0)))
+        graphdef, params, _ = flat.abstract(lambda: ConvNeXt(config, rngs=nnx.Rngs(0)))
         x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-        return kept_for_backward(lambda params, x: state.merge(graphdef, params, {})(x), params, x)
+        return kept_for_backward(lambda params, x: flat.merge(graphdef, params, {})(x), params, x)
 
     less, more = kept(True), kept(False)
     assert less < 0.4 * more
@@ -236,7 +235,7 @@ def test_remat_changes_neither_outputs_nor_gradients(quick):
 
         def function(primals):
             params, x = primals
-            model = state.merge(graphdef, params, {})
+            model = flat.merge(graphdef, params, {})
             model.stages[0][0].rate = 0.5
             outputs = model(x, key=jax.random.key(0))
             return outputs, sum(jnp.sum(jnp.sin(f)) for f in outputs)
@@ -250,11 +249,11 @@ def test_remat_changes_neither_outputs_nor_gradients(quick):
 def test_shifted_products_are_not_compiled_for_each_of_their_readers(monkeypatch):
     """XLA's CPU backend would fuse the 49 products into a norm's mean, its variance and whatever else reads them."""
     config = ConvNeXtConfig(depths=(1, 1), channels=(8, 16))
-    graphdef, params, _ = state.abstract(lambda: ConvNeXt(config, rngs=nnx.Rngs(0)))
+    graphdef, params, _ = flat.abstract(lambda: ConvNeXt(config, rngs=nnx.Rngs(0)))
 
     def products():
         depthwise._shifts_grad.clear_cache()
-        gradient = jax.grad(lambda params, x: sum(y.sum() for y in state.merge(graphdef, params, {})(x)))
+        gradient = jax.grad(lambda params, x: sum(y.sum() for y in flat.merge(graphdef, params, {})(x)))
         lowered = jax.jit(gradient).lower(params, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32))
         return lowered.compile().as_text().count(" multiply(")
 

@@ -7,12 +7,15 @@ import pytest
 import runs
 from flax import nnx
 
-from ktda_jax import benchmark, flops, losses, state
+from ktda_jax import benchmark
 from ktda_jax import config as configs
 from ktda_jax.config import ConfigError
+from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.vit import ViT
-from ktda_jax.program import build, model_config_of
+from ktda_jax.plan import flops
+from ktda_jax.training import losses
+from ktda_jax.training.program import build, model_config_of
 
 FROZEN = {"model.encoder": "teacher", "model.fam": False, "model.fmm.enabled": False, "distill": False}
 SCALES = (4.0, 2.0, 1.0, 0.5)
@@ -26,15 +29,15 @@ def test_only_the_decoder_trains(tmp_path):
     current = runs.random_state(program)
     params, stats = current.params, current.batch_stats
     assert {path.split("/")[0] for path in params} == {"neck", "decode_head", "auxiliary_head"}
-    vit, _, _ = state.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
+    vit, _, _ = flat.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
     frozen = runs.random_teacher(runs.config(tmp_path))
     assert model.teacher.grid_of(64, 64) == (5, 5)
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     labels = np.random.default_rng(1).integers(0, runs.CLASSES, (2, 64, 64), np.uint8)
 
     def loss(params, stats, frozen):
-        teacher = state.merge(vit, frozen, {})
-        outputs = state.merge(program.graphdef, params, stats)(images, train=True, teacher=teacher)
+        teacher = flat.merge(vit, frozen, {})
+        outputs = flat.merge(program.graphdef, params, stats)(images, train=True, teacher=teacher)
         assert outputs.logits.shape == (2, 20, 20, runs.CLASSES) and outputs.teacher is None
         return losses.total_loss(outputs, labels, config.loss)[0], outputs.logits
 
@@ -45,7 +48,7 @@ def test_only_the_decoder_trains(tmp_path):
     other = {**frozen, "patch_embed/kernel": 2 * frozen["patch_embed/kernel"]}
     assert float(jnp.abs(logits - step(params, stats, other)[1]).max()) > 1e-4
     with pytest.raises(ValueError, match="this model's encoder is the frozen teacher"):
-        jax.eval_shape(lambda: state.merge(program.graphdef, params, stats)(images))
+        jax.eval_shape(lambda: flat.merge(program.graphdef, params, stats)(images))
 
 
 def test_a_config_from_before_there_was_a_choice_of_encoders(tmp_path):
@@ -91,8 +94,8 @@ def test_a_narrower_neck(tmp_path):
     narrow, usual = model_config_of(config), model_config_of(runs.config(tmp_path))
     assert narrow.channels == (6,) * 4 and usual.channels == (16,) * 4
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
-    graphdef, params, stats = state.abstract(lambda: KTDA(narrow, rngs=nnx.Rngs(0)))
-    outputs = jax.eval_shape(lambda p, s, x: state.merge(graphdef, p, s)(x), params, stats, images)
+    graphdef, params, stats = flat.abstract(lambda: KTDA(narrow, rngs=nnx.Rngs(0)))
+    outputs = jax.eval_shape(lambda p, s, x: flat.merge(graphdef, p, s)(x), params, stats, images)
     assert outputs.student[0].shape == (1, 5, 5, 16) and outputs.logits.shape == (1, 20, 20, runs.CLASSES)
     assert params["decode_head/lateral_convs/0/conv/kernel"].shape[-2] == 6
     with pytest.raises(ConfigError, match=r"heads is 4, which does not divide 6"):

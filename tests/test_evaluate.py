@@ -11,13 +11,16 @@ import runs
 from flax import nnx
 
 import ktda_jax
-from ktda_jax import evaluate, sharding, state, train, weights
+from ktda_jax import sharding
 from ktda_jax.data import pipeline
 from ktda_jax.data.datasets import IGNORE, dataset_info
 from ktda_jax.data.sources import FolderSource
 from ktda_jax.metrics import summarize
+from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDAConfig
-from ktda_jax.program import build
+from ktda_jax.training import evaluate, loop
+from ktda_jax.training.program import build
+from ktda_jax.weights import folder
 
 CROP = (32, 48)
 
@@ -51,7 +54,7 @@ def source(tmp_path):
 
 def run(source, *, batch_size, data=1, fsdp=1, **processes):
     mesh = sharding.make_mesh(data, fsdp)
-    graphdef, params, stats = state.split(Pooled(nnx.Rngs(0)))
+    graphdef, params, stats = flat.split(Pooled(nnx.Rngs(0)))
     step = evaluate.make_eval_step(graphdef, runs.CLASSES, mesh)
     batches = pipeline.eval_batches(source, crop=CROP, batch_size=batch_size, num_threads=1, **processes)
     params = jax.device_put(params, sharding.tree_shardings(mesh, params))
@@ -60,7 +63,7 @@ def run(source, *, batch_size, data=1, fsdp=1, **processes):
 
 def plain_count(source) -> np.ndarray:
     """Tile by tile in numpy and OpenCV, which resizes bilinearly with the same half-pixel centres."""
-    _, params, _ = state.split(Pooled(nnx.Rngs(0)))
+    _, params, _ = flat.split(Pooled(nnx.Rngs(0)))
     kernel, bias = (np.asarray(params[f"head/{k}"]) for k in ("kernel", "bias"))
     confusion = np.zeros((runs.CLASSES, runs.CLASSES), np.int64)
     for tile in source:
@@ -123,8 +126,8 @@ def test_weights_from_elsewhere_are_evaluated_as_they_are(tmp_path):
     first = build(runs.config(root))
     state_ = runs.random_state(first)
     config = KTDAConfig.from_dict({**runs.config(root).model, "num_classes": runs.CLASSES})
-    weights.save(tmp_path / "w", weights.Weights("ktda", config, {**state_.params, **state_.batch_stats}, {}))
-    result = train.evaluate_workdir(runs.config(root, {"weights.model": str(tmp_path / "w")}), tmp_path / "run")
+    folder.save(tmp_path / "w", folder.Weights("ktda", config, {**state_.params, **state_.batch_stats}, {}))
+    result = loop.evaluate_workdir(runs.config(root, {"weights.model": str(tmp_path / "w")}), tmp_path / "run")
     model, confusion = ktda_jax.load_pretrained(tmp_path / "w"), np.zeros((runs.CLASSES, runs.CLASSES), np.int64)
     for tile in FolderSource(root, "val", num_classes=runs.CLASSES):
         np.add.at(confusion, (tile["label"], model.predict(tile["image"]).labels), 1)

@@ -14,9 +14,10 @@ import runs
 from PIL import Image
 
 from ktda_jax import config as configs
-from ktda_jax import pretrained, weights
-from ktda_jax.program import model_config_of
-from ktda_jax.weights import Weights
+from ktda_jax.prediction import segmenter
+from ktda_jax.training.program import model_config_of
+from ktda_jax.weights import folder
+from ktda_jax.weights.folder import Weights
 
 sys.path.insert(0, str(runs.REPOSITORY / "benchmarks"))
 
@@ -157,7 +158,7 @@ def study(tmp_path):
     del sizes["loss.alpha"]  # which ablations are about
     config = runs.config(data, sizes)
     teacher = Weights("teacher", model_config_of(config).teacher, runs.random_teacher(config), {})
-    weights.save(tmp_path / "teacher", teacher)
+    folder.save(tmp_path / "teacher", teacher)
     cache = jax.config.jax_compilation_cache_dir
 
     def arguments(**more):
@@ -275,16 +276,16 @@ def test_tiny_configurations_end_to_end(study, tmp_path):
     assert len(list((tmp_path / "out").glob("features/*/*.json"))) == 2  # of either training part
     # The frozen encoder comes along where a training is used: it predicts what was scored.
     workdir = next((tmp_path / "out").glob("runs/dinov2_100/fold0*"))
-    segmenter, tiles = pretrained.load_pretrained(workdir), folds.find_tiles(tmp_path / "data")
+    model, tiles = segmenter.load_pretrained(workdir), folds.find_tiles(tmp_path / "data")
     confusion = np.zeros((4, 4), int)
     record = json.loads((workdir / "result.json").read_text())
     for name in record["val"]:
-        labels = segmenter.predict(tiles[name][0]).labels
+        labels = model.predict(tiles[name][0]).labels
         np.add.at(confusion, (np.asarray(Image.open(tiles[name][1])), labels), 1)
     assert confusion.tolist() == record["confusion"]
     shutil.rmtree(tmp_path / "teacher")
     with pytest.raises(ValueError, match="its frozen encoder cannot be read: .*teacher"):
-        pretrained.load_pretrained(workdir)
+        segmenter.load_pretrained(workdir)
     table = (tmp_path / "out" / "table.md").read_text()
     assert all(f"| 100 % | {name} | 2 |" in table for name in by_name)
 

@@ -14,9 +14,8 @@ import runs
 from PIL import Image
 
 import ktda_jax
-from ktda_jax import weights
-from ktda_jax.convert import sources
 from ktda_jax.data.datasets import dataset_info
+from ktda_jax.weights import folder, sources
 
 FOLDER = runs.REPOSITORY / "examples"
 
@@ -37,7 +36,7 @@ def model(tmp_path_factory):
     """A folder of weights with five classes."""
     found = sources.load(str(golden.GOLDENS / "grass_tiny.pth"), teacher_heads=2)
     info, path = dataset_info("grass"), tmp_path_factory.mktemp("weights") / "grass"
-    weights.save(path, dataclasses.replace(found, classes=info.classes, palette=info.palette))
+    folder.save(path, dataclasses.replace(found, classes=info.classes, palette=info.palette))
     return path
 
 

@@ -19,9 +19,11 @@ import runs
 
 import ktda_jax
 from ktda_jax import config as configs
-from ktda_jax import export, pretrained, weights
-from ktda_jax.checkpoint import Checkpoints
-from ktda_jax.program import build
+from ktda_jax import export
+from ktda_jax.prediction import segmenter
+from ktda_jax.training.checkpoint import Checkpoints
+from ktda_jax.training.program import build
+from ktda_jax.weights import folder
 
 # A size and bands that are not the usual; attention over 20 x 28 tokens, more than one chunk.
 SIZE, BANDS = (64, 96), (4, 1, 2, 3)
@@ -141,7 +143,7 @@ def test_what_lies_beside_it(stablehlo, workdir, model):
     assert described["outputs"]["probabilities"] == {"dtype": "float32", "shape": ["batch", 64, 96, 5]}
     assert described["classes"] == list(model.classes) and described["palette"] == [list(c) for c in model.palette]
     assert described["nodata"] == 255 and described["platforms"] == ["cpu", "cuda", "tpu"]
-    source, arrays = described["source"], pretrained.find(workdir).arrays
+    source, arrays = described["source"], segmenter.find(workdir).arrays
     assert source["workdir"] == str(workdir) and source["step"] == 3 and len(source["parameters_sha256"]) == 64
     assert source["parameters"] == sum(v.size for k, v in arrays.items() if not k.startswith("auxiliary_head/"))
 
@@ -161,10 +163,10 @@ def test_onnx_in_onnxruntime(onnx, stablehlo, model):
 @pytest.mark.slow  # XLA's CPU compiler takes its time over bfloat16
 def test_bfloat16_computes_the_same_and_takes_half_the_space(workdir, stablehlo, tmp_path):
     made = export.run(workdir, tmp_path / "narrow", format="stablehlo", dtype="bfloat16")
-    kernels = [v for k, v in pretrained.find(workdir).arrays.items() if not k.startswith("aux") and v.ndim > 1]
+    kernels = [v for k, v in segmenter.find(workdir).arrays.items() if not k.startswith("aux") and v.ndim > 1]
     spared = description(stablehlo)["bytes"] - made["bytes"]
     assert spared == pytest.approx(2 * sum(v.size for v in kernels), rel=0.1)
-    narrow = pretrained.load_pretrained(workdir, dtype=jnp.bfloat16).predict(images())
+    narrow = segmenter.load_pretrained(workdir, dtype=jnp.bfloat16).predict(images())
     found = jax.jit(jax.export.deserialize((tmp_path / "narrow").read_bytes()).call)(images())
     assert (np.asarray(found["labels"]) == narrow.labels).mean() >= 0.999
 
@@ -200,9 +202,9 @@ def test_what_cannot_be_exported(workdir, tmp_path, monkeypatch, options, messag
 
 
 def test_weights_that_are_no_model_or_too_large_or_of_unknown_size(workdir, tmp_path, monkeypatch):
-    found = pretrained.find(workdir)
-    weights.save(tmp_path / "teacher", weights.Weights("teacher", found.config.teacher, {"x": np.ones(2)}, {}))
-    weights.save(tmp_path / "model", dataclasses.replace(found, arrays=jax.device_get(found.arrays)))
+    found = segmenter.find(workdir)
+    folder.save(tmp_path / "teacher", folder.Weights("teacher", found.config.teacher, {"x": np.ones(2)}, {}))
+    folder.save(tmp_path / "model", dataclasses.replace(found, arrays=jax.device_get(found.arrays)))
     for checkpoint, message in (
         ("teacher", "teacher holds a teacher; an export needs a whole KTDA model"),
         ("model", "do not say how large their training tiles were; give --size"),

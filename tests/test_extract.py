@@ -9,14 +9,15 @@ import pytest
 import runs
 from PIL import Image
 
-from ktda_jax import extract, sharding, weights
+from ktda_jax import extract, sharding
 from ktda_jax.config import ConfigError
 from ktda_jax.data import pipeline
 from ktda_jax.data.check import check_split
 from ktda_jax.data.images import DataError
-from ktda_jax.inputs import open_features, open_source
-from ktda_jax.program import build, model_config_of
-from ktda_jax.weights import Weights
+from ktda_jax.training.inputs import open_features, open_source
+from ktda_jax.training.program import build, model_config_of
+from ktda_jax.weights import folder
+from ktda_jax.weights.folder import Weights
 
 # Three patches of 14 and a part of one on each side; tiles as large as the crop.
 SETTINGS = {"data.crop": (48, 48), "model.teacher.image_size": (48, 48), "data.photometric": False, "loss.alpha": 0.5}
@@ -31,7 +32,7 @@ def tiles(tmp_path_factory):
 def teacher(tiles, tmp_path_factory):
     """A folder with a teacher's weights."""
     path, config = tmp_path_factory.mktemp("weights") / "teacher", runs.config(tiles, SETTINGS)
-    weights.save(path, Weights("teacher", model_config_of(config).teacher, runs.random_teacher(config), {}))
+    folder.save(path, Weights("teacher", model_config_of(config).teacher, runs.random_teacher(config), {}))
     return path
 
 
@@ -166,7 +167,7 @@ def test_of_two_extractions_at_once_one_gives_way(config, tmp_path, monkeypatch)
 def test_another_teacher_is_refused(config, tmp_path, tiles):
     extract.run(settings := config(teacher__mode="precomputed"))
     arrays = {k: v + 1 for k, v in runs.random_teacher(settings).items()}
-    weights.save(tmp_path / "other", Weights("teacher", model_config_of(settings).teacher, arrays, {}))
+    folder.save(tmp_path / "other", Weights("teacher", model_config_of(settings).teacher, arrays, {}))
     with pytest.raises(DataError, match="features are of another teacher's weights"):
         opened(config(teacher__mode="precomputed", weights__teacher=str(tmp_path / "other")))
     opened(config(teacher__mode="precomputed", weights__teacher=None))  # not named: the one that made them

@@ -8,7 +8,7 @@ import torch
 from flax import nnx
 from torch_weights import adopt, error, nchw, nhwc, random, randomize
 
-from ktda_jax import state
+from ktda_jax.models import flat
 from ktda_jax.models.fam import FAM
 
 CHANNELS, WIDTH = (3, 4, 5, 6), 8
@@ -27,7 +27,7 @@ def test_equals_torch(grid):
         }))  # fmt: skip
         sizes = [(24, 32), (12, 16), (6, 8), (3, 4)]
         features = [random(2, *size, c) for size, c in zip(sizes, CHANNELS, strict=True)]
-        module = state.merge(*adopt(build, theirs.state_dict(), []))
+        module = flat.merge(*adopt(build, theirs.state_dict(), []))
         outputs = module([jnp.asarray(f) for f in features], grid)
         for out, x, convert in zip(outputs, features, theirs["convert"], strict=True):
             x = torch.nn.functional.interpolate(convert(nchw(x)), size=grid, mode="bilinear", align_corners=False)
@@ -35,7 +35,7 @@ def test_equals_torch(grid):
 
 
 def test_initial_weights_are_small_normal_and_biases_zero():
-    _, params, _ = state.split(build(1024, jnp.float32))
+    _, params, _ = flat.split(build(1024, jnp.float32))
     for level in range(4):
         assert not params[f"convert/{level}/bias"].any()
         kernel = np.asarray(params[f"convert/{level}/kernel"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ktda_jax import figures, sheets
+from ktda_jax.figures import plots, sheets
 
 CLASSES = ("Clear", "Cloud Shadow", "Thin Cloud", "Cloud")
 PALETTE = ((79, 253, 199), (221, 53, 223), (251, 255, 41), (77, 2, 115))
@@ -38,20 +38,20 @@ def test_confusion(tmp_path, classes):
     path = tmp_path / "figures" / "confusion.png"
     matrix = confusion(len(classes))
     matrix[1] = 0  # a class without labelled pixels
-    figures.save_confusion(path, matrix, classes)
+    plots.save_confusion(path, matrix, classes)
     height, width, _ = pixels(path).shape
-    assert min(height, width) > len(classes) * 0.6 * figures.DPI and max(height, width) < 4000
+    assert min(height, width) > len(classes) * 0.6 * plots.DPI and max(height, width) < 4000
     assert [p.name for p in path.parent.iterdir()] == ["confusion.png"]  # no temporary left
     with pytest.raises(ValueError, match="3 class names"):
-        figures.save_confusion(path, matrix, classes[:3])
+        plots.save_confusion(path, matrix, classes[:3])
 
 
 def test_confusion_shades_rows_by_their_own_total(tmp_path):
-    figures.save_confusion(tmp_path / "a.png", np.array([[10**9, 0], [0, 5]]), ("a", "b"))
-    figures.save_confusion(tmp_path / "b.png", np.array([[10, 0], [0, 10]]), ("a", "b"))
+    plots.save_confusion(tmp_path / "a.png", np.array([[10**9, 0], [0, 5]]), ("a", "b"))
+    plots.save_confusion(tmp_path / "b.png", np.array([[10, 0], [0, 10]]), ("a", "b"))
     full = (8, 48, 107)  # the darkest blue: 100 percent, however few pixels that is
     dark = [count(pixels(tmp_path / name), full) for name in ("a.png", "b.png")]
-    assert dark[0] == pytest.approx(dark[1], rel=0.05) and dark[0] > figures.DPI**2
+    assert dark[0] == pytest.approx(dark[1], rel=0.05) and dark[0] > plots.DPI**2
 
 
 @pytest.mark.parametrize("size", [64, 512])
@@ -62,13 +62,13 @@ def test_triptychs_show_the_palette_as_it_is(tmp_path, size):
     path = tmp_path / "sheet.png"
     sheets.save_triptychs(path, images, labels, predictions, CLASSES, PALETTE)
     picture = pixels(path)
-    area = (2.3 * figures.DPI) ** 2  # of one panel, in pixels
+    area = (2.3 * plots.DPI) ** 2  # of one panel, in pixels
     for index, color in enumerate(PALETTE):
         share = (labels == index).mean() + (predictions == index).mean()
         assert count(picture, color) == pytest.approx(3 * share * area, rel=0.1), CLASSES[index]
     for grey in sheets.STRIPES:
         assert count(picture, grey) > 0.3 * area / 4  # a quarter of a tile, in the label and the error panel
-    assert picture.shape[1] > 4 * 2.3 * figures.DPI and picture.shape[0] > 3 * 2.3 * figures.DPI
+    assert picture.shape[1] > 4 * 2.3 * plots.DPI and picture.shape[0] > 3 * 2.3 * plots.DPI
 
 
 def test_triptychs_with_many_long_names_and_missing_scores(tmp_path):
@@ -78,7 +78,7 @@ def test_triptychs_with_many_long_names_and_missing_scores(tmp_path):
     few, many = tmp_path / "few.png", tmp_path / "many.png"
     sheets.save_triptychs(many, images, labels, labels, LONG, palette, names=names, scores=scores)
     sheets.save_triptychs(few, images, labels % 4, labels % 4, CLASSES, PALETTE, names=names, scores=scores)
-    assert pixels(many).shape[0] > pixels(few).shape[0] + 0.2 * 8 * figures.DPI  # the legend got its room
+    assert pixels(many).shape[0] > pixels(few).shape[0] + 0.2 * 8 * plots.DPI  # the legend got its room
     assert pixels(many).shape[1] == pixels(few).shape[1]
 
 
@@ -117,17 +117,17 @@ def test_curves(tmp_path, steps):
     ]
     rows += [{"step": steps, "val/mIoU": 40.0, "val/mAcc": None}]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "tra')
-    figures.save_curves(tmp_path / "curves.png", source)
+    plots.save_curves(tmp_path / "curves.png", source)
     with_scores = pixels(tmp_path / "curves.png")
-    figures.save_curves(tmp_path / "curves.png", _only(source, "train/loss"))
-    assert pixels(tmp_path / "curves.png").shape[0] < with_scores.shape[0] - figures.DPI  # fewer panels
+    plots.save_curves(tmp_path / "curves.png", _only(source, "train/loss"))
+    assert pixels(tmp_path / "curves.png").shape[0] < with_scores.shape[0] - plots.DPI  # fewer panels
 
 
 def test_curves_of_nothing(tmp_path):
     source = tmp_path / "metrics.jsonl"
     source.write_text('{"step": 1, "train/loss": null}\n')
     with pytest.raises(ValueError, match="no loss, lr or mIoU"):
-        figures.save_curves(tmp_path / "curves.png", source)
+        plots.save_curves(tmp_path / "curves.png", source)
 
 
 def test_curves_leave_out_what_is_no_number(tmp_path):
@@ -141,7 +141,7 @@ def test_curves_leave_out_what_is_no_number(tmp_path):
     ]
     rows += ['{"step": Infinity, "a": 9}', f'{{"step": 4, "a": 1{"0" * 400}, "b": true}}', '{"step": 5, "a": 9']
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
-    ((name, (steps, values)),) = figures.read_curves(tmp_path / "metrics.jsonl").items()
+    ((name, (steps, values)),) = plots.read_curves(tmp_path / "metrics.jsonl").items()
     assert (name, steps.tolist(), values.tolist()) == ("a", [1, 2], [3.5, 1])
 
 

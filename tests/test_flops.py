@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ktda_jax import flops, state
+from ktda_jax.models import flat
 from ktda_jax.models.attention import attention
 from ktda_jax.models.convnext import ConvNeXtConfig
 from ktda_jax.models.fmm import FMMConfig
 from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.models.recompute import norm_linear
 from ktda_jax.models.vit import ViT, ViTConfig
+from ktda_jax.plan import flops
 
 
 def shape(*sizes):
@@ -43,10 +44,10 @@ def test_a_gradient_costs_as_much_as_the_product():
 def test_what_a_recomputation_does_not_need_is_not_counted():
     """Of norm and linear layer the norm is computed again, and the product, which no gradient needs, is not."""
     norm, linear = nnx.LayerNorm(8, rngs=nnx.Rngs(0)), nnx.Linear(8, 16, rngs=nnx.Rngs(0))
-    graphdef, params, _ = state.split(nnx.List([norm, linear]))
+    graphdef, params, _ = flat.split(nnx.List([norm, linear]))
 
     def loss(params, x):
-        norm, linear = state.merge(graphdef, params, {})
+        norm, linear = flat.merge(graphdef, params, {})
         return jnp.square(norm_linear(norm, linear, x)).sum()
 
     found = flops.count(jax.grad(loss, (0, 1)), params, shape(5, 8))
@@ -90,14 +91,14 @@ def test_a_model_agrees_with_xla():
         teacher=ViTConfig(width=64, depth=4, heads=2, image_size=(64, 64)), head_channels=64, aux_channels=32,
     )  # fmt: skip
     found = flops.of_model(model, (64, 64))
-    graphdef, params, stats = state.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))
+    graphdef, params, stats = flat.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))
 
     def xla(function, *args):
         return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 
-    forward = xla(lambda p, s, x: state.merge(graphdef, p, s)(x).logits, params, stats, shape(1, 64, 64, 3))
-    vit, arrays, _ = state.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
-    teacher = xla(lambda a, x: state.merge(vit, a, {})(x), arrays, shape(1, 64, 64, 3))
+    forward = xla(lambda p, s, x: flat.merge(graphdef, p, s)(x).logits, params, stats, shape(1, 64, 64, 3))
+    vit, arrays, _ = flat.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
+    teacher = xla(lambda a, x: flat.merge(vit, a, {})(x), arrays, shape(1, 64, 64, 3))
     assert found["inference"] == pytest.approx(forward, rel=0.05)
     assert found["teacher"] == pytest.approx(teacher, rel=0.05)
     assert found["training"] > 3 * found["inference"] + found["teacher"]  # and the auxiliary head

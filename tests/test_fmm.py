@@ -7,8 +7,7 @@ import torch
 from flax import nnx
 from torch_weights import adopt, error, gradients, kept_for_backward, ours, random, randomize, value_and_pullback, worst
 
-from ktda_jax import state
-from ktda_jax.models import fmm
+from ktda_jax.models import flat, fmm
 from ktda_jax.models.fmm import FMM, FMMConfig
 
 pytestmark = pytest.mark.usefixtures("all_recomputed")
@@ -75,7 +74,7 @@ def test_equals_torch(form, blocks, remat):
 
     def function(primals):
         params, features = primals
-        return state.merge(graphdef, params, {})(features)
+        return flat.merge(graphdef, params, {})(features)
 
     outputs, (params_grad, features_grad) = value_and_pullback(
         function, (params, [jnp.asarray(f) for f in features]), [jnp.asarray(c) for c in cotangents]
@@ -99,7 +98,7 @@ def test_shapes_are_kept(form, blocks):
 def test_remat_keeps_less_for_the_backward_pass():
     def kept(remat):
         graphdef, params, _ = split_ours(torch_fmm("transformer", 2), FMMConfig(blocks=2, heads=4, remat=remat))
-        return kept_for_backward(lambda params, features: state.merge(graphdef, params, {})(features), params, inputs())
+        return kept_for_backward(lambda params, features: flat.merge(graphdef, params, {})(features), params, inputs())
 
     assert kept(True) < kept(False) / 4
 
@@ -107,8 +106,8 @@ def test_remat_keeps_less_for_the_backward_pass():
 def test_chunks_of_tokens_equal_the_whole(monkeypatch):
     """Also where the chunk does not divide the 15 and 8 tokens."""
     theirs = torch_fmm("transformer", 1)
-    whole = state.merge(*split_ours(theirs, FMMConfig(blocks=1, heads=4)))
-    chunked = state.merge(*split_ours(theirs, FMMConfig(blocks=1, heads=4, remat=True)))
+    whole = flat.merge(*split_ours(theirs, FMMConfig(blocks=1, heads=4)))
+    chunked = flat.merge(*split_ours(theirs, FMMConfig(blocks=1, heads=4, remat=True)))
     features = [jnp.asarray(f) for f in inputs()]
     monkeypatch.setattr(fmm, "CHUNK", 4)
     assert "scan" in str(jax.make_jaxpr(chunked)(features))

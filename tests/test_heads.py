@@ -9,8 +9,7 @@ import transformers
 from flax import nnx
 from torch_weights import adopt, error, gradients, nchw, nhwc, ours, random, randomize, value_and_pullback, worst
 
-from ktda_jax import state
-from ktda_jax.models import heads
+from ktda_jax.models import flat, heads
 from ktda_jax.models.heads import FCNHead, UPerHead
 
 RENAMES = [
@@ -50,7 +49,7 @@ def cases():
 
 
 def prepare(name: str):
-    """Torch's head, ours as of state.split, and the input features."""
+    """Torch's head, ours as of flat.split, and the input features."""
     build, attribute = cases()[name]
     theirs = randomize(getattr(torch_heads(), attribute))
     features = [random(3, *size, c, seed=k) for k, (size, c) in enumerate(zip(SIZES, CHANNELS, strict=True))]
@@ -73,8 +72,8 @@ def test_training_equals_transformers(name):
 
     def function(primals):
         params, features = primals
-        head = state.merge(graphdef, params, stats)
-        return head(of(name, features), train=True, key=None), state.batch_stats(head)
+        head = flat.merge(graphdef, params, stats)
+        return head(of(name, features), train=True, key=None), flat.batch_stats(head)
 
     (logits, new_stats), (params_grad, features_grad) = value_and_pullback(
         function,
@@ -102,7 +101,7 @@ def test_evaluation_equals_transformers(name, monkeypatch):
 
     monkeypatch.setattr(heads, "dropout2d", double)
     features = [jnp.asarray(f) for f in features]
-    head = state.merge(graphdef, params, stats)
+    head = flat.merge(graphdef, params, stats)
     doubled = jax.jit(lambda features: head(of(name, features), train=False, key=None))(features)
     assert calls == [(12 if name == "decode" else 7, 0.1, None)]
     with torch.no_grad():
@@ -117,7 +116,7 @@ def test_training_on_one_image_is_finite():
 
     @jax.jit
     def train(params, features):
-        head = state.merge(graphdef, params, stats)
-        return head(features, train=True, key=None), state.batch_stats(head)
+        head = flat.merge(graphdef, params, stats)
+        return head(features, train=True, key=None), flat.batch_stats(head)
 
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(train(params, [f[:1] for f in features])))

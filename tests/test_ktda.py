@@ -15,15 +15,17 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from ktda_jax import losses, optim, state
-from ktda_jax.convert import mmseg
-from ktda_jax.convert.table import to_our_layout
+from ktda_jax.models import flat
 from ktda_jax.models.convnext import ConvNeXtConfig
 from ktda_jax.models.fmm import FMMConfig
 from ktda_jax.models.ktda import KTDA, KTDAConfig, band_statistics, normalize
 from ktda_jax.models.layers import resize
 from ktda_jax.models.vit import MEAN, STD, ViT, ViTConfig
-from ktda_jax.program import train_step
+from ktda_jax.training import losses, optim
+from ktda_jax.training.program import train_step
+from ktda_jax.training.state import TrainState
+from ktda_jax.weights import mmseg
+from ktda_jax.weights.table import to_our_layout
 
 pytestmark = pytest.mark.usefixtures("all_recomputed")
 
@@ -88,9 +90,9 @@ def with_float32_positions(teacher, image_size):
     config = dataclasses.replace(teacher.config, image_size=tuple(image_size))
     source = torch.tensor(np.asarray(teacher.pos_embed[...])).permute(0, 3, 1, 2).float()
     resized = torch.nn.functional.interpolate(source, size=config.grid, mode="bicubic", align_corners=False)
-    graphdef, params, _ = state.split(nnx.clone(teacher))
+    graphdef, params, _ = flat.split(nnx.clone(teacher))
     params["pos_embed"] = jnp.asarray(resized.permute(0, 2, 3, 1).double().numpy())
-    teacher = state.merge(graphdef, params, {})
+    teacher = flat.merge(graphdef, params, {})
     teacher.config = config
     return teacher
 
@@ -132,8 +134,8 @@ def trajectory(request):
     dtype = jnp.dtype(request.param)
     with jax.enable_x64(request.param == "float64"):
         model, teacher = golden.models("grass_tiny", dtype, dropout=0.0)
-        graphdef, params, stats = state.split(model)
-        teacher_graphdef, frozen, _ = state.split(teacher)
+        graphdef, params, stats = flat.split(model)
+        teacher_graphdef, frozen, _ = flat.split(teacher)
         schedule = optim.warmup_poly(6e-4, 8, warmup=3)
         keep_gradients = optax.GradientTransformation(lambda params: params, lambda grads, _, params: (grads, grads))
         optimizer = optax.chain(keep_gradients, optim.adamw(schedule))
@@ -142,7 +144,7 @@ def trajectory(request):
         config = ConfigDict(dict(seed=0, grad_accum=1, ema=None, loss=LOSS))
         parts = dict(graphdef=graphdef, teacher_graphdef=teacher_graphdef, optimizer=optimizer, schedule=schedule)
         step = jax.jit(lambda current: train_step(current, batch, frozen, config=config, mesh=None, **parts))
-        current = state.TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), None)
+        current = TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), None)
         gradients, terms = None, []
         for _ in range(8):
             current, found = step(current)
@@ -206,13 +208,13 @@ def small(**overrides) -> KTDAConfig:
     ids=["full", "no FAM", "no FMM", "no auxiliary head"],
 )
 def test_ablations_leave_parts_out(overrides, absent):
-    graphdef, paths, stats = state.abstract(lambda: KTDA(small(**overrides), rngs=nnx.Rngs(0)))
+    graphdef, paths, stats = flat.abstract(lambda: KTDA(small(**overrides), rngs=nnx.Rngs(0)))
     for part in ("fam", "neck", "fmm", "auxiliary"):
         assert any(p.startswith(part) for p in paths) == (part not in absent)
 
     def forward(params, stats):
         images = np.zeros((2, 64, 64, 3), np.uint8)
-        return state.merge(graphdef, params, stats)(images, train=True, key=jax.random.key(0))
+        return flat.merge(graphdef, params, stats)(images, train=True, key=jax.random.key(0))
 
     outputs = jax.eval_shape(forward, paths, stats)
     assert outputs.logits.shape == ((2, 16, 16, 3) if "fam" in absent else (2, 20, 20, 3))
@@ -222,13 +224,13 @@ def test_ablations_leave_parts_out(overrides, absent):
 
 @pytest.mark.slow
 def test_evaluation_is_deterministic_and_leaves_the_statistics_alone():
-    graphdef, params, stats = state.split(nnx.jit(lambda: KTDA(small(), rngs=nnx.Rngs(0)))())
+    graphdef, params, stats = flat.split(nnx.jit(lambda: KTDA(small(), rngs=nnx.Rngs(0)))())
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
 
     @functools.partial(jax.jit, static_argnums=0)
     def forward(train, key):
-        model = state.merge(graphdef, params, stats)
-        return model(images, train=train, key=key), state.batch_stats(model)
+        model = flat.merge(graphdef, params, stats)
+        return model(images, train=train, key=key), flat.batch_stats(model)
 
     outputs, after = forward(False, None)
     np.testing.assert_array_equal(outputs.logits, forward(False, None)[0].logits)
@@ -246,7 +248,7 @@ def test_bfloat16_computes_in_bfloat16_and_stays_close():
 
     def forward(dtype):
         model = KTDA(config, dtype=dtype, rngs=nnx.Rngs(0))
-        assert {p.dtype for p in state.split(model)[1].values()} == {jnp.dtype(jnp.float32)}
+        assert {p.dtype for p in flat.split(model)[1].values()} == {jnp.dtype(jnp.float32)}
         return model(images)
 
     outputs, full = (jax.jit(forward, static_argnums=0)(d) for d in (jnp.bfloat16, jnp.float32))
@@ -277,7 +279,7 @@ def test_base_model_has_the_published_parameters():
     config = KTDAConfig.from_dict(
         dict(num_classes=5, student=dict(preset="base", drop_path=0.4), teacher=dict(preset="base"))
     )
-    _, params, _ = state.abstract(lambda: KTDA(config, rngs=nnx.Rngs(0)))
+    _, params, _ = flat.abstract(lambda: KTDA(config, rngs=nnx.Rngs(0)))
     shapes = {}
     for row in published:
         path = mmseg.our_path(row["name"])
@@ -285,7 +287,7 @@ def test_base_model_has_the_published_parameters():
         zeros = np.broadcast_to(np.float32(0), row["shape"])
         shapes[path] = to_our_layout(zeros, path).shape
     assert shapes == {k: v.shape for k, v in params.items()}
-    assert round(state.count(params) / 1e6, 1) == 260.1
+    assert round(flat.count(params) / 1e6, 1) == 260.1
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,7 @@ from torch_weights import (
     worst,
 )
 
-from ktda_jax import state
-from ktda_jax.models import initial, layers
+from ktda_jax.models import flat, initial, layers
 from ktda_jax.models.convnext import Downsample
 
 
@@ -118,9 +117,9 @@ def test_batch_norm_in_evaluation():
     graphdef, params, stats = adopt(batch_norm, theirs.state_dict(), [])
 
     def evaluate(x):
-        module = state.merge(graphdef, params, stats)
+        module = flat.merge(graphdef, params, stats)
         out = module(x, train=False)
-        assert state.batch_stats(module)["mean"] is stats["mean"]  # left alone
+        assert flat.batch_stats(module)["mean"] is stats["mean"]  # left alone
         return out
 
     assert_equals_torch(evaluate, theirs, 2 + random(3, 4, 6, 5))
@@ -135,8 +134,8 @@ def test_batch_norm_in_training():
 
     def two_steps(primals):
         params, x = primals
-        module = state.merge(graphdef, params, stats)
-        return jnp.stack([module(step, train=True) for step in x]), state.batch_stats(module)
+        module = flat.merge(graphdef, params, stats)
+        return jnp.stack([module(step, train=True) for step in x]), flat.batch_stats(module)
 
     zeros = jax.tree.map(jnp.zeros_like, stats)
     (out, new_stats), (params_grad, x_grad) = value_and_pullback(
@@ -157,7 +156,7 @@ def test_batch_norm_of_one_value_is_finite():
 
     def train(x):
         module = batch_norm()
-        return module(x, train=True), state.batch_stats(module)
+        return module(x, train=True), flat.batch_stats(module)
 
     x = jnp.asarray(random(1, 1, 1, 5))
     ones = jax.tree.map(lambda v: jnp.ones(v.shape), jax.eval_shape(train, x))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ktda_jax import losses
+from ktda_jax.training import losses
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,10 @@ from flax import nnx
 from PIL import Image
 
 from ktda_jax import config as configs
-from ktda_jax import state, weights
+from ktda_jax.models import flat
 from ktda_jax.models.convnext import ConvNeXt, ConvNeXtConfig
 from ktda_jax.models.ktda import KTDAConfig
+from ktda_jax.weights import folder
 
 SETTINGS = {"total_steps": 24, "eval_every": 6, "checkpoint_every": 2, "ema": 0.9}
 
@@ -186,7 +187,7 @@ def run_forked(arguments, devices, report):
 def refusal(tiles, tmp_path):
     """refusal(flags..., settings) -> the line on stderr of a command that must fail, before it compiles anything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ktda_jax.train", "ktda_jax.figures"])
+    context.set_forkserver_preload(["ktda_jax.training.loop", "ktda_jax.figures.plots"])
 
     def run(*flags, devices=1, workdir=None, root=None, compiles=False, **settings):
         settings = {name.replace("__", "."): value for name, value in settings.items()}
@@ -282,7 +283,7 @@ def test_data_that_cannot_be_used(refusal, tmp_path, spoil, message):
 
 def test_weights_of_another_shape(refusal, tmp_path):
     other = ConvNeXtConfig(depths=(1, 1, 1, 1), channels=(8, 8, 16, 32))
-    weights.save(tmp_path / "w", weights.Weights("student", other, {"norms/0/scale": np.ones(8, np.float32)}, {}))
+    folder.save(tmp_path / "w", folder.Weights("student", other, {"norms/0/scale": np.ones(8, np.float32)}, {}))
     line = refusal(weights__student=tmp_path / "w")
     assert (
         "the student in" in line and "has depths (1, 1, 1, 1) (config: (0, 0, 1, 1)), channels (8, 8, 16, 32)" in line
@@ -305,8 +306,8 @@ def test_multi_band_tiles_with_drawn_masks(tmp_path):
             with rasterio.open(tmp_path / "img_dir" / split / f"{name}.tif", "w", **options) as file:
                 file.write(pixels)
     student = KTDAConfig.from_dict({**runs.config(tmp_path).model, "num_classes": 2}).student
-    _, shapes, _ = state.abstract(lambda: ConvNeXt(student, rngs=nnx.Rngs(0)))
-    weights.save(tmp_path / "rgb", weights.Weights("student", student, runs._random(shapes), {}))
+    _, shapes, _ = flat.abstract(lambda: ConvNeXt(student, rngs=nnx.Rngs(0)))
+    folder.save(tmp_path / "rgb", folder.Weights("student", student, runs._random(shapes), {}))
     settings = {
         "data.root": tmp_path, **runs.TINY, "total_steps": 4, "eval_every": 4, "weights.student": tmp_path / "rgb",
         "data.bands": (1, 2, 3, 4), "data.rgb": (3, 2, 1), "data.scale": (0, 2500),

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from ktda_jax import optim
-from ktda_jax.convert import mmseg
+from ktda_jax.training import optim
+from ktda_jax.weights import mmseg
 
 PUBLISHED = {
     "grass": dict(total_steps=23_000, warmup=1150),

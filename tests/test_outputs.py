@@ -15,9 +15,9 @@ from rasterio.enums import ColorInterp
 from rasterio.rpc import RPC
 
 from ktda_jax.data.images import DataError
-from ktda_jax.scenes import files, polygons
-from ktda_jax.scenes.outputs import Legend
-from ktda_jax.scenes.raster import Reading, open_scene
+from ktda_jax.data.raster import Reading, open_scene
+from ktda_jax.prediction import files, polygons
+from ktda_jax.prediction.outputs import Legend
 
 
 def test_a_map_lies_where_its_scene_does(tmp_path):
@@ -92,7 +92,7 @@ def test_what_lies_beside(tmp_path):
 
 def test_polygons_are_made_window_by_window(tmp_path, monkeypatch):
     pyogrio, shapely = pytest.importorskip("pyogrio"), pytest.importorskip("shapely")
-    monkeypatch.setattr("ktda_jax.scenes.polygons.SIDE", 64)
+    monkeypatch.setattr("ktda_jax.prediction.polygons.SIDE", 64)
     values = np.full((100, 100, 3), (9, 0, 0), np.uint8)
     values[:, 64:] = 0
     sf.map_one(sf.write(tmp_path / "scene.tif", values, nodata=0, crs=None), tmp_path / "map.tif", polygonize=True)
@@ -105,7 +105,7 @@ def test_polygons_are_made_window_by_window(tmp_path, monkeypatch):
 @pytest.mark.parametrize("portion", [100_000, 300])
 def test_polygons_follow_ground_control_points(tmp_path, monkeypatch, portion):
     pyogrio, shapely = pytest.importorskip("pyogrio"), pytest.importorskip("shapely")
-    monkeypatch.setattr("ktda_jax.scenes.polygons.PORTION", portion)
+    monkeypatch.setattr("ktda_jax.prediction.polygons.PORTION", portion)
     corners = (0, 0), (0, 80), (70, 0), (70, 80)
     points = [GroundControlPoint(row=r, col=c, x=5e5 + 10 * c + r, y=4e6 - 10 * r, z=0.0) for r, c in corners]
     path = sf.write(tmp_path / "scene.tif", sf.smooth(70, 80), transform=None, gcps=points)

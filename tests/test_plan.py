@@ -9,8 +9,8 @@ import pytest
 import runs
 from test_slices import REPORT
 
-from ktda_jax import plan, slices
 from ktda_jax.config import ConfigError
+from ktda_jax.plan import compile, slices
 
 ALL = {"config": "grass", "crop": (64, 64), "model_tflop": 19.7, **REPORT}
 
@@ -26,7 +26,7 @@ ENTRY %main (x: f32[9]) -> f32[9] {
   %f = f32[9]{0} fusion(%all-reduce.1), kind=kLoop
 }
 """
-    found = plan.collective_bytes(text)
+    found = compile.collective_bytes(text)
     assert found == pytest.approx(
         {"all-reduce": (1024 * 250 * 4 + 4000 + 1000) / 1e9, "all-gather": 800 / 1e9, "collective-permute": 8 / 1e9}
     )
@@ -62,20 +62,20 @@ ENTRY %main (x: f32[250]) -> f32[250] {
   %r.4 = f32[25]{0} fusion(%k), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
-    found = plan.collective_bytes(text, trips=4, group=2)
+    found = compile.collective_bytes(text, trips=4, group=2)
     assert found == pytest.approx(
         {"all-reduce": (5 * 1000 + 32) / 1e9, "reduce-scatter": (4 * 2 * 500 + 200) / 1e9, "all-gather": 400 / 1e9}
     )
 
 
 def test_the_text_says_what_fits_and_how_it_scales():
-    text = plan.text_of(ALL)
+    text = compile.text_of(ALL)
     assert "v5e:2x2, 4 chips, global batch 8: fits: 10.00 of 16.91 GB a chip" in text
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line[:2] in ("v5", "v6", "v4")}
     assert rows["v5e:16x16"][:3] == ["256", "512", "yes"]
     assert rows["v5e:2x2"][-1] == "100.0%" and 0 < float(rows["v5e:16x16"][-2][:-1]) < 100
     assert text.splitlines()[-1].endswith("at these settings: v5e:2x2, v6e:1x1, v5p:2x2x1, v4:2x2x1")
-    assert "does not fit: 20.00 of 16.91 GB" in plan.text_of({**ALL, "temporary_gb": 16.0})
+    assert "does not fit: 20.00 of 16.91 GB" in compile.text_of({**ALL, "temporary_gb": 16.0})
 
 
 def test_search_stops_at_the_first_settings_that_fit(tmp_path, monkeypatch, capsys):
@@ -84,13 +84,13 @@ def test_search_stops_at_the_first_settings_that_fit(tmp_path, monkeypatch, caps
     def compile_for(config, topology):
         seen.append((config.grad_accum, config.model.fmm.remat))
         if not config.model.fmm.remat:
-            raise plan.TooLarge("does not fit: needs 20 G")
+            raise compile.TooLarge("does not fit: needs 20 G")
         return ALL
 
-    monkeypatch.setattr(plan, "compile_for", compile_for)
-    monkeypatch.setattr(plan, "_devices", lambda topology: None)
+    monkeypatch.setattr(compile, "compile_for", compile_for)
+    monkeypatch.setattr(compile, "_devices", lambda topology: None)
     config = runs.config(tmp_path, {"batch_size": 8}).copy_and_resolve_references()
-    assert plan.search(config, "v5e:2x2") == ALL
+    assert compile.search(config, "v5e:2x2") == ALL
     assert seen == [(1, False), (2, False), (1, True)]
     assert capsys.readouterr().out.splitlines()[:3] == [
         "as configured: does not fit: needs 20 G",
@@ -99,22 +99,22 @@ def test_search_stops_at_the_first_settings_that_fit(tmp_path, monkeypatch, caps
     ]
 
     def never(config, topology):
-        raise plan.TooLarge("does not fit: needs 30 G")
+        raise compile.TooLarge("does not fit: needs 30 G")
 
-    monkeypatch.setattr(plan, "compile_for", never)
-    with pytest.raises(plan.TooLarge, match="needs 30 G"):
-        plan.search(config, "v5e:2x2")
-    monkeypatch.setattr(plan, "compile_for", lambda config, topology: {**ALL, "temporary_gb": 16.0})
+    monkeypatch.setattr(compile, "compile_for", never)
+    with pytest.raises(compile.TooLarge, match="needs 30 G"):
+        compile.search(config, "v5e:2x2")
+    monkeypatch.setattr(compile, "compile_for", lambda config, topology: {**ALL, "temporary_gb": 16.0})
     with pytest.raises(
-        plan.TooLarge, match=r"does not fit: 20.00 GB, and a chip offers 16.91"
+        compile.TooLarge, match=r"does not fit: 20.00 GB, and a chip offers 16.91"
     ):  # compiled all the same
-        plan.search(config, "v5e:2x2")
+        compile.search(config, "v5e:2x2")
 
 
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:2x2x2", "v5p:4x4"])
 def test_what_cannot_be_planned_is_one_line(tmp_path, topology):
     with pytest.raises(ConfigError, match=f"--topology is '{topology}'; give one such as v5e:4x4, v6e:4x4, v5p:2x4x4"):
-        plan.compile_for(runs.config(tmp_path).copy_and_resolve_references(), topology)
+        compile.compile_for(runs.config(tmp_path).copy_and_resolve_references(), topology)
 
 
 with_libtpu = pytest.mark.skipif(
@@ -133,10 +133,11 @@ def run_plan(settings, *more):
 def test_every_slice_that_we_name_can_be_compiled_for():
     named = {f"{kind}:{shape}": slices.chips_of(shape) for kind, shapes in slices.SLICES.items() for shape in shapes}
     code = """import os, sys
-from ktda_jax import plan, sharding
+from ktda_jax import sharding
+from ktda_jax.plan import compile
 for topology in sys.argv[1:]:
     os.environ.pop("TPU_ACCELERATOR_TYPE", None)
-    print(topology, sharding.make_mesh(devices=plan._devices(topology)).size)"""
+    print(topology, sharding.make_mesh(devices=compile._devices(topology)).size)"""
     done = subprocess.run([sys.executable, "-c", code, *named], capture_output=True, text=True)
     assert done.stdout.splitlines() == [f"{name} {chips}" for name, chips in named.items()], done.stderr
 
@@ -144,9 +145,9 @@ for topology in sys.argv[1:]:
 @with_libtpu
 def test_a_real_compilation(tmp_path):
     """Also that XLA's bytes and collectives are there to read, in the form that we expect."""
-    out, _ = runs.finish(run_plan({"batch_size": 8}, f"--output={tmp_path / 'new' / 'plan.json'}"))
+    out, _ = runs.finish(run_plan({"batch_size": 8}, f"--output={tmp_path / 'new' / 'compile.json'}"))
     assert "v5e:2x2, 4 chips, global batch 8: fits" in out and "smallest slices for a global batch of 8" in out
-    report = json.loads((tmp_path / "new" / "plan.json").read_text())
+    report = json.loads((tmp_path / "new" / "compile.json").read_text())
     trained = report["parameters"] * 2 / 1e9  # gradients are summed over the chips once, in bfloat16
     assert trained <= report["collective_gb"]["all-reduce"] < 1.1 * trained
     assert report["model_tflop"] == pytest.approx(report["tflop"], rel=0.1)  # little is computed again by default

@@ -16,11 +16,12 @@ from PIL import Image
 import ktda_jax
 from ktda_jax import config as configs
 from ktda_jax import predict
-from ktda_jax.checkpoint import Checkpoints
 from ktda_jax.data.datasets import dataset_info
-from ktda_jax.program import build
-from ktda_jax.scenes import blend, device, mapping
-from ktda_jax.scenes.raster import Reading
+from ktda_jax.data.raster import Reading
+from ktda_jax.prediction import mapping
+from ktda_jax.tiling import blend, device
+from ktda_jax.training.checkpoint import Checkpoints
+from ktda_jax.training.program import build
 
 TILES = pathlib.Path(__file__).parents[2] / "shared" / "real_samples" / "l8_biome_256"
 

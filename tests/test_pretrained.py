@@ -12,10 +12,10 @@ from PIL import Image
 
 import ktda_jax
 from ktda_jax import config as configs
-from ktda_jax import state
-from ktda_jax.checkpoint import Checkpoints
-from ktda_jax.convert import sources
-from ktda_jax.program import build
+from ktda_jax.models import flat
+from ktda_jax.training.checkpoint import Checkpoints
+from ktda_jax.training.program import build
+from ktda_jax.weights import sources
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +60,12 @@ def test_what_cannot_be_predicted(model, bad, message):
 
 
 def test_a_teacher_alone_predicts_nothing(tmp_path):
-    from ktda_jax import pretrained, weights
+    from ktda_jax.prediction import segmenter
+    from ktda_jax.weights import folder
 
     whole = sources.load(str(golden.GOLDENS / "grass_tiny.pth"), teacher_heads=2)
     with pytest.raises(ValueError, match="these weights are a teacher; prediction needs a whole KTDA model"):
-        pretrained.Segmenter(weights.Weights("teacher", whole.config.teacher, {}, {}))
+        segmenter.Segmenter(folder.Weights("teacher", whole.config.teacher, {}, {}))
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
@@ -84,7 +85,7 @@ def test_a_workdir_gives_its_best_checkpoint(tmp_path, ema):
     assert model.source["step"] == 3 and model.data["bands"] == [4, 1, 2, 3] and model.data["scale"] == [0, 3000]
     image = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 4), np.uint8)
     params = kept.ema if ema else kept.params
-    expected = state.merge(program.graphdef, params, kept.batch_stats)(image).logits
+    expected = flat.merge(program.graphdef, params, kept.batch_stats)(image).logits
     np.testing.assert_allclose(model.logits(image), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -8,8 +8,8 @@ from PIL import Image
 from rasterio.enums import ColorInterp
 
 from ktda_jax.data.images import DataError, read_bands
-from ktda_jax.scenes.mapping import trained_reading
-from ktda_jax.scenes.raster import Reading, RowReader, open_scene
+from ktda_jax.data.raster import Reading, RowReader, open_scene
+from ktda_jax.prediction.mapping import trained_reading
 
 READING = Reading()
 
@@ -139,8 +139,8 @@ def test_bands_and_stretch_are_those_of_training(tmp_path):
      dict(blockysize=300), dict(interleave="band", blockysize=7)],
 )  # fmt: skip
 def test_rows_however_the_file_is_laid_out(tmp_path, profile, monkeypatch):
-    monkeypatch.setattr("ktda_jax.scenes.raster.CHUNK", 3000)
-    monkeypatch.setattr("ktda_jax.scenes.raster.TALLEST_BLOCK", 128)
+    monkeypatch.setattr("ktda_jax.data.raster.CHUNK", 3000)
+    monkeypatch.setattr("ktda_jax.data.raster.TALLEST_BLOCK", 128)
     values = sf.smooth(300, 210)
     path = sf.write(tmp_path / "scene.tif", values, **profile)
     with RowReader(open_scene(path, Reading(), 3)) as reader:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ktda_jax import state
-from ktda_jax.models import recompute
+from ktda_jax.models import flat, recompute
 from ktda_jax.models.layers import gelu
 from ktda_jax.models.recompute import activation_linear, norm_linear
 
@@ -20,15 +19,15 @@ def parts():
 
 
 def test_outputs_and_gradients_are_those_of_the_plain_computation():
-    graphdef, params, _ = state.split(nnx.List(parts()))
+    graphdef, params, _ = flat.split(nnx.List(parts()))
     x = jax.random.normal(jax.random.key(0), (2, 5, 8))
 
     def plain(params, x):
-        norm, first, second = state.merge(graphdef, params, {})
+        norm, first, second = flat.merge(graphdef, params, {})
         return second(gelu(first(norm(x))))
 
     def thrifty(params, x):
-        norm, first, second = state.merge(graphdef, params, {})
+        norm, first, second = flat.merge(graphdef, params, {})
         return activation_linear(gelu, second, norm_linear(norm, first, x))
 
     def values(function):
@@ -39,11 +38,11 @@ def test_outputs_and_gradients_are_those_of_the_plain_computation():
 
 
 def test_a_chain_of_blocks_needs_less_memory():
-    graphdef, params, _ = state.split(nnx.List(parts()))
+    graphdef, params, _ = flat.split(nnx.List(parts()))
 
     def temporary(thrifty):
         def block(params, x):
-            norm, first, second = state.merge(graphdef, params, {})
+            norm, first, second = flat.merge(graphdef, params, {})
             if thrifty:
                 return x + activation_linear(gelu, second, norm_linear(norm, first, x))
             return x + second(gelu(first(norm(x))))

@@ -13,18 +13,19 @@ import runs
 
 import ktda_jax
 from ktda_jax import config as configs
-from ktda_jax import extract, report, train
-from ktda_jax.checkpoint import Checkpoints
+from ktda_jax import extract, report
 from ktda_jax.config import ConfigError
 from ktda_jax.data.check import check_split
 from ktda_jax.data.sources import FolderSource
-from ktda_jax.inputs import open_source
-from ktda_jax.program import build
 from ktda_jax.reports import features, page, panels
 from ktda_jax.reports.gather import gather
 from ktda_jax.reports.page import render
 from ktda_jax.reports.trained import load
-from ktda_jax.writers import Writer
+from ktda_jax.training import loop
+from ktda_jax.training.checkpoint import Checkpoints
+from ktda_jax.training.inputs import open_source
+from ktda_jax.training.program import build
+from ktda_jax.training.writers import Writer
 
 EVIL = '<script>alert("1")</script>&'
 NAMES = (f"low {EVIL}", "b", "c", "d", "e")
@@ -73,7 +74,7 @@ def trained(tiles, tmp_path_factory):
     """A finished one, evaluated by training's own code."""
     config = runs.config(tiles, SETTINGS)
     path = begun(tmp_path_factory.mktemp("runs") / "first", config, 12.5)
-    train.evaluate_workdir(config, path)
+    loop.evaluate_workdir(config, path)
     configs.write_run(path, config, {"val": check_split(open_source(config, "val")).fingerprint})
     return path
 

@@ -7,10 +7,11 @@ import pytest
 import scene_files as sf
 
 from ktda_jax.data.images import DataError
-from ktda_jax.scenes import blend, pipeline
-from ktda_jax.scenes.device import FLIPS, SCALES, Step, augmented
-from ktda_jax.scenes.raster import Reading, open_scene
-from ktda_jax.scenes.windows import axis
+from ktda_jax.data.raster import Reading, open_scene
+from ktda_jax.prediction import pipeline
+from ktda_jax.tiling import blend
+from ktda_jax.tiling.device import FLIPS, SCALES, Step, augmented
+from ktda_jax.tiling.windows import axis
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from ktda_jax import sharding
 from ktda_jax.benchmark import COMPILED
-from ktda_jax.checkpoint import Checkpoints
 from ktda_jax.data import pipeline
-from ktda_jax.inputs import open_source
-from ktda_jax.program import Compilation, build
+from ktda_jax.training.checkpoint import Checkpoints
+from ktda_jax.training.inputs import open_source
+from ktda_jax.training.program import Compilation, build
 
 pytestmark = pytest.mark.usefixtures("all_recomputed")
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import runs
 
-from ktda_jax import slices
+from ktda_jax.plan import slices
 
 REPORT = {
     "topology": "v5e:2x2", "chips": 4, "mesh": {"data": 4, "fsdp": 1}, "batch_size": 8, "grad_accum": 1,

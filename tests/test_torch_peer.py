@@ -115,7 +115,7 @@ def test_decay_is_upstreams():
 
 
 def test_the_cloud_schedule_is_ours():
-    from ktda_jax import optim
+    from ktda_jax.training import optim
 
     options = types.SimpleNamespace(warmup=2000, poly_begin=1000, power=0.9, total_steps=80_000)
     schedule = optim.warmup_poly(1.0, 80_000, warmup=2000, poly_begin=1000)

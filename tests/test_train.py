@@ -13,12 +13,13 @@ import optax
 import pytest
 import runs
 
-from ktda_jax import sharding, train
-from ktda_jax.checkpoint import Checkpoints
+from ktda_jax import sharding
 from ktda_jax.config import ConfigError
 from ktda_jax.data.images import DataError
-from ktda_jax.program import Program, build
-from ktda_jax.state import TrainState
+from ktda_jax.training import loop
+from ktda_jax.training.checkpoint import Checkpoints
+from ktda_jax.training.program import Program, build
+from ktda_jax.training.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def toy(monkeypatch):
 
     def install(quality=None, at=None, loss=None, ema=None, figures=False):
         if not figures:
-            monkeypatch.setattr(train.evaluate, "write_report", lambda *_: "scores")
-            monkeypatch.setattr(train.figures, "save_curves", lambda *_: None)
+            monkeypatch.setattr(loop.evaluate, "write_report", lambda *_: "scores")
+            monkeypatch.setattr(loop.plots, "save_curves", lambda *_: None)
         mesh = sharding.make_mesh(1)
 
         def init():
@@ -76,7 +77,7 @@ def toy(monkeypatch):
             shardings=sharding.tree_shardings(mesh, start), init=init, teacher=dict, train_step=train_step,
             eval_step=eval_step, compile_step=lambda *args, **options: None, arguments=(),
         )  # fmt: skip
-        monkeypatch.setattr(train, "build", lambda config, **options: program)
+        monkeypatch.setattr(loop, "build", lambda config, **options: program)
         return program
 
     return install
@@ -94,7 +95,7 @@ def kept(workdir) -> set[int]:
 
 def test_the_best_checkpoint_is_kept_and_reported(toy, tiles, tmp_path):
     toy(quality={2: 0.4, 4: 0.9, 6: 0.7})
-    result = train.train_and_evaluate(runs.config(tiles, {"eval_every": 2}), tmp_path)
+    result = loop.train_and_evaluate(runs.config(tiles, {"eval_every": 2}), tmp_path)
     scores = {row["step"]: row["val/mIoU"] for row in runs.rows(tmp_path) if "val/mIoU" in row}
     assert list(scores) == [2, 4, 6] and max(scores, key=scores.get) == 4
     assert kept(tmp_path) == {4, 6}
@@ -106,50 +107,50 @@ def test_the_best_checkpoint_is_kept_and_reported(toy, tiles, tmp_path):
 def test_what_is_wrong_with_the_test_split_is_said_before_training(toy, tiles, tmp_path):
     toy(at={1: lambda: pytest.fail("trained")})
     with pytest.raises(DataError, match="test"):
-        train.train_and_evaluate(runs.config(tiles, {"data.test_split": "test"}), tmp_path)
+        loop.train_and_evaluate(runs.config(tiles, {"data.test_split": "test"}), tmp_path)
 
 
 def test_other_tiles_are_refused_on_resume(toy, tiles, tmp_path):
     toy()
-    train.train_and_evaluate(runs.config(tiles), tmp_path / "run")
+    loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
     other = runs.make_tiles(tmp_path / "other", train=5)
     with pytest.raises(ConfigError, match="the train and val data are not those that .*run was begun with"):
-        train.train_and_evaluate(runs.config(other), tmp_path / "run")
+        loop.train_and_evaluate(runs.config(other), tmp_path / "run")
     moved = runs.make_tiles(tmp_path / "moved")
-    train.train_and_evaluate(runs.config(moved), tmp_path / "run")  # the same tiles elsewhere
+    loop.train_and_evaluate(runs.config(moved), tmp_path / "run")  # the same tiles elsewhere
 
 
 def test_other_teacher_features_are_refused_on_resume(toy, tiles, tmp_path, monkeypatch):
     """Wherever they lie: what they are made from counts."""
-    monkeypatch.setattr(train.pipeline, "train_iterator", functools.partial(_without_features, train.pipeline))
+    monkeypatch.setattr(loop.pipeline, "train_iterator", functools.partial(_without_features, loop.pipeline))
     for number, (fingerprint, message) in enumerate((("a", None), ("a", None), ("b", "the teacher features data are"))):
         features = type("Features", (), {"fingerprint": fingerprint, "folder": f"f{number}", "source": None})
-        monkeypatch.setattr(train, "open_features", lambda *_, features=features: features)
+        monkeypatch.setattr(loop, "open_features", lambda *_, features=features: features)
         toy()
         if message is None:
-            train.train_and_evaluate(runs.config(tiles), tmp_path / "run")
+            loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
         else:
             with pytest.raises(ConfigError, match=message):
-                train.train_and_evaluate(runs.config(tiles), tmp_path / "run")
+                loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
 
 
-def _without_features(pipeline, *arguments, features, original=train.pipeline.train_iterator, **options):
+def _without_features(pipeline, *arguments, features, original=loop.pipeline.train_iterator, **options):
     return original(*arguments, **options)
 
 
 def test_evaluation_of_another_model_is_refused(toy, tiles, tmp_path):
     toy()
-    train.train_and_evaluate(runs.config(tiles), tmp_path)
+    loop.train_and_evaluate(runs.config(tiles), tmp_path)
     with pytest.raises(ConfigError, match=r"begun with another config: model.fmm.heads \(saved 2, now 4\)"):
-        train.evaluate_workdir(runs.config(tiles, {"model.fmm.heads": 4}), tmp_path)
-    train.evaluate_workdir(runs.config(tiles, {"optimizer.lr": 1.0, "eval_batch_size": 3}), tmp_path)
+        loop.evaluate_workdir(runs.config(tiles, {"model.fmm.heads": 4}), tmp_path)
+    loop.evaluate_workdir(runs.config(tiles, {"optimizer.lr": 1.0, "eval_batch_size": 3}), tmp_path)
 
 
 def test_evaluation_leaves_a_running_training_its_file(toy, tiles, tmp_path):
     toy()
-    train.train_and_evaluate(runs.config(tiles), tmp_path)
+    loop.train_and_evaluate(runs.config(tiles), tmp_path)
     with open(tmp_path / "metrics.jsonl", "a") as training:
-        train.evaluate_workdir(runs.config(tiles), tmp_path)
+        loop.evaluate_workdir(runs.config(tiles), tmp_path)
         training.write('{"step": 7, "train/loss": 1.0}\n')
     rows = runs.rows(tmp_path)
     assert rows[-1]["step"] == 7 and "final/mIoU" in rows[-2]
@@ -159,19 +160,19 @@ def test_a_workdir_that_cannot_be_made_is_one_line(toy, tiles, tmp_path):
     toy()
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write to --workdir=.*file: File exists"):
-        train.train_and_evaluate(runs.config(tiles), tmp_path / "file")
+        loop.train_and_evaluate(runs.config(tiles), tmp_path / "file")
 
 
 def test_averaged_parameters_are_the_ones_evaluated(toy, tiles, tmp_path):
     toy(quality={99: 0.8}, ema=99.0)
-    result = train.train_and_evaluate(runs.config(tiles), tmp_path)
+    result = loop.train_and_evaluate(runs.config(tiles), tmp_path)
     assert result.metrics.summary["aAcc"] == pytest.approx(80, abs=0.1)
 
 
 def test_a_score_of_nothing_is_never_the_best(toy, tiles, tmp_path):
     """Without a labelled pixel in validation, mIoU is NaN, which no comparison can rank."""
     toy(quality={3: np.nan, 6: np.nan})
-    train.train_and_evaluate(runs.config(tiles), tmp_path)
+    loop.train_and_evaluate(runs.config(tiles), tmp_path)
     assert kept(tmp_path) == {6}
 
 
@@ -179,15 +180,15 @@ def test_a_score_of_nothing_is_never_the_best(toy, tiles, tmp_path):
 def test_a_stop_at_any_step_resumes_as_if_nothing_had_happened(toy, tiles, tmp_path, capsys, step):
     config, before = runs.config(tiles), signal.getsignal(signal.SIGTERM)
     program = toy()
-    train.train_and_evaluate(config, tmp_path / "whole")
+    loop.train_and_evaluate(config, tmp_path / "whole")
     toy(at={step: functools.partial(os.kill, os.getpid(), signal.SIGTERM)})
-    assert train.train_and_evaluate(config, tmp_path / "stopped") is None
+    assert loop.train_and_evaluate(config, tmp_path / "stopped") is None
     assert f"stopped by a signal at step {step}; run the same command to go on" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
     assert max(kept(tmp_path / "stopped")) == step
 
     toy()
-    train.train_and_evaluate(config, tmp_path / "stopped")
+    loop.train_and_evaluate(config, tmp_path / "stopped")
     assert f"resuming at step {step}" in capsys.readouterr().out
     whole, stopped = (final_state(tmp_path / name, program) for name in ("whole", "stopped"))
     assert whole.params == stopped.params and int(whole.step) == int(stopped.step) == 6
@@ -197,10 +198,10 @@ def test_a_stop_at_any_step_resumes_as_if_nothing_had_happened(toy, tiles, tmp_p
 
 def test_the_finished_command_trains_nothing(toy, tiles, tmp_path):
     toy()
-    first = train.train_and_evaluate(runs.config(tiles), tmp_path)
+    first = loop.train_and_evaluate(runs.config(tiles), tmp_path)
     rows = runs.rows(tmp_path)
     toy(at=dict.fromkeys(range(9), pytest.fail))
-    again = train.train_and_evaluate(runs.config(tiles), tmp_path)
+    again = loop.train_and_evaluate(runs.config(tiles), tmp_path)
     np.testing.assert_array_equal(first.confusion, again.confusion)
     assert runs.rows(tmp_path) == rows
 
@@ -208,15 +209,15 @@ def test_the_finished_command_trains_nothing(toy, tiles, tmp_path):
 @pytest.mark.parametrize("step, saved", [(2, "no checkpoint was written yet"), (5, "the last checkpoint is step 3")])
 def test_a_loss_that_is_not_finite_ends_training_and_is_not_saved(toy, tiles, tmp_path, step, saved):
     toy(loss={step: np.nan})
-    with pytest.raises(train.TrainingError, match=f"not finite at step {step}: loss is nan; {saved}. Lower"):
-        train.train_and_evaluate(runs.config(tiles), tmp_path)
+    with pytest.raises(loop.TrainingError, match=f"not finite at step {step}: loss is nan; {saved}. Lower"):
+        loop.train_and_evaluate(runs.config(tiles), tmp_path)
     assert kept(tmp_path) == ({3} if step > 3 else set())
 
 
 def test_checkpoints_between_evaluations(toy, tiles, tmp_path):
     toy(at={6: functools.partial(pytest.fail, "an error of any kind")})
     with pytest.raises(pytest.fail.Exception):
-        train.train_and_evaluate(runs.config(tiles, {"checkpoint_every": 5}), tmp_path)
+        loop.train_and_evaluate(runs.config(tiles, {"checkpoint_every": 5}), tmp_path)
     assert kept(tmp_path) == {3, 5}  # complete, although the error came right after
 
 
@@ -230,22 +231,22 @@ def test_skipped_tiles_are_counted(toy, tmp_path):
     corrupt(tiles, "t2")
     toy()
     config = runs.config(tiles, {"data.on_corrupt": "skip", "batch_size": 2})
-    train.train_and_evaluate(config, tmp_path / "run")  # 6 steps of 2 rows: each of the 6 tiles comes twice
+    loop.train_and_evaluate(config, tmp_path / "run")  # 6 steps of 2 rows: each of the 6 tiles comes twice
     assert runs.rows(tmp_path / "run")[-3]["train/skipped_tiles"] == 2
 
 
 def test_a_tile_that_breaks_during_training_is_named(toy, tmp_path, monkeypatch):
     tiles = runs.make_tiles(tmp_path / "tiles")
     toy()
-    opened = train.pipeline.train_iterator
-    monkeypatch.setattr(train.pipeline, "train_iterator", lambda *a, **k: corrupt(tiles, "t2") or opened(*a, **k))
+    opened = loop.pipeline.train_iterator
+    monkeypatch.setattr(loop.pipeline, "train_iterator", lambda *a, **k: corrupt(tiles, "t2") or opened(*a, **k))
     with pytest.raises(DataError, match=r"t2\.png.*repair or remove the tile, or train with on_corrupt='skip'"):
-        train.train_and_evaluate(runs.config(tiles), tmp_path / "run")
+        loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
 
 
 def test_the_workdir_holds_what_it_promises(toy, tiles, tmp_path):
     toy(figures=True)
-    train.train_and_evaluate(runs.config(tiles), tmp_path)
+    loop.train_and_evaluate(runs.config(tiles), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["total_steps"] == 6
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["seed"] == 42 and run["versions"]["jax"] == jax.__version__ and len(run["devices"]) == 8
@@ -259,8 +260,8 @@ def test_the_workdir_holds_what_it_promises(toy, tiles, tmp_path):
 
 def test_evaluation_on_another_split(toy, tiles, tmp_path, capsys):
     toy()
-    train.train_and_evaluate(runs.config(tiles), tmp_path)
-    train.evaluate_workdir(runs.config(tiles, {"data.test_split": "train"}), tmp_path)
+    loop.train_and_evaluate(runs.config(tiles), tmp_path)
+    loop.evaluate_workdir(runs.config(tiles, {"data.test_split": "train"}), tmp_path)
     assert "train split, step 6:" in capsys.readouterr().out  # of equal scores the later one
     assert [row["split"] for row in runs.rows(tmp_path) if "split" in row] == ["val", "train"]
 

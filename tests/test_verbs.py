@@ -7,24 +7,24 @@ import sys
 import pytest
 import runs
 
-from ktda_jax import verbs
+from ktda_jax import cli
 
 
-@pytest.mark.parametrize("verb", verbs.VERBS)
+@pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_runs_as_a_program(verb, monkeypatch):
     seen = {}
 
     def run_module(name, run_name, alter_sys):
         seen.update(name=name, run_name=run_name, argv=sys.argv[:])
 
-    monkeypatch.setattr(verbs.runpy, "run_module", run_module)
+    monkeypatch.setattr(cli.runpy, "run_module", run_module)
     monkeypatch.setattr(sys, "argv", ["/bin/ktda", verb, "--config=a.py"])
-    verbs.main()
+    cli.main()
     assert seen == {"name": f"ktda_jax.{verb}", "run_name": "__main__", "argv": [f"ktda {verb}", "--config=a.py"]}
     assert importlib.util.find_spec(f"ktda_jax.{verb}") is not None
 
 
-@pytest.mark.parametrize("verb", verbs.VERBS)
+@pytest.mark.parametrize("verb", cli.VERBS)
 def test_errors_in_flags_do_not_wait_for_jax(verb):
     assert _without_jax(verb, "--nosuch=1") == "error: Unknown command line flag 'nosuch'\n"
 
@@ -54,26 +54,26 @@ def _without_jax(verb: str, *flags: str) -> str:
     ],
 )
 def test_jax_does_not_try_a_tpu_that_is_not_there(monkeypatch, installed, node, variable, expected):
-    monkeypatch.setattr(verbs.importlib.util, "find_spec", lambda name: installed or None)
-    monkeypatch.setattr(verbs.glob, "glob", lambda pattern: [node] if node and pattern == "/dev/accel*" else [])
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(cli.glob, "glob", lambda pattern: [node] if node and pattern == "/dev/accel*" else [])
     environment = {variable: "x"} if variable else {}
-    monkeypatch.setattr(verbs.os, "environ", environment)
-    verbs.quiet_libtpu()
+    monkeypatch.setattr(cli.os, "environ", environment)
+    cli.quiet_libtpu()
     assert environment.get("JAX_PLATFORMS") == expected
 
 
 def test_without_a_verb_all_are_listed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ktda"])
-    verbs.main()
+    cli.main()
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
-    assert listed == list(verbs.VERBS)
+    assert listed == list(cli.VERBS)
     monkeypatch.setattr(sys, "argv", ["ktda", "trian"])
     with pytest.raises(SystemExit, match="error: ktda knows no 'trian'; it knows main, inspect"):
-        verbs.main()
+        cli.main()
 
 
 def test_help_is_that_of_the_verb(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ktda", "convert", "--help"])
     with pytest.raises(SystemExit):
-        verbs.main()
+        cli.main()
     assert "published weights into our folder, or back" in capsys.readouterr().out

@@ -9,8 +9,7 @@ import transformers
 from flax import nnx
 from torch_weights import adopt, compiled, error, nchw, nhwc, random, randomize
 
-from ktda_jax import state
-from ktda_jax.models import vit
+from ktda_jax.models import flat, vit
 from ktda_jax.models.vit import ViT, ViTConfig
 
 pytestmark = pytest.mark.usefixtures("all_recomputed")
@@ -122,8 +121,8 @@ def test_taps_are_the_last_layers_of_each_quarter(depth, taps, monkeypatch):
 
     monkeypatch.setattr(vit, "Layer", Counter)
     config = ViTConfig(width=8, depth=depth, heads=2, image_size=(28, 28))
-    graphdef, shapes, _ = state.abstract(lambda: ViT(config, rngs=nnx.Rngs(0)))
-    model = state.merge(graphdef, {k: jnp.zeros(v.shape) for k, v in shapes.items()}, {})
+    graphdef, shapes, _ = flat.abstract(lambda: ViT(config, rngs=nnx.Rngs(0)))
+    model = flat.merge(graphdef, {k: jnp.zeros(v.shape) for k, v in shapes.items()}, {})
     monkeypatch.setattr(model, "norm", lambda x: 1000 + x)
     outputs = model(jnp.zeros((1, 28, 28, 3)))
     assert [float(f.max()) for f in outputs] == [k + 1 for k in taps[:3]] + [1000 + depth]
@@ -145,7 +144,7 @@ def test_resized_embedding_is_torchs_bicubic(stored, size):
 
     def build(size):
         config = ViTConfig(width=4, depth=1, heads=1, image_size=size)
-        return state.abstract(lambda: ViT(config, dtype=jnp.float64, rngs=nnx.Rngs(0)))
+        return flat.abstract(lambda: ViT(config, dtype=jnp.float64, rngs=nnx.Rngs(0)))
 
     graphdef, shapes, _ = build(stored)
     params = {k: jnp.asarray(random(*v.shape)) for k, v in shapes.items()}
@@ -188,6 +187,6 @@ def test_presets_have_the_published_sizes(preset, millions):
     with torch.device("meta"):
         theirs = torch_model(config)
     expected = sum(p.numel() for p in theirs.parameters()) - config.width  # mask token
-    _, params, _ = state.abstract(lambda: ViT(config, rngs=nnx.Rngs(0)))
-    assert state.count(params) == expected
+    _, params, _ = flat.abstract(lambda: ViT(config, rngs=nnx.Rngs(0)))
+    assert flat.count(params) == expected
     assert round(expected / 1e6) == millions

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from ktda_jax import writers
+from ktda_jax.training import writers
 
 
 class Terminal(io.StringIO):
@@ -190,7 +190,7 @@ def test_text_that_the_stream_cannot_encode(tmp_path):
 
 def test_writing_loads_no_tensorflow(tmp_path):
     code = (
-        "import sys; from ktda_jax.writers import Writer\n"
+        "import sys; from ktda_jax.training.writers import Writer\n"
         f"with Writer({str(tmp_path)!r}, total_steps=1) as w: w.write(1, {{'a': 1.0}})\n"
         "assert not {'tensorflow', 'jax'} & set(sys.modules)"
     )

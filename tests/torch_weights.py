@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from ktda_jax import state
-from ktda_jax.convert.table import to_our_layout
+from ktda_jax.models import flat
+from ktda_jax.weights.table import to_our_layout
 
 torch.set_num_threads(1)  # these sizes are too small to share among threads
 
@@ -52,16 +52,16 @@ def ours(tensors, renames, expected) -> dict[str, np.ndarray]:
 
 
 def adopt(build, tensors, renames):
-    """state.split of the module that build() makes, in float64, with torch's values."""
-    graphdef, params, stats = state.abstract(build)
+    """flat.split of the module that build() makes, in float64, with torch's values."""
+    graphdef, params, stats = flat.abstract(build)
     found = ours(tensors, renames, {**params, **stats})
-    state.check_shapes(found, {**params, **stats}, "the torch module")
+    flat.check_shapes(found, {**params, **stats}, "the torch module")
     return graphdef, *({k: jnp.asarray(found[k], jnp.float64) for k in part} for part in (params, stats))
 
 
 def compiled(graphdef, params, stats):
     """The module as a jitted function; eager calls would compile every operation by itself."""
-    function = jax.jit(lambda params, stats, *args, **kw: state.merge(graphdef, params, stats)(*args, **kw))
+    function = jax.jit(lambda params, stats, *args, **kw: flat.merge(graphdef, params, stats)(*args, **kw))
     return functools.partial(function, params, stats)
 
 

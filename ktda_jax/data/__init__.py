@@ -1,1 +1,1 @@
-"""Data sets, augmentation and input pipelines (numpy only, no jax)."""
+"""Files to tiles, checked, augmented, in batches of numpy arrays. Knows no model and no training."""

@@ -14,8 +14,7 @@ import grain
 import numpy as np
 from absl import logging
 
-from ktda_jax import libc
-from ktda_jax.data import augment
+from ktda_jax.data import augment, libc
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import cpu_threads, label_sizes, read_tile, tile_name

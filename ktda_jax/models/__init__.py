@@ -1,1 +1,1 @@
-"""Model definitions: plain Flax NNX modules, NHWC."""
+"""The networks as plain Flax NNX modules, NHWC. Knows nothing of data, training, sharding or checkpoints."""

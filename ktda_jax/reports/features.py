@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 
-from ktda_jax import program, state
-from ktda_jax.inputs import open_features
+from ktda_jax.models import flat
 from ktda_jax.reports.trained import Trained
+from ktda_jax.training import program
+from ktda_jax.training.inputs import open_features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ def computed(trained: Trained, config, names: list[str], images: list[np.ndarray
 
     @jax.jit
     def run(params, stats, teacher, image):
-        outputs = state.merge(trained.graphdef, params, stats)(image, teacher=state.merge(graphdef, teacher, {}))
+        outputs = flat.merge(trained.graphdef, params, stats)(image, teacher=flat.merge(graphdef, teacher, {}))
         return outputs.student, outputs.teacher
 
     pairs = []
@@ -58,7 +59,7 @@ def precomputed(trained: Trained, config, source, fingerprint: str, count: int) 
 
     @jax.jit
     def run(params, stats, image):
-        return state.merge(trained.graphdef, params, stats)(image).student
+        return flat.merge(trained.graphdef, params, stats)(image).student
 
     pairs, names, images = [], [], []
     for index in np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist():

@@ -8,9 +8,9 @@ import numpy as np
 
 from ktda_jax.data.check import SplitSummary, check_split
 from ktda_jax.data.images import DataError
-from ktda_jax.inputs import open_source
 from ktda_jax.reports import features, tiles, trained, workdir
 from ktda_jax.reports.workdir import Run
+from ktda_jax.training.inputs import open_source
 
 FEATURE_TILES = 3
 

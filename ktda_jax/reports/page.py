@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from ktda_jax import config as configs
-from ktda_jax.figures import LOSS_TERMS
+from ktda_jax.figures.plots import LOSS_TERMS
 from ktda_jax.metrics import summarize
 from ktda_jax.reports import panels
 from ktda_jax.reports.charts import Line, chart

@@ -6,8 +6,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from ktda_jax import sheets
 from ktda_jax.data.datasets import IGNORE
+from ktda_jax.figures import sheets
 
 SIDE = 512  # pixels of a picture at most
 

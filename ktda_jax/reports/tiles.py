@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection
 import jax
 import numpy as np
 
-from ktda_jax import reading, sharding
-from ktda_jax.data import pipeline
+from ktda_jax import sharding
+from ktda_jax.data import pipeline, reading
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import read_tile

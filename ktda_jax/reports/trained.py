@@ -9,10 +9,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ktda_jax import config as configs
-from ktda_jax import evaluate, pretrained, sharding, state
+from ktda_jax import sharding
 from ktda_jax.config import ConfigError
+from ktda_jax.models import flat
+from ktda_jax.models.flat import Arrays
 from ktda_jax.models.ktda import KTDA, KTDAConfig
-from ktda_jax.state import Arrays
+from ktda_jax.prediction import segmenter
+from ktda_jax.training import evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +35,8 @@ def load(workdir: pathlib.Path, config) -> Trained:
     if not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):
         raise ConfigError("no checkpoint in the workdir yet")
     dtype = configs.compute_dtype(config)
-    found = pretrained.from_workdir(workdir)
-    graphdef, params, stats = state.abstract(
-        lambda: KTDA(found.config, own_encoder=True, dtype=dtype, rngs=nnx.Rngs(0))
-    )
+    found = segmenter.from_workdir(workdir)
+    graphdef, params, stats = flat.abstract(lambda: KTDA(found.config, own_encoder=True, dtype=dtype, rngs=nnx.Rngs(0)))
     params, stats = ({k: found.arrays[k] for k in names} for names in (params, stats))
     mesh = sharding.make_mesh(1, 1)
     step = evaluate.make_eval_step(graphdef, found.config.num_classes, mesh)

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ktda_jax import config as configs
 from ktda_jax.config import ConfigError
-from ktda_jax.figures import read_curves
+from ktda_jax.figures.plots import read_curves
 from ktda_jax.reports.features import FeatureMaps
 from ktda_jax.reports.tiles import Shares, Tile
 

@@ -1,0 +1,67 @@
+"""`python -m ktda_jax.convert --input=FILE --output=FOLDER`: published weights into our folder, or back.
+
+python -m ktda_jax.convert --source=ktda --input=grass.pth --output=weights/grass --dataset=grass
+python -m ktda_jax.convert --source=hf --input=hf://facebook/dinov2-base --output=weights/dinov2_base
+python -m ktda_jax.convert --to=upstream --input=weights/grass --output=grass.pth
+"""
+
+import dataclasses
+import signal
+import sys
+import time
+
+from absl import app, flags
+
+from ktda_jax.cli import parsed, parser
+
+SOURCE = flags.DEFINE_string("source", "auto", "ktda, hf, meta, timm or mmpretrain; auto goes by the names.")
+INPUT = flags.DEFINE_string("input", None, "A .pth or .safetensors file, a Hugging Face folder, or hf://ORG/NAME.")
+OUTPUT = flags.DEFINE_string("output", None, "The folder to write; with --to=upstream the .pth file.")
+TO = flags.DEFINE_enum("to", "jax", ["jax", "upstream"], "upstream: the way back, for the published PyTorch code.")
+DATASET = flags.DEFINE_string("dataset", None, "grass, l8_biome, ...: names and colours of the model's classes.")
+TEACHER_HEADS = flags.DEFINE_integer("teacher_heads", None, "Attention heads, which no tensor tells; by width.")
+FMM_HEADS = flags.DEFINE_integer("fmm_heads", None, "The same for the FMM; 8 as published.")
+
+parse = parser("input", "output")
+
+
+def main(_: list[str]) -> None:
+    from ktda_jax.data.datasets import dataset_info
+    from ktda_jax.weights import folder, sources
+    from ktda_jax.weights.files import expand
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by a signal"))  # through the cleaning up
+    start = time.monotonic()
+    try:
+        output = expand(OUTPUT.value)
+        folder.check_free(output)
+        info = dataset_info(DATASET.value) if DATASET.value else None
+        if folder.is_folder(place := expand(INPUT.value)):
+            found = folder.read(place)
+        else:
+            found = sources.load(
+                INPUT.value, SOURCE.value, teacher_heads=TEACHER_HEADS.value, fmm_heads=FMM_HEADS.value
+            )
+        if info is not None:
+            classes = getattr(found.config, "num_classes", None)
+            if classes != len(info.classes):
+                raise ValueError(
+                    f"--dataset={info.name} has {len(info.classes)} classes, {INPUT.value} {classes or 'none'}"
+                )
+            found = dataclasses.replace(found, classes=info.classes, palette=info.palette)
+        if TO.value == "upstream":
+            sources.to_upstream(found, output)
+        else:
+            folder.save(output, found)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    values = sum(array.size for array in found.arrays.values())
+    new = found.source.get("initialised")
+    print(
+        f"{found.kind}, {len(found.arrays)} tensors, {values / 1e6:.1f} M values -> {output} "
+        f"({time.monotonic() - start:.0f} s)" + (f"; not in the source, hence new: {', '.join(new)}" if new else "")
+    )
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parsed(parse))

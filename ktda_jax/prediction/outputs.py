@@ -1,0 +1,155 @@
+"""The files of one scene's map, written under temporary names and renamed when all are whole, the map last."""
+
+import colorsys
+import contextlib
+import dataclasses
+import os
+import pathlib
+import uuid
+from xml.sax.saxutils import escape
+
+import numpy as np
+from PIL import Image
+
+from ktda_jax.data.images import DataError
+from ktda_jax.data.raster import Scene
+from ktda_jax.prediction import polygons
+from ktda_jax.prediction.files import Outputs
+from ktda_jax.prediction.pipeline import Finished, every
+from ktda_jax.prediction.writing import RasterWriter, convert
+from ktda_jax.tiling import blend
+
+PREVIEW = 2048  # pixels, the longer side of an overlay
+BESIDE = (".aux.xml", ".ovr", ".msk")  # endings of files that GDAL reads with one
+OPACITY = 0.45  # of the class colours in it
+
+
+@dataclasses.dataclass(frozen=True)
+class Legend:
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def of(cls, count: int, classes=None, palette=None) -> "Legend":
+        """Numbers for names and distinct colours where a model came without them."""
+        shades = [(saturation, value) for saturation in (0.8, 0.4) for value in (0.95, 0.7, 0.45)]
+        hues = [colorsys.hsv_to_rgb(0.618 * k % 1, *shades[k % len(shades)]) for k in range(count)]
+        return cls(
+            tuple(classes or map(str, range(count))),
+            tuple(palette or (tuple(round(255 * v) for v in hue) for hue in hues)),
+        )
+
+    def colours(self) -> dict[int, tuple[int, int, int, int]]:
+        """All 256 entries of a colour table; what is no class is black and transparent."""
+        table = dict.fromkeys(range(256), (0, 0, 0, 0))
+        return table | {k: (*colour, 255) for k, colour in enumerate(self.palette)}
+
+
+class SceneWriter:
+    """Takes the strips of one scene from top to bottom. As a context it removes what was not finished."""
+
+    def __init__(self, scene: Scene, outputs: Outputs, legend: Legend, *, cog: bool, rgb: tuple, tags: dict[str, str]):
+        self._scene, self._outputs, self._legend, self._cog, self._rgb = scene, outputs, legend, cog, rgb
+        self._temporaries: dict[pathlib.Path, pathlib.Path] = {}  # in the order in which they are renamed
+        self._preview = []
+        self.any_data = False
+        names = {f"CLASS_{k}": name for k, name in enumerate(legend.classes)}
+        every_tag = {**tags, **names}
+        self._writers = {}
+        try:
+            for path in (outputs.probabilities, outputs.confidence):
+                if path:
+                    bands = legend.classes if path == outputs.probabilities else ("confidence",)
+                    temporary = self._temporary(path)
+                    self._writers[path] = RasterWriter(
+                        temporary, scene, bands, unit=1 / blend.CERTAIN, tags=tags | {"UNIT": "probability"}
+                    )
+            self._writers[outputs.map] = RasterWriter(
+                self._temporary(outputs.map, ".tif"), scene, ("class",), palette=legend.colours(), tags=every_tag
+            )
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _temporary(self, path: pathlib.Path, suffix: str | None = None) -> pathlib.Path:
+        made = path.with_name(f".{uuid.uuid4().hex}.tmp{suffix or path.suffix}")
+        self._temporaries[path] = made
+        return made
+
+    def write(self, strip: Finished) -> None:
+        self.any_data = self.any_data or bool(strip.row.present.any())
+        self._writers[self._outputs.map].write(strip.labels)
+        if self._outputs.probabilities:
+            self._writers[self._outputs.probabilities].write(strip.probabilities)
+        if self._outputs.confidence:
+            self._writers[self._outputs.confidence].write(strip.confidence)
+        if self._outputs.overlay:
+            side = every(self._scene, PREVIEW)
+            labels = strip.labels[-strip.row.top % side :: side, ::side]
+            self._preview.append((np.moveaxis(strip.row.preview[list(self._rgb)], 0, -1), labels))
+
+    def finish(self) -> None:
+        """DataError if something could not be written."""
+        outputs, drawn = self._outputs, self._temporaries
+        for writer in self._writers.values():
+            writer.close()
+        plain = drawn[outputs.map]  # a GeoTIFF so far, whatever it becomes
+        try:
+            if outputs.overlay:
+                self._overlay().save(self._temporary(outputs.overlay))
+            if outputs.polygons:
+                polygons.write(plain, self._temporary(outputs.polygons), self._scene.place, self._legend.classes)
+            for path, writer in self._writers.items():
+                driver = "PNG" if path.suffix.lower() == ".png" else "COG" if self._cog else None
+                if driver:
+                    source = drawn[path]
+                    try:
+                        convert(source, self._temporary(path), driver, writer.checksums)
+                    finally:
+                        _remove(source)
+            self._describe(drawn[outputs.map])
+            for path in sorted(drawn, key=lambda path: path == outputs.map):
+                for ending in BESIDE:
+                    made, target = pathlib.Path(f"{drawn[path]}{ending}"), pathlib.Path(f"{path}{ending}")
+                    if made.exists():
+                        os.replace(made, target)
+                    else:  # that of an older map would be taken for ours
+                        target.unlink(missing_ok=True)
+                os.replace(drawn[path], path)
+        except OSError as error:
+            raise DataError(f"cannot write in {outputs.map.parent}: {error.strerror or error}") from error
+
+    def _overlay(self) -> Image.Image:
+        image, labels = (np.concatenate(parts) for parts in zip(*self._preview, strict=True))
+        colours = np.array([colour[:3] for colour in self._legend.colours().values()], np.float32)
+        opacity = np.where(labels == blend.NODATA, 0, OPACITY)[..., None]
+        return Image.fromarray((image * (1 - opacity) + colours[labels] * opacity + 0.5).astype(np.uint8))
+
+    def _describe(self, path: pathlib.Path) -> None:
+        """Class names where GDAL and QGIS look for them: GeoTIFF has no place for them of its own."""
+        if path.suffix.lower() == ".png":  # a plain image stays one file, unless it has a place on Earth
+            if not self._scene.located:
+                pathlib.Path(f"{path}.aux.xml").unlink(missing_ok=True)
+            return
+        names = "".join(f"<Category>{escape(name)}</Category>" for name in self._legend.classes)
+        band = f'<PAMRasterBand band="1"><CategoryNames>{names}</CategoryNames></PAMRasterBand>'
+        aside = pathlib.Path(f"{path}.aux.xml")
+        text = aside.read_text() if aside.exists() else "<PAMDataset></PAMDataset>"
+        if "<CategoryNames>" not in text:
+            aside.write_text(text.replace("</PAMDataset>", f"{band}</PAMDataset>") + "\n")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for writer in self._writers.values():
+            writer.abandon()
+        for temporary in self._temporaries.values():
+            _remove(temporary)
+
+
+def _remove(temporary: pathlib.Path) -> None:
+    """With what GDAL may have put beside it."""
+    for ending in ("", "-journal", *BESIDE):
+        with contextlib.suppress(OSError):
+            pathlib.Path(f"{temporary}{ending}").unlink(missing_ok=True)

@@ -1,0 +1,133 @@
+"""A trained model for prediction in Python: `ktda_jax.load_pretrained`."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from ktda_jax.config import classes_of
+from ktda_jax.data.images import read_image
+from ktda_jax.models import flat
+from ktda_jax.models.ktda import KTDA, KTDAConfig
+from ktda_jax.models.layers import at_least_float32, resize
+from ktda_jax.models.vit import ViT
+from ktda_jax.training.checkpoint import Checkpoints
+from ktda_jax.training.program import model_config_of
+from ktda_jax.weights import folder, loading
+
+LARGEST = 2048  # pixels a side: attention over the whole image
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    labels: np.ndarray  # uint8 (H, W), or (B, H, W)
+    probabilities: np.ndarray  # float32 (H, W, classes), or (B, H, W, classes)
+
+
+class Segmenter:
+    """A KTDA model with its weights. `classes` and `palette` are None where the weights came without names."""
+
+    def __init__(self, found: folder.Weights, dtype=jnp.float32):
+        if found.kind != "ktda":
+            raise ValueError(f"these weights are a {found.kind}; prediction needs a whole KTDA model")
+        self.config, self.classes, self.palette, self.source = found.config, found.classes, found.palette, found.source
+        self.data = found.data  # how training read its images, where that is known
+        graphdef, params, stats = flat.abstract(
+            lambda: KTDA(found.config, own_encoder=True, dtype=dtype, rngs=nnx.Rngs(0))
+        )
+        ours = {k: v for k, v in found.arrays.items() if k in params or k in stats}
+        flat.check_shapes(ours, {**params, **stats}, "the weights")
+        self.graphdef = graphdef
+        self.params = {k: jnp.asarray(ours[k], v.dtype) for k, v in params.items()}
+        self.stats = {k: jnp.asarray(ours[k], v.dtype) for k, v in stats.items()}
+        self._run = jax.jit(functools.partial(infer, graphdef))
+
+    def logits(self, images: np.ndarray) -> jax.Array:
+        """images: uint8 or float 0..255 (B, H, W, 3) -> float32 (B, h, w, classes) at the head's resolution."""
+        return self._run(self.params, self.stats, images)[0]
+
+    def predict(self, image: np.ndarray | str | pathlib.Path) -> Prediction:
+        """image: 8-bit RGB, an array (H, W, 3) or (B, H, W, 3) or an image file -> labels and probabilities.
+
+        ValueError names what does not fit. Sizes up to 2048 px a side; larger scenes are cut into windows.
+        """
+        if isinstance(image, str | pathlib.Path):
+            if self.config.student.bands != 3:
+                raise ValueError(
+                    f"the model takes {self.config.student.bands} bands; give them as an array, uint8 (H, W, bands), "
+                    "scaled as in training, instead of a file"
+                )
+            image = read_image(str(image))
+        image = np.asarray(image)
+        bands = self.config.student.bands
+        if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != bands or not len(image):
+            raise ValueError(
+                f"the image is {image.dtype} of shape {image.shape}; give uint8 (H, W, {bands}) or (B, H, W, {bands})"
+            )
+        if not 32 <= min(image.shape[-3:-1]) <= max(image.shape[-3:-1]) <= LARGEST:
+            raise ValueError(f"the image is {image.shape[-3]} x {image.shape[-2]} pixels; give 32 to {LARGEST} a side")
+        batch = image if image.ndim == 4 else image[None]
+        labels, probabilities = jax.device_get(self._run(self.params, self.stats, batch)[1:])
+        return Prediction(labels, probabilities) if image.ndim == 4 else Prediction(labels[0], probabilities[0])
+
+
+def infer(graphdef, params, stats, images):
+    """images: uint8 (B, H, W, bands) -> logits (B, h, w, classes), labels uint8 (B, H, W), probabilities float32."""
+    logits = at_least_float32(flat.merge(graphdef, params, stats)(images).logits)
+    full = resize(logits, images.shape[1:3])
+    return logits, jnp.argmax(full, -1).astype(jnp.uint8), jax.nn.softmax(full, -1)
+
+
+def load_pretrained(
+    path: str | pathlib.Path, *, dtype=jnp.float32, teacher_heads: int | None = None, fmm_heads: int | None = None
+) -> Segmenter:
+    """See `ktda_jax.load_pretrained`."""
+    return Segmenter(find(path, teacher_heads=teacher_heads, fmm_heads=fmm_heads), dtype)
+
+
+def find(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_heads: int | None = None) -> folder.Weights:
+    """The weights of anything that `load_pretrained` takes; ValueError says in a line what is wrong."""
+    folder = pathlib.Path(path)
+    if (folder / "checkpoints").is_dir():
+        return from_workdir(folder)
+    return loading.read(path, teacher_heads=teacher_heads, fmm_heads=fmm_heads)
+
+
+def from_workdir(workdir: pathlib.Path) -> folder.Weights:
+    """The best checkpoint of a training (the latest, if none was validated), with what its config says of the data."""
+    try:
+        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+        model = model_config_of(config)
+        info = classes_of(config)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{workdir}: its config.json does not describe a training of ours: {error}") from error
+    _, params, stats = flat.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        step = checkpoints.best_step()
+        if step is None:
+            raise ValueError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
+        params, stats = checkpoints.restore_model(step, params, stats)
+    if model.encoder == "teacher":
+        params = {**params, **_encoder(workdir, config.weights.teacher, model)}
+    return folder.Weights(
+        kind="ktda", config=model, arrays={**params, **stats}, source={"workdir": str(workdir), "step": step},
+        classes=info.classes, palette=info.palette, data=config.data.to_dict(),
+    )  # fmt: skip
+
+
+def _encoder(workdir: pathlib.Path, path: str | None, model: KTDAConfig) -> flat.Arrays:
+    """The frozen encoder's arrays under 'teacher/', from where training had them: no checkpoint holds them."""
+    if path is None:
+        raise ValueError(f"{workdir}: its encoder is a teacher that was random (config.weights.teacher was unset)")
+    _, expected, _ = flat.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
+    try:
+        arrays = loading.load(path, expected, "teacher", model.teacher)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{workdir}: its frozen encoder cannot be read: {error}") from error
+    return {f"teacher/{k}": v for k, v in arrays.items()}

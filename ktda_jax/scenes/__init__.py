@@ -1,1 +1,0 @@
-"""From a scene of any size to its map: windows, blending, GeoTIFF in and out."""

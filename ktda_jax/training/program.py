@@ -1,0 +1,320 @@
+"""From a config to the parts of a run that are compiled once: model structure, optimiser, steps, placements."""
+
+import dataclasses
+import functools
+import gc
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ktda_jax import config as configs
+from ktda_jax import sharding
+from ktda_jax.config import ConfigError
+from ktda_jax.data import libc, reading
+from ktda_jax.models import flat
+from ktda_jax.models.initial import HostRngs
+from ktda_jax.models.ktda import KTDA, KTDAConfig
+from ktda_jax.models.vit import ViT
+from ktda_jax.training import evaluate, losses, optim
+from ktda_jax.training.state import TrainState
+from ktda_jax.weights import loading
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled-once parts of a run: structure, optimiser, steps, placements."""
+
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    abstract: TrainState
+    shardings: TrainState
+    init: Callable[[], TrainState]
+    encoder: nnx.GraphDef | None  # of the frozen teacher, where that is the model's encoder
+    teacher: Callable[[], flat.Arrays]  # the frozen teacher's arrays; empty where nothing needs it
+    train_step: Callable
+    eval_step: Callable
+    compile_step: Callable  # compiles train_step for such arguments, which a call may otherwise do as well
+    arguments: tuple  # train_step's three, as ShapeDtypeStructs with shardings: enough to compile it
+
+
+def train_step(
+    current: TrainState,
+    batch: dict,
+    teacher: flat.Arrays,
+    *,
+    config,
+    graphdef,
+    teacher_graphdef,
+    optimizer,
+    schedule,
+    mesh,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser step. batch: `image` (B, H, W, bands), `label` (B, H, W), the rows of all devices.
+
+    The teacher's taps are those of the batch (`teacher`, precomputed), or `teacher`'s for these images.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), current.step)
+
+    def loss_fn(params, stats, rows, key):
+        model = flat.merge(graphdef, params, stats)
+        frozen = None if teacher_graphdef is None else flat.merge(teacher_graphdef, teacher, {})
+        outputs = model(rows["image"], train=True, key=key, teacher=frozen)
+        if "teacher" in rows:
+            outputs = outputs._replace(teacher=model.config.scaled(rows["teacher"]))
+        loss, terms = losses.total_loss(outputs, rows["label"], config.loss)
+        return loss, (terms, flat.batch_stats(model))
+
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if config.grad_accum == 1:
+        grads, (terms, stats) = grad_fn(current.params, current.batch_stats, batch, key)
+    else:
+        micro = functools.partial(_micro_batches, count=config.grad_accum, mesh=mesh)
+
+        def accumulate(carry, rows):
+            total, stats, index = carry
+            grads, (terms, stats) = grad_fn(current.params, stats, rows, jax.random.fold_in(key, index))
+            return (jax.tree.map(jnp.add, total, grads), stats, index + 1), terms
+
+        zeros = jax.tree.map(jnp.zeros_like, current.params)
+        carry = (zeros, current.batch_stats, jnp.zeros((), jnp.int32))
+        (grads, stats, _), terms = jax.lax.scan(accumulate, carry, jax.tree.map(micro, batch))
+        grads = jax.tree.map(lambda g: g / config.grad_accum, grads)
+        terms = jax.tree.map(lambda t: t.mean(0), terms)
+
+    updates, opt_state = optimizer.update(grads, current.opt_state, current.params)
+    params = optax.apply_updates(current.params, updates)
+    ema = current.ema
+    if ema is not None:
+        ema = jax.tree.map(lambda e, p: config.ema * e + (1 - config.ema) * p, ema, params)
+    terms |= {"grad_norm": optax.tree.norm(grads), "lr": schedule(current.step)}
+    return TrainState(current.step + 1, params, stats, opt_state, ema), terms
+
+
+def _micro_batches(x: jax.Array, *, count: int, mesh: Mesh) -> jax.Array:
+    """(B, ...) -> (count, B / count, ...) without moving rows between devices."""
+    x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, sharding.BATCH)))
+
+
+def model_config_of(config) -> KTDAConfig:
+    """The model's settings, with classes and bands, which `config.data` says; ValueError for those that do not fit."""
+    bands, rgb = reading.bands_of(config.data)
+    student = {**config.model.student, "bands": bands}
+    classes = len(configs.classes_of(config).classes)
+    model = KTDAConfig.from_dict({**config.model, "student": student, "num_classes": classes, "rgb": rgb})
+    _check_grid(config, model)
+    return model
+
+
+def batch_shapes(config, model: KTDAConfig) -> dict:
+    """A global training batch as ShapeDtypeStructs: image, label and, where precomputed, the teacher's taps."""
+    rows, crop = config.batch_size, tuple(config.data.crop)
+    shapes = {
+        "image": jax.ShapeDtypeStruct((rows, *crop, model.student.bands), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((rows, *crop), jnp.uint8),
+    }
+    if config.distill and config.teacher.mode == "precomputed":
+        taps = (rows, *model.teacher.grid_of(*crop), model.teacher.width)
+        shapes["teacher"] = (jax.ShapeDtypeStruct(taps, jnp.dtype(config.teacher.dtype)),) * 4
+    return shapes
+
+
+def build(
+    config, *, teacher: bool = True, initial: bool = True, devices: Sequence[jax.Device] | None = None
+) -> Program:
+    """Checks the model settings, loads weights, and jits the steps; compiles nothing yet.
+
+    Evaluation needs neither the `teacher` nor, with a checkpoint at hand, the `initial` weights. `devices` are those of
+    a machine to compile for, where it is not this one.
+    """
+    dtype = configs.compute_dtype(config)
+    param_dtype = jnp.promote_types(dtype, jnp.float32)
+    info = configs.classes_of(config)
+    try:
+        mesh = sharding.make_mesh(**config.mesh, devices=devices)
+        sharding.check_batch_size(mesh, config.batch_size, "config.batch_size", config.grad_accum)
+        sharding.check_batch_size(mesh, config.eval_batch_size, "config.eval_batch_size")
+        model_config = model_config_of(config)
+        schedule = optim.warmup_poly(config.optimizer.lr, config.total_steps, **config.schedule)
+        options = {k: v for k, v in config.optimizer.items() if k != "lr"}
+        optimizer = optim.adamw(schedule, clip_norm=config.clip_norm, **options)
+        common = dict(dtype=dtype, param_dtype=param_dtype)
+        graphdef, params, stats = flat.abstract(lambda: KTDA(model_config, **common, rngs=nnx.Rngs(0)))
+        loaded = _loaded(config, model_config, params, stats) if initial else {}
+        teacher_graphdef, teacher_shapes, teacher_arrays = None, {}, dict
+        encodes = model_config.encoder == "teacher"
+        if encodes or (teacher and config.distill and config.teacher.mode == "computed"):
+            teacher_graphdef, teacher_shapes, teacher_arrays = frozen_teacher(config, model_config, dtype, mesh)
+        encoder = teacher_graphdef if encodes else None
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+    ema = None if config.ema is None else params
+    moments = jax.eval_shape(optimizer.init, params)
+    abstract = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, stats, moments, ema)
+    shardings = sharding.tree_shardings(mesh, abstract)
+
+    def init() -> TrainState:
+        _, params, stats = flat.split(KTDA(model_config, **common, rngs=HostRngs(config.seed)))
+        params |= {k: v for k, v in loaded.items() if k in params}
+        stats |= {k: v for k, v in loaded.items() if k in stats}
+        # The optimiser's moments and counters begin at 0.
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+        ema = None if config.ema is None else params
+        return sharding.place(TrainState(zeros.step, params, stats, zeros.opt_state, ema), shardings)
+
+    step = functools.partial(
+        train_step, config=config, graphdef=graphdef, teacher_graphdef=teacher_graphdef, optimizer=optimizer,
+        schedule=schedule, mesh=mesh,
+    )  # fmt: skip
+    options = compiler_options(mesh)
+    placed = (shardings, sharding.replicated(mesh))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=placed, compiler_options=options)
+    batch = batch_shapes(config, model_config)
+    batch = sharding.abstract(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
+    return Program(
+        mesh=mesh,
+        graphdef=graphdef,
+        optimizer=optimizer,
+        abstract=abstract,
+        shardings=shardings,
+        init=init,
+        encoder=encoder,
+        teacher=teacher_arrays,
+        train_step=jitted,
+        eval_step=evaluate.make_eval_step(graphdef, len(info.classes), mesh, encoder, options),
+        compile_step=functools.partial(compile_ahead, jitted),
+        arguments=(sharding.abstract(abstract, shardings), batch, teacher_shapes),
+    )
+
+
+def compile_ahead(jitted: Callable, *args, given_up: Callable[[], bool] = lambda: False) -> jax.stages.Compiled | None:
+    """Compiles what a later call with such arguments then runs, and returns the compiler's memory to the system.
+
+    The C library would keep it: 2.2 GB while the base model's step runs on a CPU. None if it was `given_up` in time.
+    """
+    lowered = jitted.lower(*args)
+    if given_up():
+        return None
+    compiled = lowered.compile()
+    gc.collect()
+    libc.trim()
+    return compiled
+
+
+class Compilation:
+    """The training step's, in a thread of its own: it needs no tiles, so they are made and checked meanwhile."""
+
+    def __init__(self, program: Program):
+        self._given_up = threading.Event()
+        pool = ThreadPoolExecutor(1, "compilation")
+        self._compiled = pool.submit(program.compile_step, *program.arguments, given_up=self._given_up.is_set)
+        pool.shutdown(wait=False)
+
+    def give_up(self) -> None:
+        """Not in the middle of the compiler's own work, which cannot be stopped."""
+        self._given_up.set()
+
+    def wait(self) -> None:
+        self._compiled.result()
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """LLVM's first level of optimisation for CPUs: as fast to run as the third, a sixth less to compile (NOTES.md)."""
+    if mesh.devices.flat[0].platform != "cpu" or jax.config.read("jax_disable_most_optimizations"):
+        return None
+    return {"xla_backend_optimization_level": 1}
+
+
+def _check_grid(config, model: KTDAConfig) -> None:
+    """The FAM's output must have the teacher's grid to be compared with it."""
+    teacher_grid = model.teacher.grid_of(*config.data.crop)
+    if config.distill and model.grid is not None and model.grid != teacher_grid:
+        raise ValueError(
+            f"config.model.grid is {model.grid}, but the teacher sees a {config.data.crop[0]}x"
+            f"{config.data.crop[1]} crop as {teacher_grid[0]}x{teacher_grid[1]} patches; set it to "
+            f"{teacher_grid}, or to None"
+        )
+    if model.fmm is not None and model.fmm.form == "transformer":
+        for width in model.channels:
+            if width % model.fmm.heads:
+                raise ValueError(f"config.model.fmm.heads is {model.fmm.heads}, which does not divide {width}")
+    if model.teacher.width % model.teacher.heads:
+        raise ValueError(
+            f"config.model.teacher.heads is {model.teacher.heads}, which does not divide {model.teacher.width}"
+        )
+
+
+def _loaded(config, model: KTDAConfig, params: flat.Arrays, stats: flat.Arrays) -> dict:
+    """Parameters and statistics that do not start at random."""
+    chosen = config.weights
+    if chosen.model is not None:
+        if chosen.student is not None:
+            raise ValueError("config.weights.model brings its own student; leave config.weights.student out")
+        expected = {**params, **stats}
+        if chosen.new_classifier:
+            expected = {k: v for k, v in expected.items() if "/conv_seg/" not in k}
+        return loading.load(chosen.model, expected, "model", model, new_classifier=chosen.new_classifier, rgb=model.rgb)
+    if chosen.new_classifier:
+        raise ValueError("config.weights.new_classifier says what not to take from config.weights.model; give that too")
+    if chosen.student is None:
+        return {}
+    student = {k.removeprefix("student/"): v for k, v in params.items() if k.startswith("student/")}
+    tensors = loading.load(chosen.student, student, "student", model.student, rgb=model.rgb)
+    return {f"student/{k}": v for k, v in tensors.items()}
+
+
+def frozen_teacher(
+    config, model: KTDAConfig, dtype: jnp.dtype, mesh: Mesh
+) -> tuple[nnx.GraphDef, flat.Arrays, Callable[[], flat.Arrays]]:
+    """The frozen teacher's structure, its arrays' shapes and shardings, and what puts them on the mesh.
+
+    Its file is read and checked now.
+    """
+    common = dict(dtype=dtype, param_dtype=jnp.promote_types(dtype, jnp.float32))
+    graphdef, expected, _ = flat.abstract(lambda: ViT(model.teacher, **common, rngs=nnx.Rngs(0)))
+    shardings = sharding.tree_shardings(mesh, expected)
+    shapes = sharding.abstract(expected, shardings)
+    if config.weights.teacher is not None:
+        arrays = loading.load(config.weights.teacher, expected, "teacher", model.teacher)
+        return graphdef, shapes, lambda: sharding.place(arrays, shardings)
+    key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
+
+    def init() -> flat.Arrays:
+        return flat.split(ViT(model.teacher, **common, rngs=nnx.Rngs(params=key)))[1]
+
+    return graphdef, shapes, lambda: jax.jit(init, out_shardings=shardings, compiler_options=compiler_options(mesh))()
+
+
+def teacher_identity(config, model: KTDAConfig) -> dict[str, Any]:
+    """What decides the frozen teacher's features of an image, in JSON's terms: what `ktda_jax.extract` writes down.
+
+    Without config.weights.teacher the teacher is random, or, for features that exist, whatever made them.
+    """
+    digest, arrays = None, {}
+    if config.weights.teacher is not None:
+        _, expected, _ = flat.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
+        arrays = loading.load(config.weights.teacher, expected, "teacher", model.teacher)
+        digest = hashlib.sha256()
+        for path in sorted(arrays):
+            digest.update(f"{path} {arrays[path].shape}".encode())
+            digest.update(np.ascontiguousarray(arrays[path]))
+    identity = {
+        "teacher": config.weights.teacher,
+        "sha256": digest and digest.hexdigest(),
+        "seed": None if arrays else config.seed,
+        "rgb": model.rgb,
+        **dataclasses.asdict(model.teacher),
+    }
+    return json.loads(json.dumps(identity))

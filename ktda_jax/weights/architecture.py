@@ -1,0 +1,106 @@
+"""What tensors say about the model they belong to: configurations inferred from names and shapes."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ktda_jax.models.convnext import ConvNeXtConfig
+from ktda_jax.models.fmm import FMMConfig
+from ktda_jax.models.ktda import KTDAConfig
+from ktda_jax.models.vit import ViTConfig
+from ktda_jax.weights.files import WeightsError
+
+Arrays = Mapping[str, np.ndarray]
+HEADS = {384: 6, 768: 12, 1024: 16, 1280: 20, 1536: 24, 4096: 32}  # published widths; no tensor tells
+FMM_HEADS = 8  # published
+
+
+def under(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
+    """The part of `arrays` below `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def _shape(arrays: Arrays, path: str) -> tuple[int, ...]:
+    if path not in arrays:
+        raise WeightsError(f"no tensor for {path}, without which the model's size is unknown")
+    return arrays[path].shape
+
+
+def _count(arrays: Arrays, prefix: str) -> int:
+    """How many numbers follow `prefix`: 'layers/' of 'layers/0/...', 'layers/1/...' gives 2."""
+    return len({k.removeprefix(prefix).split("/")[0] for k in arrays if k.startswith(prefix)})
+
+
+def convnext(arrays: Arrays) -> ConvNeXtConfig:
+    return ConvNeXtConfig(
+        depths=tuple(_count(arrays, f"stages/{k}/") for k in range(4)),
+        channels=tuple(_shape(arrays, f"downsample/{k}/conv/kernel")[-1] for k in range(4)),
+        v2=any("/grn/" in path for path in arrays),
+        bands=_shape(arrays, "downsample/0/conv/kernel")[2],
+    )
+
+
+def vit(arrays: Arrays, *, rope: bool, heads: int | None = None, beside: Mapping | None = None) -> ViTConfig:
+    """`rope`: DINOv3. `beside`: Hugging Face's settings, which know the number of heads and the image statistics."""
+    beside = beside or {}
+    patch, _, _, width = _shape(arrays, "patch_embed/kernel")
+    hidden = _shape(arrays, "layers/0/mlp/fc2/kernel")[0]
+    swiglu = _shape(arrays, "layers/0/mlp/fc1/kernel")[1] == 2 * hidden
+    registers = arrays["register_tokens"].shape[1] if "register_tokens" in arrays else 0
+    said = beside.get("num_attention_heads")
+    if heads and said and heads != said:
+        raise WeightsError(f"{heads} heads were asked for, but its config.json says {said}")
+    heads = heads or said or HEADS.get(width)
+    if heads is None or heads < 1 or width % heads:
+        raise WeightsError(
+            f"a transformer of width {width}: give --teacher_heads of ktda_jax.convert, a divisor of it (got {heads})"
+        )
+    activation = beside.get("hidden_act", "silu" if swiglu else "gelu")
+    if activation != ("silu" if swiglu else "gelu") and not (swiglu and not rope):  # DINOv2's SwiGLU ignores it
+        raise WeightsError(f"hidden_act {activation!r} is not what DINOv2 and DINOv3 were published with")
+    options = {}
+    if statistics_known(beside):
+        options = {k: tuple(round(255 * v, 3) for v in beside[f"image_{k}"]) for k in ("mean", "std")}
+    if not rope:
+        options["image_size"] = tuple(side * patch for side in _shape(arrays, "pos_embed")[1:3])
+    return ViTConfig(
+        width=width, depth=_count(arrays, "layers/"), heads=heads, patch=patch, registers=registers, swiglu=swiglu,
+        mlp_ratio=_mlp_ratio(width, hidden, swiglu and not rope), rope=rope, antialias=registers > 0 and not rope,
+        **options,
+    )  # fmt: skip
+
+
+def statistics_known(beside: Mapping) -> bool:
+    """Whether a preprocessor's settings give mean and standard deviation of three bands."""
+    values = [beside.get(f"image_{k}") for k in ("mean", "std")]
+    return all(isinstance(v, list) and len(v) == 3 and all(isinstance(x, int | float) for x in v) for v in values)
+
+
+def _mlp_ratio(width: int, hidden: int, reduced: bool) -> float:
+    """DINOv2's SwiGLU has two thirds of the hidden width that the ratio says (rounded up to 8)."""
+    return round(1.5 * hidden / width) if reduced else hidden / width
+
+
+def ktda(arrays: Arrays, *, teacher_heads: int | None = None, fmm_heads: int | None = None) -> KTDAConfig:
+    """`arrays`: a whole checkpoint by our paths, the teacher's under 'teacher/'."""
+    if under(arrays, "teacher/"):
+        teacher = vit(under(arrays, "teacher/"), rope=False, heads=teacher_heads)
+    else:  # stripped for prediction, which needs to know its width and patch alone; the rest as published
+        width = _shape(arrays, "fam/convert/0/kernel")[-1]
+        teacher = ViTConfig(width=width, depth=12, heads=teacher_heads or HEADS.get(width) or 1)
+    fmm = None
+    if any(path.startswith("fmm/") for path in arrays):
+        width, hidden = _shape(arrays, "fmm/adapters/0/0/mlp/fc1/kernel")
+        heads = fmm_heads or FMM_HEADS
+        if heads < 1 or width % heads:
+            raise WeightsError(f"an FMM of width {width} with {heads} heads: give --fmm_heads, a divisor of it")
+        fmm = FMMConfig(blocks=_count(arrays, "fmm/adapters/0/"), heads=heads, mlp_ratio=hidden / width)
+    aux = arrays.get("auxiliary_head/conv_seg/kernel")
+    return KTDAConfig(
+        num_classes=_shape(arrays, "decode_head/conv_seg/kernel")[-1],
+        student=convnext(under(arrays, "student/")),
+        teacher=teacher,
+        fmm=fmm,
+        head_channels=_shape(arrays, "decode_head/conv_seg/kernel")[0],
+        aux_channels=0 if aux is None else aux.shape[0],
+    )

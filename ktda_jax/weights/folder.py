@@ -1,0 +1,117 @@
+"""Weights outside of training: our folder, `model.safetensors` and `model.json`."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ktda_jax.models.convnext import ConvNeXtConfig
+from ktda_jax.models.flat import Arrays
+from ktda_jax.models.fmm import FMMConfig
+from ktda_jax.models.ktda import KTDAConfig
+from ktda_jax.models.vit import ViTConfig
+
+TENSORS, DESCRIPTION = "model.safetensors", "model.json"
+ASSUMED = "of ImageNet, assumed"  # image statistics, where a file came without them
+KINDS = {"ktda": KTDAConfig, "student": ConvNeXtConfig, "teacher": ViTConfig}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Arrays by our flat paths. A ktda's hold its statistics too, and its teacher, if any, under 'teacher/'."""
+
+    kind: str  # ktda, student or teacher
+    config: KTDAConfig | ConvNeXtConfig | ViTConfig
+    arrays: Arrays
+    source: dict[str, Any]
+    classes: tuple[str, ...] | None = None
+    palette: tuple[tuple[int, int, int], ...] | None = None
+    data: dict[str, Any] | None = None  # config.data of the training, where it is known: bands, scale, nodata, crop
+
+
+def save(path: str | pathlib.Path, weights: Weights) -> None:
+    """Writes the folder `path` aside and renames it; ValueError if there is something already."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    path = pathlib.Path(path)
+    check_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir()
+        # safetensors writes the buffer as it lies in memory, which for a transposed view is another array.
+        save_file({k: np.asarray(v, order="C") for k, v in weights.arrays.items()}, temporary / TENSORS)
+        description = {
+            "format": 1,
+            "kind": weights.kind,
+            "architecture": dataclasses.asdict(weights.config),
+            "classes": weights.classes,
+            "palette": weights.palette,
+            "source": weights.source,
+            "sha256": _sha256(temporary / TENSORS),
+        }
+        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+        # safetensors writes for its owner alone, whatever the umask.
+        (temporary / TENSORS).chmod((temporary / DESCRIPTION).stat().st_mode)
+        temporary.replace(path)
+    except SafetensorError as error:
+        raise ValueError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_free(path: pathlib.Path) -> None:
+    if path.exists():
+        raise ValueError(f"{path} exists; choose another place, or remove it")
+
+
+def is_folder(path: pathlib.Path) -> bool:
+    return (path / DESCRIPTION).is_file()
+
+
+def read(folder: pathlib.Path) -> Weights:
+    """The weights of our folder; ValueError names it."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text())
+        classes, palette = description.get("classes"), description.get("palette")
+        found = Weights(
+            kind=description["kind"],
+            config=_config(KINDS[description["kind"]], description["architecture"]),
+            arrays=load_file(folder / TENSORS),
+            source=dict(description["source"]),
+            classes=classes and tuple(classes),
+            palette=palette and tuple(map(tuple, palette)),
+        )
+        if _sha256(folder / TENSORS) != description["sha256"]:
+            raise ValueError(f"{TENSORS} is not the file that was written, by its sha256")
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"cannot read the weights in {folder}: {str(error).splitlines()[0]}; are they whole?"
+        ) from error
+    return found
+
+
+def _config(cls, values: Mapping[str, Any]):
+    """A dataclass from its JSON form."""
+    nested = {"student": ConvNeXtConfig, "teacher": ViTConfig, "fmm": FMMConfig}
+    built = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = _config(nested[name], value)
+        built[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**built)

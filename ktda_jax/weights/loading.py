@@ -1,0 +1,162 @@
+"""Weights of any form, and those that a config names: checked against its model, and made to fit its bands."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from ktda_jax.models import convnext, vit
+from ktda_jax.models.flat import Arrays, check_shapes
+from ktda_jax.models.ktda import KTDAConfig
+from ktda_jax.models.layers import resize
+from ktda_jax.models.vit import ViTConfig
+from ktda_jax.weights import folder, sources
+from ktda_jax.weights.architecture import HEADS
+from ktda_jax.weights.files import expand
+from ktda_jax.weights.folder import ASSUMED, Weights
+
+# Settings of training and of one input size; all others decide what the weights compute.
+_FREE = ("image_size", "drop_path", "layer_scale", "remat")
+
+
+def read(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_heads: int | None = None) -> Weights:
+    """Weights of our folder, or converted from any source that `ktda_jax.convert` knows; ValueError names the path.
+
+    The numbers of heads are for sources alone, whose tensors do not tell them.
+    """
+    place = expand(path)
+    if folder.is_folder(place):
+        return folder.read(place)
+    return sources.load(str(path), teacher_heads=teacher_heads, fmm_heads=fmm_heads)
+
+
+def load(
+    path: str,
+    expected: Arrays,
+    what: str,
+    config,
+    *,
+    new_classifier: bool = False,
+    rgb: tuple[int, int, int] = (0, 1, 2),
+) -> dict[str, np.ndarray]:
+    """What config.weights.`what` gives for `config`: arrays of `expected`'s names and shapes.
+
+    `what` is student, teacher or model. A whole KTDA model also serves as student or as teacher, and weights for RGB
+    serve any number of bands. ValueError names the path, and the settings that disagree.
+    """
+    where = f"config.weights.{what}"
+    # No tensor tells the number of heads. Published widths have one of their own, which the config must then match.
+    teacher = config.teacher if isinstance(config, KTDAConfig) else config
+    options = {}
+    if isinstance(teacher, ViTConfig) and teacher.width not in HEADS:
+        options["teacher_heads"] = teacher.heads
+    if isinstance(config, KTDAConfig) and config.fmm is not None:
+        options["fmm_heads"] = config.fmm.heads
+    try:
+        weights = read(path, **options)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    kind = "ktda" if what == "model" else what
+    arrays, found = weights.arrays, weights.config
+    if weights.kind != kind:
+        if weights.kind != "ktda":
+            raise ValueError(f"{where}: {path} holds a {weights.kind}, not a {kind}")
+        arrays = {k.removeprefix(f"{what}/"): v for k, v in arrays.items() if k.startswith(f"{what}/")}
+        found = getattr(found, what)
+        if not arrays:
+            raise ValueError(f"{where}: the model in {path} came without its {what}")
+    if what == "model":  # of its teacher only what shapes the model counts; the teacher itself is another setting
+        teacher = dataclasses.replace(config.teacher, width=found.teacher.width, patch=found.teacher.patch)
+        found = dataclasses.replace(found, teacher=teacher)
+    if new_classifier:
+        arrays = {k: v for k, v in arrays.items() if "/conv_seg/" not in k}
+        found = dataclasses.replace(found, num_classes=config.num_classes)
+    if weights.source.get("statistics") == ASSUMED and isinstance(found, ViTConfig):
+        found = dataclasses.replace(found, mean=config.mean, std=config.std)
+    arrays, found = _other_bands(arrays, found, config, rgb)
+    _compare(where, path, found, config)
+    arrays = {k: v for k, v in arrays.items() if not k.endswith("num_batches_tracked")}
+    if what == "model":
+        arrays = {k: v for k, v in arrays.items() if not k.startswith("teacher/")}
+    if isinstance(found, ViTConfig) and "pos_embed" in arrays:
+        arrays["pos_embed"] = _fit_positions(arrays["pos_embed"], config)
+    check_shapes(arrays, expected, f"{where}: {path}")
+    logging.info("%s: %d tensors from %s", what, len(arrays), path)
+    return {k: v.astype(expected[k].dtype) for k, v in arrays.items()}
+
+
+def _fit_positions(array: np.ndarray, config: ViTConfig) -> np.ndarray:
+    """The embedding at the configured grid, resized in float32, as the published code does when it loads weights."""
+    method = "bicubic_antialias" if config.antialias else "bicubic"
+    return np.asarray(resize(jnp.asarray(array, jnp.float32), config.grid, method=method)).astype(array.dtype)
+
+
+def inflate(kernel: np.ndarray, bands: int, rgb: tuple[int, int, int]) -> np.ndarray:
+    """The stem's kernel for RGB (h, w, 3, C) -> (h, w, bands, C).
+
+    Red, green and blue keep their weights and every other band gets the average of the three, all times 3 / bands: so
+    an image whose bands are all the same gives what it gave as RGB.
+    """
+    inflated = np.repeat(kernel.mean(2, keepdims=True), bands, axis=2)
+    if len(set(rgb)) == 3:
+        inflated[:, :, list(rgb)] = kernel
+    return inflated * np.asarray(3 / bands, kernel.dtype)
+
+
+def _other_bands(arrays: Arrays, found, wanted, rgb: tuple[int, int, int]):
+    """Weights for RGB made to fit another number or order of bands; all others as they are."""
+    if isinstance(found, ViTConfig):
+        return arrays, found
+    whole = isinstance(found, KTDAConfig)
+    theirs, bands = (found.student if whole else found), (wanted.student if whole else wanted).bands
+    usual = (3, (0, 1, 2))
+    if (theirs.bands, found.rgb if whole else usual[1]) != usual or (bands, rgb) == usual:
+        return arrays, found
+    stem = "student/downsample/0/conv/kernel" if whole else "downsample/0/conv/kernel"
+    theirs = dataclasses.replace(theirs, bands=bands)
+    found = dataclasses.replace(found, student=theirs, rgb=wanted.rgb) if whole else theirs
+    logging.info("%s: from RGB to %d bands, of which %s are red, green, blue", stem, bands, rgb)
+    return {**arrays, stem: inflate(arrays[stem], bands, rgb)}, found
+
+
+def _compare(where: str, path: str, found, wanted) -> None:
+    """Raises one line that lists every setting in which a file and a config disagree."""
+    differ = _differences(found, wanted, "config.model" if isinstance(wanted, KTDAConfig) else "")
+    if not differ:
+        return
+    if isinstance(wanted, KTDAConfig):
+        listed = ", ".join(f"{name} {theirs} (config: {ours})" for name, theirs, ours in differ)
+        hint = "set these, or take other weights"
+        if [name for name, *_ in differ] == ["config.model.num_classes"]:
+            hint = "set --config.weights.new_classifier=True to start with classifiers of your own classes"
+        raise ValueError(f"{where}: the model in {path} has {listed}; {hint}")
+    part = "teacher" if isinstance(wanted, ViTConfig) else "student"
+    listed = ", ".join(f"{name} {theirs} (config: {ours})" for name, theirs, ours in differ)
+    presets = (vit if part == "teacher" else convnext).PRESETS
+    fits = [name for name, values in presets.items() if not _differences(found, type(found)(**values), "")]
+    hint = f"set --config.model.{part}.preset={fits[0]}" if fits else f"set config.model.{part} to agree"
+    raise ValueError(f"{where}: the {part} in {path} has {listed}; {hint}, or take other weights")
+
+
+_ELSEWHERE = {  # settings of the model that config.data decides
+    "config.model.rgb": "positions of config.data.rgb",
+    "config.model.student.bands": "number of config.data.bands",
+    "bands": "number of config.data.bands",
+}
+
+
+def _differences(found, wanted, prefix: str) -> list[tuple[str, Any, Any]]:
+    differ, free = [], (*_FREE, "grid", "dropout")
+    if getattr(found, "encoder", None) == "student":
+        free += ("tap_scales",)  # of the loss alone
+    for field in dataclasses.fields(found):
+        theirs, ours = getattr(found, field.name), getattr(wanted, field.name)
+        name = ".".join(filter(None, (prefix, field.name)))
+        if dataclasses.is_dataclass(theirs) and dataclasses.is_dataclass(ours):
+            differ += _differences(theirs, ours, name)
+        elif field.name not in free and theirs != ours:
+            differ.append((_ELSEWHERE.get(name, name), theirs, ours))
+    return differ

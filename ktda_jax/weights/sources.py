@@ -1,0 +1,112 @@
+"""Weights of other projects under our paths: `load` for any source, `to_upstream` for the way back."""
+
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ktda_jax.models import flat
+from ktda_jax.models.convnext import ConvNeXt
+from ktda_jax.models.ktda import KTDA
+from ktda_jax.models.vit import ViT
+from ktda_jax.weights import architecture, convnext, files, mmseg, vit
+from ktda_jax.weights.architecture import under
+from ktda_jax.weights.files import WeightsError
+from ktda_jax.weights.folder import ASSUMED, Weights
+
+SOURCES = ("auto", "ktda", "hf", "meta", "timm", "mmpretrain")
+
+
+def load(
+    path: str,
+    source: str = "auto",
+    *,
+    teacher_heads: int | None = None,
+    fmm_heads: int | None = None,
+) -> Weights:
+    """Reads and converts `path`, a file, a Hugging Face folder or hf://ORG/NAME; WeightsError says what is wrong."""
+    if source not in SOURCES:
+        raise WeightsError(f"--source is {source!r}; known: {', '.join(SOURCES)}")
+    found, origin = files.locate(path)
+    tensors, beside, read = files.read(found)
+    kind, layout, tensors = _recognise(files.strip_prefixes(tensors), found)
+    if source not in ("auto", layout.split()[0]) and (source, layout) != ("timm", "meta"):
+        raise WeightsError(f"{path} is in the layout {layout}, not {source}; leave --source out to have it recognised")
+    new = []
+    try:
+        if kind == "ktda":
+            arrays, unknown = mmseg.from_upstream(tensors)
+            config = architecture.ktda(arrays, teacher_heads=teacher_heads, fmm_heads=fmm_heads)
+        elif kind == "teacher":
+            arrays, unknown = vit.from_source(tensors, layout)
+            dinov3 = layout.startswith("hf dinov3")
+            config = architecture.vit(arrays, rope=dinov3, heads=teacher_heads, beside=beside)
+            if not architecture.statistics_known(beside):
+                origin["statistics"] = ASSUMED
+        else:
+            arrays, unknown, new = convnext.from_source(tensors, layout)
+            config = architecture.convnext(arrays)
+        _check(kind, config, arrays, unknown)
+    except (ValueError, IndexError) as error:
+        raise WeightsError(f"{path} ({kind}, {layout} names): {error}") from error
+    origin |= {"layout": layout, "sha256": {file.name: files.sha256(file) for file in read}}
+    if new:
+        origin["initialised"] = new
+    return Weights(kind, config, arrays, origin)
+
+
+def _recognise(tensors: dict, path: pathlib.Path) -> tuple[str, str, dict]:
+    """What the names say: (kind, layout, tensors without the prefix of a backbone in a larger model)."""
+    if "backbone.downsample_layers.0.0.weight" in tensors and any(k.startswith("fam.") for k in tensors):
+        return "ktda", "ktda", tensors
+    for prefix in ("", "backbone.", "dinov2.", "dinov2_with_registers.", "dinov3_vit.", "convnext.", "convnextv2."):
+        for kind, signatures in (("teacher", vit.SIGNATURES), ("student", convnext.SIGNATURES)):
+            for layout, name in signatures.items():
+                if prefix + name in tensors:
+                    # What lies outside the backbone is a head of classification; one inside stays for the table.
+                    inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                    return kind, layout, inside
+    some = ", ".join(sorted(tensors)[:3])
+    raise WeightsError(
+        f"{path} is none of the known layouts (KTDA; DINOv2, DINOv3 and ConvNeXt of Hugging Face, Meta, timm and "
+        f"mmpretrain): its {len(tensors)} tensors begin with {some}"
+    )
+
+
+def expected(kind: str, config) -> tuple[dict, dict]:
+    """Shapes of a model's parameters and batch statistics; a KTDA's with the teacher's under 'teacher/'."""
+    build = {"ktda": KTDA, "teacher": ViT, "student": ConvNeXt}[kind]
+    _, params, stats = flat.abstract(lambda: build(config, param_dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    if kind == "ktda":
+        _, teacher, _ = flat.abstract(lambda: ViT(config.teacher, rngs=nnx.Rngs(0)))
+        params = {**params, **{f"teacher/{k}": v for k, v in teacher.items()}}
+    return params, stats
+
+
+def _check(kind: str, config, arrays: dict[str, np.ndarray], unknown: list[str]) -> None:
+    """All missing, unexpected and mis-shaped tensors at once."""
+    params, stats = expected(kind, config)
+    found = {k: v for k, v in arrays.items() if not k.endswith("num_batches_tracked")}
+    if kind == "ktda" and not under(arrays, "teacher/"):
+        params = {k: v for k, v in params.items() if not k.startswith("teacher/")}
+    flat.check_shapes({**found, **{name: np.zeros(()) for name in unknown}}, {**params, **stats}, "it")
+
+
+def to_upstream(weights: Weights, path: pathlib.Path) -> None:
+    """Writes a `.pth` that the published PyTorch code loads; aside first, then renamed."""
+    if weights.kind != "ktda":
+        raise WeightsError(f"--to=upstream writes whole KTDA models; this is a {weights.kind}")
+    torch = files.import_torch(f"writing {path}")
+    tensors = mmseg.to_upstream(weights.arrays)
+    # A copy, since torch cannot hold reversed strides and saves the whole storage behind a view.
+    content = {k: torch.from_numpy(np.array(v, order="C")) for k, v in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        torch.save({"meta": {"ktda_jax": weights.source}, "state_dict": content}, temporary)
+        temporary.replace(path)
+    except RuntimeError as error:
+        raise WeightsError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
