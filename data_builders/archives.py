@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO
 
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 # OSError: damaged gzip data and full disks; RuntimeError: zip files with a password or an unknown compression.
@@ -37,14 +37,14 @@ def is_junk(name: str) -> bool:
 
 
 def sizes(archive: pathlib.Path) -> dict[pathlib.PurePosixPath, int]:
-    """{path inside the archive: bytes}; DataError for a damaged archive."""
+    """{path inside the archive: bytes}; UserError for a damaged archive."""
     return {path: size for path, size, _ in _files(archive)}
 
 
 def unpack(archive: pathlib.Path, place: Callable[[pathlib.PurePosixPath], pathlib.Path | None]) -> None:
     """Writes each file to `place(path inside the archive)`, which is a new path, or None to leave it out.
 
-    DataError for a damaged archive; what was written before stays, so unpack into a temporary folder.
+    UserError for a damaged archive; what was written before stays, so unpack into a temporary folder.
     """
     for path, _, opened in _files(archive):
         target = place(path)
@@ -76,7 +76,7 @@ def _files(archive) -> Iterator[tuple[pathlib.PurePosixPath, int, Callable[[], I
 def _inside(archive, name) -> pathlib.PurePosixPath | None:
     path = pathlib.PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts:
-        raise DataError(f"{archive} holds {name!r}, a path that leads out of the archive: do not trust it")
+        raise UserError(f"{archive} holds {name!r}, a path that leads out of the archive: do not trust it")
     return None if any(is_junk(part) for part in path.parts) else path
 
 
@@ -87,4 +87,4 @@ def _one_line(archive):
     except _BROKEN as error:
         text = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
         advice = "" if getattr(error, "errno", None) else "; it is damaged or no archive: download it again"
-        raise DataError(f"cannot unpack {archive}: {text}{advice}") from error
+        raise UserError(f"cannot unpack {archive}: {text}{advice}") from error

@@ -7,8 +7,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from ktda_jax import UserError
 from ktda_jax.data.datasets import DatasetInfo
-from ktda_jax.data.images import DataError
 from ktda_jax.data.tfds_source import TfdsSource, prepare
 
 
@@ -90,11 +90,11 @@ class FolderCases:
     @pytest.mark.parametrize("damage", [_without_label, _foreign_value, _other_size, _no_directory, _truncated])
     def test_bad_layout(self, layout, tmp_path, damage):
         message = damage(layout, self)
-        with pytest.raises(DataError, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             prepare(self.info.name, tmp_path / "data", layout)
         assert "\n" not in str(error.value)
         assert not list((tmp_path / "data").rglob("*"))
-        with pytest.raises(DataError, match=message):  # TFDS alone, as under `tfds build`, says the same
+        with pytest.raises(UserError, match=message):  # TFDS alone, as under `tfds build`, says the same
             self.build(layout, tmp_path / "data")
 
     def test_tfds_build_finds_it(self, monkeypatch):

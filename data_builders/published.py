@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 
 from data_builders import archives
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 
 _PARTS = ("img_dir", "ann_dir")
 _DEPTH = 2  # how many folders deep we look
@@ -21,7 +21,7 @@ def published_folder(manual_dir, name: str, scratch) -> Iterator[pathlib.Path]:
     """The folder with img_dir/ and ann_dir/ of data set `name` in `manual_dir`, valid inside the `with`.
 
     It may lie at the top or up to two folders deeper, or in archives there, which are unpacked into a temporary
-    folder in `scratch`. Of several data sets side by side the one called `name` is taken. DataError if there is
+    folder in `scratch`. Of several data sets side by side the one called `name` is taken. UserError if there is
     none or more than one, if an archive is damaged or the disk too small.
     """
     root = pathlib.Path(manual_dir)
@@ -39,7 +39,7 @@ def _unpacked(root, name) -> pathlib.Path | None:
     found = [path for path in _below(root, _DEPTH - 1) if path.is_dir() and _has_parts(path)]
     found = _called(name, found, root)
     if len(found) > 1:
-        raise DataError(
+        raise UserError(
             f"{root} holds several folders that may be {name}: {', '.join(map(str, found))}; give the right one "
             "as manual_dir"
         )
@@ -76,13 +76,13 @@ def _unpack(root, name, target):
     if missing:
         held = ", ".join(sorted(str(path.relative_to(root)) for path in root.iterdir())[:5]) or "nothing"
         where = f"archives ({', '.join(map(str, chosen))})" if chosen else "archives of it"
-        raise DataError(
+        raise UserError(
             f"no {' and no '.join(missing)} of {name} in {root}, up to {_DEPTH} folders deep or in {where}: it holds "
             f"{held}; give the folder with the download as manual_dir"
         )
     needed, free = sum(size for size, _ in plan.values()), shutil.disk_usage(target).free
     if needed > free:
-        raise DataError(
+        raise UserError(
             f"unpacking {name} takes {needed / 1e9:.1f} GB, but {target.parent} has {free / 1e9:.1f} GB free: make "
             "room or give a data_dir on another disk"
         )
@@ -103,7 +103,7 @@ def _plan(chosen, name) -> dict:
         for path, (size, prefix, place) in files.items():
             if prefix in prefixes:
                 if place in owners:
-                    raise DataError(
+                    raise UserError(
                         f"two candidates for {name}: {owners[place]} and {archive}/{prefix} both hold {place}; leave "
                         "only one"
                     )

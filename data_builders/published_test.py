@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from data_builders import archives
+from ktda_jax import UserError
 from ktda_jax.data.check import check_split
-from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import FolderSource
 from ktda_jax.data.tfds_source import TfdsSource, prepare
 
@@ -207,7 +207,7 @@ REFUSALS = [
 @pytest.mark.parametrize("damage", REFUSALS)
 def test_refusals(damage, tmp_path):
     message = damage(tmp_path / "download")
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         prepare("grass", tmp_path / "data", tmp_path / "download")
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "data").rglob("*"))
@@ -228,7 +228,7 @@ def test_many_tiles(tmp_path, monkeypatch):
 def test_small_disk(tmp_path, monkeypatch):
     pack(tmp_path / "download" / "grass.zip", DUMMY["grass"])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10))
-    with pytest.raises(DataError, match=r"unpacking grass takes .* GB, but .* has 0.0 GB free: make room"):
+    with pytest.raises(UserError, match=r"unpacking grass takes .* GB, but .* has 0.0 GB free: make room"):
         prepare("grass", tmp_path / "data", tmp_path / "download")
 
 

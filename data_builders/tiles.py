@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
+from ktda_jax import UserError
 from ktda_jax.data.check import check_split
 from ktda_jax.data.datasets import IGNORE, dataset_info
-from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import FolderSource
 
 SHARD = 128  # tiles in one file: TFDS holds the tiles of a file in memory while it writes them
@@ -68,7 +68,7 @@ def encode_tile(image: np.ndarray, label: np.ndarray, name: str) -> dict:
 def folder_shards(folder, builder_name: str) -> dict[str, list[Callable[[], Iterator]]]:
     """{split: generators of (key, example), one per file to write} of the splits that `folder` holds.
 
-    All tiles are checked before the first is yielded, and `train` must be there. DataError for missing folders
+    All tiles are checked before the first is yielded, and `train` must be there. UserError for missing folders
     and pairs, unreadable tiles, sizes that differ and label values that are no class.
     """
     info, folder = dataset_info(builder_name), pathlib.Path(folder)
@@ -93,5 +93,5 @@ def _examples(source, indices):
 def _png(bgr_or_grey):
     ok, data = cv2.imencode(".png", bgr_or_grey)
     if not ok:
-        raise DataError(f"OpenCV could not encode an array of shape {bgr_or_grey.shape} as PNG")
+        raise UserError(f"OpenCV could not encode an array of shape {bgr_or_grey.shape} as PNG")
     return io.BytesIO(data.tobytes())

@@ -11,9 +11,8 @@ import pathlib
 import runpy
 import sys
 
-from ktda_jax.config import ConfigError
-from ktda_jax.data.images import DataError
-from ktda_jax.training.loop import TrainingError, train_and_evaluate
+from ktda_jax import UserError
+from ktda_jax.training.loop import train_and_evaluate
 
 CLASSES = {"background": (60, 60, 60), "object": (230, 180, 40)}  # name: colour, in the order of the class numbers
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "custom.py"
@@ -38,7 +37,7 @@ def main() -> None:
         config.schedule.warmup = given.steps // 20
     try:
         result = train_and_evaluate(config.lock(), given.workdir)
-    except (ConfigError, DataError, TrainingError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     if result is not None:
         print(f"validation mIoU {result.metrics.summary['mIoU']:.2f}; the model is in {given.workdir}")

@@ -11,12 +11,12 @@ peak memory is the process's largest resident set, which holds everything, the c
 
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from ktda_jax import main as command  # its flags, and its one-line errors
-from ktda_jax.cli import parsed, parser
+from ktda_jax import cli
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
+    cli.define_config()
     flags.DEFINE_integer("steps", 3, "Timed training steps; 0: none.", lower_bound=0)
     flags.DEFINE_integer("warmup", 1, "Steps and passes before the clock starts.", lower_bound=0)
     flags.DEFINE_integer("forwards", 3, "Timed forward passes; 0: none.", lower_bound=0)
@@ -26,7 +26,7 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     flags.DEFINE_string("output", None, "JSON file of the results.")
     flags.DEFINE_bool("machine", False, "Only the speed of a product and of a copy on this machine; takes no config.")
     alone = any(argument.lstrip("-").partition("=")[0] == "machine" for argument in sys.argv[1:])
-    PARSE = parsed(parser() if alone else command.parse)  # before the imports below, which take seconds
+    PARSE = cli.parsed(cli.parser() if alone else cli.parse_config)  # before the imports below, which take seconds
 
 import functools
 import os
@@ -43,7 +43,6 @@ import numpy as np
 
 from ktda_jax import config as configs
 from ktda_jax import sharding
-from ktda_jax.config import ConfigError
 from ktda_jax.models import flat
 from ktda_jax.plan import flops
 from ktda_jax.training.program import batch_shapes, build, model_config_of
@@ -189,25 +188,22 @@ def _shown(value) -> str:
 
 
 def main(_: list[str]) -> None:
-    command.start()
-    config, given = command.CONFIG.value, flags.FLAGS
+    cli.start()
+    config, given = cli.config(), flags.FLAGS
     if given.machine:
         return print(table(machine()))
     with config.unlocked():
         config.eval_batch_size = config.batch_size  # evaluation is not run; let it divide by the devices
-    try:
-        configs.check_output(given.output, "output")
-        configs.check_output(given.trace, "trace", folder=True)
-        report = run(
-            config, steps=given.steps, warmup=given.warmup, forwards=given.forwards,
-            forward_batch=given.forward_batch, peak=given.peak_tflops, trace=given.trace,
-        )  # fmt: skip
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    configs.check_output(given.output, "output")
+    configs.check_output(given.trace, "trace", folder=True)
+    report = run(
+        config, steps=given.steps, warmup=given.warmup, forwards=given.forwards,
+        forward_batch=given.forward_batch, peak=given.peak_tflops, trace=given.trace,
+    )  # fmt: skip
     print(table(report))
     if given.output:
         configs.write_json(pathlib.Path(given.output), {**report, "command": " ".join(sys.argv)})
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=PARSE)
+    cli.run(main, PARSE)

@@ -1,13 +1,24 @@
-"""The installed command `ktda VERB ...`, which is `python -m ktda_jax.VERB ...`; flags of verbs without a config."""
+"""What the verbs' command lines share: flags, a config from a file, other processes, errors in one line; and `ktda`.
 
+JAX is imported by none of it until `start`, so that --help and errors of flags are quick.
+"""
+
+import functools
 import glob
 import importlib.util
+import logging as standard_logging
 import os
 import runpy
+import signal
 import sys
+import threading
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from ktda_jax import UserError
+from ktda_jax import config as configs
 
 VERBS = {
     "main": "train, resume, evaluate",
@@ -20,6 +31,33 @@ VERBS = {
     "benchmark": "time and memory of the training step and a forward pass",
     "plan": "does the training step fit on a TPU slice",
 }
+
+
+Parser = Callable[[list[str]], list[str]]  # the command line -> what is left of it, for app.run
+
+flags.DEFINE_bool("traceback", False, "Show where in the program an error was found, too.")
+
+
+def define_config() -> None:
+    config_flags.DEFINE_config_file("config", None, "Path of the config, such as configs/grass.py:tiny.")
+
+
+def define_processes() -> None:
+    flags.DEFINE_string(
+        "coordinator", None, "host:port of process 0, for several processes; 'auto' on TPU pods and under Slurm."
+    )
+    flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
+    flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.")
+    flags.DEFINE_integer("join_timeout", 300, "With --coordinator: seconds to wait for all to start.", 1)
+
+
+def given(name: str):
+    """The value of a flag; None where the verb does not know it."""
+    return flags.FLAGS[name].value if name in flags.FLAGS else None
+
+
+def config() -> ConfigDict:
+    return flags.FLAGS["config"].value
 
 
 def parser(*required: str, hint: str = "all options are flags, see --help") -> Callable[[list[str]], list[str]]:
@@ -40,12 +78,112 @@ def parser(*required: str, hint: str = "all options are flags, see --help") -> C
     return parse
 
 
-def parsed(parse: Callable[[list[str]], list[str]]) -> Callable[[list[str]], list[str]]:
-    """Parses the command line now, before a verb imports JAX, which takes seconds; gives what app.run parses with."""
+def parse_config(argv: list[str]) -> list[str]:
+    """A `Parser` of verbs with a config: loads and checks it, too."""
+    try:
+        rest = flags.FLAGS(argv)
+        if config() is not None:
+            config().keys()  # a file that could not be read is an error only once it is used
+    except (AttributeError, KeyError) as error:
+        sys.exit(f"error: {_unknown_setting(error, argv)}")
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        # The lines before the last are a stack, or the places looked at.
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
+    if len(rest) > 1:
+        sys.exit(f"error: unexpected argument {rest[1]!r}; settings are given as --config.KEY=VALUE")
+    if config() is None:
+        sys.exit("error: give a config: --config=configs/grass.py")
+    if given("coordinator") not in (None, "auto") and None in (given("num_processes"), given("process_id")):
+        sys.exit("error: --coordinator=HOST:PORT needs --num_processes and --process_id too")
+    try:
+        configs.check(config())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    return rest
+
+
+def _unknown_setting(error: Exception, argv: list[str]) -> str:
+    """ml_collections says only the last part of an unknown setting's name, and on a second line a similar one."""
+    while isinstance(error.args[0], Exception):
+        error = error.args[0]
+    key, *hint = str(error.args[0]).splitlines()
+    for argument in argv:
+        name = argument.lstrip("-").partition("=")[0]
+        if key.strip("'\"") in name.split("."):
+            return f"{name} is not a setting" + (f". {hint[0]}" if hint else "; the config file lists them all")
+    raise error  # not the command line's fault but the config file's
+
+
+def parsed(parse: Parser) -> Parser:
+    """Parses the command line now, before a verb imports JAX, which takes seconds; gives what `run` parses with."""
     app.define_help_flags()
     rest = parse(sys.argv)
     quiet_libtpu()
     return lambda argv: rest
+
+
+def run(main: Callable[[list[str]], None], parse: Parser) -> None:
+    """Runs a verb: what a user can mend is shown in one line, with exit status 1."""
+    app.run(functools.partial(_in_one_line, main), flags_parser=parse)
+
+
+def _in_one_line(main, argv):
+    try:
+        main(argv)
+    except UserError as error:
+        if given("traceback"):
+            raise
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: stopped from the keyboard")
+
+
+def stop_cleanly() -> None:
+    """SIGTERM ends this process through its cleaning up, as control-C does."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by a signal"))
+
+
+def start() -> None:
+    """Joins the other processes that the flags speak of, if any, and lets only warnings through to the terminal."""
+    import jax
+
+    logging.set_verbosity(logging.WARNING)
+    handler = logging.get_absl_handler()
+    handler.setFormatter(standard_logging.Formatter("%(levelname)s: %(message)s"))
+    # Orbax warns about ordinary things, such as a checkpoint between two evaluations, which has no score.
+    handler.addFilter(lambda record: record.levelno > standard_logging.WARNING or "orbax" not in record.pathname)
+    if given("coordinator"):
+        _join(jax)
+
+
+def _join(jax) -> None:
+    """Waits for the other processes, then this one dies with them: JAX notices a dead one after 100 s at the latest."""
+    where, seconds = given("coordinator"), given("join_timeout")
+    address = None if where == "auto" else where
+
+    # JAX's own timeout aborts the process with a C++ stack trace, so this one comes first.
+    timer = end_after(
+        seconds,
+        f"error: not all processes met at --coordinator={where} within {seconds} s; start all with the same host:port, "
+        "let the port through firewalls, or give a longer --join_timeout\n",
+    )
+    count, index = given("num_processes"), given("process_id")
+    jax.distributed.initialize(address, count, index, initialization_timeout=seconds + 60)
+    timer.cancel()
+
+
+def end_after(seconds: int, message: str = "") -> threading.Timer:
+    """Ends this process, wherever it waits, unless the timer is cancelled."""
+
+    def end():
+        sys.stderr.write(message)
+        sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def quiet_libtpu() -> None:

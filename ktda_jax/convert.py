@@ -6,13 +6,11 @@ python -m ktda_jax.convert --to=upstream --input=weights/grass --output=grass.pt
 """
 
 import dataclasses
-import signal
-import sys
 import time
 
-from absl import app, flags
+from absl import flags
 
-from ktda_jax.cli import parsed, parser
+from ktda_jax import UserError, cli
 
 SOURCE = flags.DEFINE_string("source", "auto", "ktda, hf, meta, timm or mmpretrain; auto goes by the names.")
 INPUT = flags.DEFINE_string("input", None, "A .pth or .safetensors file, a Hugging Face folder, or hf://ORG/NAME.")
@@ -22,7 +20,7 @@ DATASET = flags.DEFINE_string("dataset", None, "grass, l8_biome, ...: names and 
 TEACHER_HEADS = flags.DEFINE_integer("teacher_heads", None, "Attention heads, which no tensor tells; by width.")
 FMM_HEADS = flags.DEFINE_integer("fmm_heads", None, "The same for the FMM; 8 as published.")
 
-parse = parser("input", "output")
+parse = cli.parser("input", "output")
 
 
 def main(_: list[str]) -> None:
@@ -30,7 +28,7 @@ def main(_: list[str]) -> None:
     from ktda_jax.weights import folder, sources
     from ktda_jax.weights.files import expand
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by a signal"))  # through the cleaning up
+    cli.stop_cleanly()
     start = time.monotonic()
     try:
         output = expand(OUTPUT.value)
@@ -45,7 +43,7 @@ def main(_: list[str]) -> None:
         if info is not None:
             classes = getattr(found.config, "num_classes", None)
             if classes != len(info.classes):
-                raise ValueError(
+                raise UserError(
                     f"--dataset={info.name} has {len(info.classes)} classes, {INPUT.value} {classes or 'none'}"
                 )
             found = dataclasses.replace(found, classes=info.classes, palette=info.palette)
@@ -53,8 +51,8 @@ def main(_: list[str]) -> None:
             sources.to_upstream(found, output)
         else:
             folder.save(output, found)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except OSError as error:
+        raise UserError(str(error)) from error
     values = sum(array.size for array in found.arrays.values())
     new = found.source.get("initialised")
     print(
@@ -64,4 +62,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parsed(parse))
+    cli.run(main, cli.parsed(parse))

@@ -29,9 +29,9 @@ probabilities are always there, since they cost a softmax, and leave the device 
 
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from ktda_jax.cli import parsed, parser
+from ktda_jax import UserError, cli
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
     flags.DEFINE_string("checkpoint", None, "The workdir of a training, a folder of ktda_jax.convert, or a .pth file.")
@@ -39,7 +39,7 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     flags.DEFINE_string("output", None, "The file to write.")
     flags.DEFINE_string("size", None, "Height and width in pixels: 256, or 256x512; default the crop of the training.")
     flags.DEFINE_string("dtype", "float32", "What it computes in: float32, or, for stablehlo, bfloat16.")
-    PARSE = parsed(parser("checkpoint", "format", "output"))  # before the imports below, which take seconds
+    PARSE = cli.parsed(cli.parser("checkpoint", "format", "output"))  # before the imports below, which take seconds
 
 import contextlib
 import dataclasses
@@ -50,7 +50,6 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -87,11 +86,11 @@ def run(
     size: (height, width) in pixels; None: the crop of the training.
     """
     if format not in FORMATS:
-        raise ValueError(f"--format is {format!r}; choose {' or '.join(FORMATS)}")
+        raise UserError(f"--format is {format!r}; choose {' or '.join(FORMATS)}")
     if dtype not in DTYPES:
-        raise ValueError(f"--dtype is {dtype!r}; choose {' or '.join(DTYPES)}")
+        raise UserError(f"--dtype is {dtype!r}; choose {' or '.join(DTYPES)}")
     if (format, dtype) == ("onnx", "bfloat16"):
-        raise ValueError("--dtype=bfloat16 is for stablehlo; most ONNX runtimes convolve in float32 alone")
+        raise UserError("--dtype=bfloat16 is for stablehlo; most ONNX runtimes convolve in float32 alone")
     output = pathlib.Path(output).expanduser()
     beside = output.with_name(output.name + ".json")
     check_free(output)
@@ -100,11 +99,11 @@ def run(
     try:
         found = segmenter.find(checkpoint)
     except OSError as error:
-        raise ValueError(f"cannot read --checkpoint={checkpoint}: {error}") from error
+        raise UserError(f"cannot read --checkpoint={checkpoint}: {error}") from error
     if found.kind != "ktda":
-        raise ValueError(f"{checkpoint} holds a {found.kind}; an export needs a whole KTDA model")
+        raise UserError(f"{checkpoint} holds a {found.kind}; an export needs a whole KTDA model")
     if found.config.num_classes > IGNORE:
-        raise ValueError(f"{checkpoint} has {found.config.num_classes} classes; 8-bit labels hold at most {IGNORE}")
+        raise UserError(f"{checkpoint} has {found.config.num_classes} classes; 8-bit labels hold at most {IGNORE}")
     height, width = size = _size(found, size)
     shape = (height, width, found.config.student.bands)
     infer, arrays = _inference(found, jnp.dtype(dtype), for_onnx=format == "onnx")
@@ -112,11 +111,11 @@ def run(
     if needed > LARGEST_FILE:
         hint = "; --dtype=bfloat16 halves them" if (format, dtype) == ("stablehlo", "float32") else ""
         holds = f"a {format} file holds {LARGEST_FILE / 1e9:.2f}"
-        raise ValueError(f"the weights take {needed / 1e9:.2f} GB, and {holds}{hint}")
+        raise UserError(f"the weights take {needed / 1e9:.2f} GB, and {holds}{hint}")
     output.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output.parent).free
     if needed > free:
-        raise ValueError(f"{output} needs {needed / 1e9:.2f} GB, but {output.parent} has only {free / 1e9:.2f} GB free")
+        raise UserError(f"{output} needs {needed / 1e9:.2f} GB, but {output.parent} has only {free / 1e9:.2f} GB free")
 
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -146,15 +145,15 @@ def _importable(format: str) -> Callable:
 
         return _to_stablehlo
     except ImportError as error:
-        raise ValueError(f"--format={format} needs {error.name}: pip install -e '.[export]'") from error
+        raise UserError(f"--format={format} needs {error.name}: pip install -e '.[export]'") from error
 
 
 def _size(found: Weights, size: tuple[int, int] | None) -> tuple[int, int]:
     if size is None and found.data is None:
-        raise ValueError("these weights do not say how large their training tiles were; give --size, such as 256")
+        raise UserError("these weights do not say how large their training tiles were; give --size, such as 256")
     size = tuple(size or found.data["crop"])
     if not 32 <= min(size) <= max(size) <= segmenter.LARGEST:
-        raise ValueError(f"--size is {size[0]}x{size[1]}; give 32 to {segmenter.LARGEST} pixels a side")
+        raise UserError(f"--size is {size[0]}x{size[1]}; give 32 to {segmenter.LARGEST} pixels a side")
     return size
 
 
@@ -260,7 +259,7 @@ def main(_: list[str]) -> None:
     if given.size and not re.fullmatch(r"\d+(x\d+)?", given.size):
         sys.exit(f"error: --size is {given.size!r}; give 256, or 256x512 for height and width")
     absl_logging.set_verbosity(absl_logging.WARNING)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by a signal"))  # through the cleaning up
+    cli.stop_cleanly()
     sides = [int(side) for side in given.size.split("x")] if given.size else []
     try:
         made = run(
@@ -270,10 +269,6 @@ def main(_: list[str]) -> None:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         sys.exit(f"error: cannot write --output={given.output}: {error.strerror or error}{where}")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: stopped from the keyboard")
     print(
         f"{given.output}: {made['bytes'] / 1e6:.1f} MB, images {json.dumps(made['input']['shape'])} "
         f"({time.monotonic() - start:.0f} s); {made['file']}.json says what goes in and what comes out"
@@ -281,4 +276,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=PARSE)
+    cli.run(main, PARSE)

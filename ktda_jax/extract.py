@@ -5,21 +5,17 @@ Training with --config.teacher.mode=precomputed then reads them in step with the
 a file of its own, so that all must see the folder.
 """
 
-import sys
-
-from absl import app
-
-from ktda_jax import main as command  # its flags, and its one-line errors
-from ktda_jax.cli import parsed
+from ktda_jax import cli
 
 if __name__ == "__main__":
-    PARSE = parsed(command.parse)  # before the imports below, which take seconds
+    cli.define_config()
+    cli.define_processes()
+    PARSE = cli.parsed(cli.parse_config)  # before the imports below, which take seconds
 
 import fcntl
 import os
 import pathlib
 import shutil
-import signal
 import time
 
 import jax
@@ -27,12 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ktda_jax import UserError, sharding
 from ktda_jax import config as configs
-from ktda_jax import sharding
-from ktda_jax.config import ConfigError
 from ktda_jax.data import pipeline
 from ktda_jax.data.check import check_split
-from ktda_jax.data.images import DataError
 from ktda_jax.data.teacher_features import (
     DTYPES,
     FORMAT,
@@ -50,31 +44,28 @@ from ktda_jax.training.program import frozen_teacher, model_config_of, teacher_i
 
 
 def run(config) -> pathlib.Path:
-    """Extracts, unless the features are there; returns their folder. ConfigError or DataError if it cannot be done.
+    """Extracts, unless the features are there; returns their folder. UserError or UserError if it cannot be done.
 
     Every tile must be readable, whatever config.data.on_corrupt says.
     """
     configs.check(config)
-    try:
-        model = model_config_of(config)
-        mesh = sharding.make_mesh(**config.mesh)
-        sharding.check_batch_size(mesh, config.eval_batch_size, "config.eval_batch_size")
-        identity = teacher_identity(config, model)
-        dtype = configs.compute_dtype(config)
-        graphdef, _, place = frozen_teacher(config, model, dtype, mesh)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    model = model_config_of(config)
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch_size(mesh, config.eval_batch_size, "config.eval_batch_size")
+    identity = teacher_identity(config, model)
+    dtype = configs.compute_dtype(config)
+    graphdef, _, place = frozen_teacher(config, model, dtype, mesh)
     folder, split = features_folder(config), config.data.train_split
     source = open_source(config, split)
     summary = check_split(source, crop=tuple(config.data.crop), num_threads=config.data.num_threads)
     made_from = {"split": split, "tiles": summary.fingerprint, **identity}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not (folder / MANIFEST).exists():
-            raise ConfigError(f"config.teacher.features={folder} exists and holds no teacher features; choose another")
+            raise UserError(f"config.teacher.features={folder} exists and holds no teacher features; choose another")
         manifest = read_manifest(folder)
         check(folder, manifest, made_from)
         if manifest["dtype"] != config.teacher.dtype:
-            raise ConfigError(
+            raise UserError(
                 f"the teacher features in {folder} are there, but as {manifest['dtype']}, not {config.teacher.dtype}; "
                 "choose another config.teacher.features, or remove them"
             )
@@ -125,12 +116,12 @@ def _claim(temporary: pathlib.Path, folder: pathlib.Path) -> int:
         temporary.mkdir(parents=True, exist_ok=True)
         lock = os.open(temporary, os.O_RDONLY)
     except OSError as error:
-        raise ConfigError(f"cannot write to config.teacher.features={folder}: {error.strerror}") from error
+        raise UserError(f"cannot write to config.teacher.features={folder}: {error.strerror}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(lock)
-        raise ConfigError(f"another extraction is writing to config.teacher.features={folder}; wait for it") from error
+        raise UserError(f"another extraction is writing to config.teacher.features={folder}; wait for it") from error
     for left in temporary.iterdir():
         left.unlink()
     return lock
@@ -194,7 +185,7 @@ def _check_space(folder: pathlib.Path, needed: int) -> None:
     existing = next(parent for parent in folder.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise ConfigError(
+        raise UserError(
             f"config.teacher.features={folder} needs up to {needed / 1e9:.1f} GB, but {existing} has only "
             f"{free / 1e9:.1f} GB free; choose another place, or config.teacher.mode=computed, which needs none"
         )
@@ -211,16 +202,11 @@ def _say(text: str) -> None:
 
 
 def main(_: list[str]) -> None:
-    command.start()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by a signal"))
-    try:
-        folder = run(command.CONFIG.value)
-    except (ConfigError, DataError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: stopped from the keyboard")
+    cli.start()
+    cli.stop_cleanly()
+    folder = run(cli.config())
     _say(f"done; train with --config.teacher.mode=precomputed --config.teacher.features={folder}")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=PARSE)
+    cli.run(main, PARSE)

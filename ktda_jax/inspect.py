@@ -6,27 +6,26 @@ Reads every tile of every split that the config names, writes `inspection.json`,
 
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from ktda_jax import main as command  # its flags, and its one-line errors
-from ktda_jax.cli import parsed
+from ktda_jax import cli
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
+    cli.define_config()
     flags.DEFINE_string("output", None, "Where to write; default inspection/<data set>.")
     flags.DEFINE_integer("samples", 6, "Random training tiles in the sheet.", lower_bound=1)
-    PARSE = parsed(command.parse)  # before the imports below, which take seconds
+    PARSE = cli.parsed(cli.parse_config)  # before the imports below, which take seconds
 
 import contextlib
 import pathlib
 
 import numpy as np
 
+from ktda_jax import UserError
 from ktda_jax import config as configs
-from ktda_jax.config import ConfigError
 from ktda_jax.data import augment, inspect, reading
 from ktda_jax.data.check import check_split
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import read_tile
 from ktda_jax.figures import plots, sheets
 from ktda_jax.training.inputs import open_source
@@ -42,7 +41,7 @@ def run(config, output: pathlib.Path, samples: int) -> list[str]:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot write to --output={output}: {error.strerror}") from error
+        raise UserError(f"cannot write to --output={output}: {error.strerror}") from error
     sources, counts, problems = {}, {}, []
     for split in names:
         try:
@@ -51,7 +50,7 @@ def run(config, output: pathlib.Path, samples: int) -> list[str]:
             counts[split] = inspect.count(source, num_threads=data.num_threads)
             sources[split] = source
             check_split(source, crop=crop, num_threads=data.num_threads)
-        except DataError as error:
+        except UserError as error:
             problems.append(str(error))
     if not counts:
         with contextlib.suppress(OSError):  # others' files may be there
@@ -137,7 +136,7 @@ def _sheet(path: pathlib.Path, source, config, info, samples: int) -> None:
                 seen, truth = augment.random_flip(seen, truth, rng, config.data.flip)
                 seen = augment.photometric_distortion(seen, rng) if config.data.photometric else seen
                 row.append(seen[..., rgb])
-        except (DataError, ValueError):  # already reported
+        except (UserError, ValueError):  # already reported
             continue
         rows.append(row)
         names.append(tile["name"])
@@ -149,15 +148,12 @@ def _sheet(path: pathlib.Path, source, config, info, samples: int) -> None:
 
 
 def main(_: list[str]) -> None:
-    config, given = command.CONFIG.value, flags.FLAGS
-    try:
-        problems = run(config, pathlib.Path(given.output or f"inspection/{config.data.name}"), given.samples)
-    except (ConfigError, DataError) as error:
-        sys.exit(f"error: {error}")
+    config, given = cli.config(), flags.FLAGS
+    problems = run(config, pathlib.Path(given.output or f"inspection/{config.data.name}"), given.samples)
     if problems:
         sys.exit("\n".join(f"error: {problem}" for problem in problems))
     print("nothing wrong found")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=PARSE)
+    cli.run(main, PARSE)

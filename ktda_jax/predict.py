@@ -10,9 +10,9 @@ hold class numbers, 255 where the scene has no data, with colours and class name
 
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 
-from ktda_jax.cli import parsed, parser
+from ktda_jax import UserError, cli
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
     flags.DEFINE_string("checkpoint", None, "A workdir, a converted folder, a .pth, or hf://ORG/NAME.")
@@ -32,7 +32,7 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     flags.DEFINE_bool("skip_existing", False, "Leave scenes alone whose outputs are all there.")
     flags.DEFINE_bool("tta", False, "Average over mirror images and two other scales; six times the work.")
     hint = "put a pattern such as --input='*.tif' in quotes"
-    PARSE = parsed(parser("checkpoint", "input", "output", hint=hint))  # before the imports below, which take seconds
+    PARSE = cli.parsed(cli.parser("checkpoint", "input", "output", hint=hint))  # before the imports below: seconds
 
 import pathlib
 import signal
@@ -55,7 +55,7 @@ def run(
     nodata: float | None = None, cog=False, probabilities=False, confidence=False, polygonize=False, overlay=False,
     skip_existing=False, tta=False,
 ) -> dict[str, float]:  # fmt: skip
-    """Maps what the flags of the same names say. ValueError, also DataError, says in one line what is wrong."""
+    """Maps what the flags of the same names say. ValueError, also UserError, says in one line what is wrong."""
     inputs = files.expand(input)
     rasterio_for(inputs[0])
     if polygonize:
@@ -77,7 +77,7 @@ def run(
     on_cpu = jax.default_backend() == "cpu"
     model = segmenter.load_pretrained(checkpoint, dtype=jnp.float32 if on_cpu else jnp.bfloat16)
     if model.config.num_classes > IGNORE:
-        raise ValueError(f"the model has {model.config.num_classes} classes; a map holds at most {IGNORE}")
+        raise UserError(f"the model has {model.config.num_classes} classes; a map holds at most {IGNORE}")
     trained = mapping.trained_reading(model.data)
     reading = _reading(trained, model.config.student.bands, bands, scale, nodata)
     for line in mapping.differences(trained, reading) if model.data is not None else ():
@@ -103,7 +103,7 @@ def run(
         )  # fmt: skip
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         words = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{words or 'out of memory'}; a smaller --batch_size or --tile takes less memory") from error
+        raise UserError(f"{words or 'out of memory'}; a smaller --batch_size or --tile takes less memory") from error
     rate = used["pixels"] / used["seconds"] / 1e6
     _say(f"{used['pixels'] / 1e6:.3g} Mpixel in {used['seconds']:.1f} s, {rate:.3g} Mpixel/s")
     return used
@@ -112,11 +112,11 @@ def run(
 def _reading(trained: Reading, count: int, bands, scale, nodata) -> Reading:
     """That of the training, changed as the flags say. ValueError names the flag."""
     if bands is not None and (len(bands) != count or len(set(bands)) < count or min(bands) < 1):
-        raise ValueError(f"--bands={_list(bands)}: the model takes {count} different bands, counted from 1")
+        raise UserError(f"--bands={_list(bands)}: the model takes {count} different bands, counted from 1")
     if scale is not None:
         pairs = tuple(zip(scale[::2], scale[1::2], strict=False))
         if len(scale) % 2 or not is_scale(pairs, count):
-            raise ValueError(
+            raise UserError(
                 f"--scale={_list(scale)}: give LOW,HIGH with LOW below HIGH, or one such pair for each of {count} bands"
             )
         scale = pairs[0] if len(pairs) == 1 else pairs
@@ -161,11 +161,8 @@ def main(_: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     given = {name: flags.FLAGS[name].value for name in OPTIONS}
-    try:
-        run(**given, bands=_numbers("bands", int), scale=_numbers("scale", float))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run(**given, bands=_numbers("bands", int), scale=_numbers("scale", float))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=PARSE)
+    cli.run(main, PARSE)

@@ -10,16 +10,16 @@ checkpoint yet, no teacher) is said in the page, in one line. The page is one fi
 
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 
-from ktda_jax.cli import parsed, parser
+from ktda_jax import cli
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
     flags.DEFINE_multi_string("workdir", None, "A run's folder; several for a comparison, repeated or with commas.")
     flags.DEFINE_string("output", None, "The page; default report.html (of several: comparison.html) in the first.")
     flags.DEFINE_string("root", None, "Where the data are now, in the place of config.data.root.")
     flags.DEFINE_integer("tiles", 4, "Best and worst tiles each; 0: without a model and without data.", lower_bound=0)
-    PARSE = parsed(parser())  # before the imports below, which take seconds
+    PARSE = cli.parsed(cli.parser())  # before the imports below, which take seconds
 
 import contextlib
 import os
@@ -27,14 +27,14 @@ import pathlib
 import uuid
 from collections.abc import Sequence
 
-from ktda_jax.config import ConfigError
+from ktda_jax import UserError
 from ktda_jax.reports import workdir
 from ktda_jax.reports.gather import gather
 from ktda_jax.reports.page import render
 
 
 def run(workdirs: Sequence[str], output: str | None = None, *, root: str | None = None, tiles: int = 4) -> pathlib.Path:
-    """Writes the page and returns its path; ConfigError for what is no workdir or cannot be written to."""
+    """Writes the page and returns its path; UserError for what is no workdir or cannot be written to."""
     paths = list({path.resolve(): path for path in map(pathlib.Path, workdirs)}.values())  # x and x/ are one
     name = "report.html" if len(paths) == 1 else "comparison.html"
     path = pathlib.Path(output) if output else paths[0] / name
@@ -42,7 +42,7 @@ def run(workdirs: Sequence[str], output: str | None = None, *, root: str | None 
     for given in paths:  # before the output's folder is made
         workdir.check(given)
     if path.is_dir():
-        raise ConfigError(f"--output={path} is a folder; give a file, such as {path / name}")
+        raise UserError(f"--output={path} is a folder; give a file, such as {path / name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # a place that will not do is said before minutes are spent
@@ -50,7 +50,7 @@ def run(workdirs: Sequence[str], output: str | None = None, *, root: str | None 
         temporary.write_bytes(page.encode(errors="replace"))  # names of files may be no UTF-8
         os.replace(temporary, path)
     except OSError as error:
-        raise ConfigError(f"cannot write to --output={path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write to --output={path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):  # a read-only place says so again
             temporary.unlink()
@@ -68,14 +68,9 @@ def main(_: list[str]) -> None:
     given = flags.FLAGS
     if not _workdirs():
         sys.exit("error: give a workdir: --workdir=runs/grass")
-    try:
-        path = run(_workdirs(), given.output, root=given.root, tiles=given.tiles)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: stopped from the keyboard")
+    path = run(_workdirs(), given.output, root=given.root, tiles=given.tiles)
     print(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=PARSE)
+    cli.run(main, PARSE)

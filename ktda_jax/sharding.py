@@ -8,6 +8,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ktda_jax import UserError
+
 BATCH = ("data", "fsdp")
 MIN_SIZE = 2**13  # smaller arrays stay whole: gathering them would cost more than they save
 
@@ -25,7 +27,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
         data = count // max(fsdp, 1)
     used = data * fsdp
     if data < 1 or fsdp < 1 or used > count or (used < count and jax.process_count() > 1):
-        raise ValueError(f"config.mesh ({given}) does not fit {count} devices")
+        raise UserError(f"config.mesh ({given}) does not fit {count} devices")
     # Auto axes: under Explicit ones a sharded convolution kernel is an error.
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[:used])
 
@@ -63,7 +65,7 @@ def check_batch_size(mesh: Mesh, batch_size: int, name: str, accumulate: int = 1
     rows = mesh.size * accumulate
     if batch_size < 1 or batch_size % rows:
         micro = f" x {accumulate} accumulation steps" if accumulate > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"{name} is {batch_size}, which {mesh.size} devices{micro} do not divide; "
             f"use a multiple of {rows}, or fewer devices through config.mesh.data"
         )

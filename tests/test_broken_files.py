@@ -9,7 +9,7 @@ import pytest
 import runs
 from PIL import Image
 
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 from ktda_jax.data.sources import FolderSource
 from ktda_jax.data.tfds_source import TfdsSource, prepare
 from ktda_jax.training import loop
@@ -95,9 +95,9 @@ BROKEN += [broken_link]
 @pytest.mark.parametrize("spoil", BROKEN)
 def test_a_broken_file_is_one_line_before_anything_is_written(tiles, tmp_path, spoil):
     message = spoil(tiles)
-    with pytest.raises(DataError, match=message) as training:
+    with pytest.raises(UserError, match=message) as training:
         loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
-    with pytest.raises(DataError, match=message) as building:
+    with pytest.raises(UserError, match=message) as building:
         prepare("grass", tmp_path / "tfds", tiles)
     assert "\n" not in f"{training.value}{building.value}"
     assert not (tmp_path / "run").exists()

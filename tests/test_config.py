@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 import runs
 
+from ktda_jax import UserError
 from ktda_jax import config as configs
-from ktda_jax.config import ConfigError
 from ktda_jax.data import reading
 from ktda_jax.models.ktda import KTDAConfig
 
@@ -56,7 +56,7 @@ def tiny(**overrides):
     ],
 )
 def test_a_bad_value_is_named_with_what_would_do(setting, value, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         configs.check(tiny(**{setting: value}))
 
 
@@ -72,7 +72,7 @@ def test_own_classes_need_a_palette():
     config = tiny()
     with config.unlocked():
         config.data.classes, config.data.palette = ("a", "b"), ((0, 0, 0),)
-    with pytest.raises(ConfigError, match="2 classes but 1 palette colours"):
+    with pytest.raises(UserError, match="2 classes but 1 palette colours"):
         configs.classes_of(config)
 
 
@@ -80,7 +80,7 @@ def test_colours_are_checked_before_a_figure_needs_them():
     config = tiny()
     with config.unlocked():
         config.data.classes, config.data.palette = ("a", "b"), ((0, 0, 0), (230, 180, 300))
-    with pytest.raises(ConfigError, match=r"the colour of 'b' is \(230, 180, 300\); give red, green and blue"):
+    with pytest.raises(UserError, match=r"the colour of 'b' is \(230, 180, 300\); give red, green and blue"):
         configs.classes_of(config)
 
 
@@ -100,19 +100,19 @@ def test_bands_and_their_colours():
 
 
 def test_tfds_sets_are_read_as_they_are():
-    with pytest.raises(ConfigError, match="config.data.bands, scale, nodata and label_map are for folders"):
+    with pytest.raises(UserError, match="config.data.bands, scale, nodata and label_map are for folders"):
         configs.check(tiny(**{"data.source": "tfds", "data.scale": (0, 9)}))
 
 
 def test_float64_needs_x64():
-    with pytest.raises(ConfigError, match="only with JAX_ENABLE_X64=1"):
+    with pytest.raises(UserError, match="only with JAX_ENABLE_X64=1"):
         configs.compute_dtype(tiny(dtype="float64"))
 
 
 def test_compute_dtype():
     assert configs.compute_dtype(tiny()) == jnp.float32  # auto, on CPU
     assert configs.compute_dtype(tiny(dtype="bfloat16")) == jnp.bfloat16
-    with pytest.raises(ConfigError, match="config.dtype is 'half'; choose auto, float32 or bfloat16"):
+    with pytest.raises(UserError, match="config.dtype is 'half'; choose auto, float32 or bfloat16"):
         configs.compute_dtype(tiny(dtype="half"))
 
 
@@ -130,7 +130,7 @@ def test_the_saved_config_is_json_and_agrees_with_itself(tmp_path):
 
 def test_another_computation_is_refused_and_told_apart(tmp_path):
     begun(tmp_path, tiny())
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         configs.compare(tmp_path, tiny(seed=7, **{"model.head_channels": 32}))
     assert "model.head_channels (saved 16, now 32), seed (saved 42, now 7); use another" in str(error.value)
 
@@ -149,5 +149,5 @@ def test_a_workdir_without_a_checkpoint_binds_nobody(tmp_path):
 def test_a_broken_saved_config_is_named(tmp_path):
     begun(tmp_path, tiny())
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json is not JSON .*; use another --workdir"):
+    with pytest.raises(UserError, match=r"config\.json is not JSON .*; use another --workdir"):
         configs.compare(tmp_path, tiny())

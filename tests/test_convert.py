@@ -15,8 +15,8 @@ import torch
 from safetensors.numpy import save_file
 
 import ktda_jax
+from ktda_jax import UserError
 from ktda_jax.weights import folder, loading, sources
-from ktda_jax.weights.files import WeightsError
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 CHECKPOINT = golden.GOLDENS / "grass_tiny.pth"
@@ -151,7 +151,7 @@ def test_torch_is_not_needed_for_safetensors(tmp_path):
     tensors = {k: v.numpy() for k, v in torch.load(CHECKPOINT, weights_only=True)["state_dict"].items()}
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "m.safetensors")
     code = (
-        "import sys; sys.modules['torch'] = None; from ktda_jax.convert import sources;"
+        "import sys; sys.modules['torch'] = None; from ktda_jax.weights import sources;"
         f"print(sources.load({str(tmp_path / 'm.safetensors')!r}, teacher_heads=2).kind)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
@@ -254,7 +254,7 @@ FAULTS = [
 def test_what_cannot_be_converted_is_said_in_one_line(make, tmp_path):
     pathlib.Path("/tmp/ktda_jax_was_here").unlink(missing_ok=True)
     path, message = make(tmp_path)
-    with pytest.raises(WeightsError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         sources.load(str(path), teacher_heads=2)
     assert "\n" not in str(error.value) and path.name in str(error.value)
     assert not pathlib.Path("/tmp/ktda_jax_was_here").exists()
@@ -306,7 +306,7 @@ def test_the_command_says_what_is_wrong_and_leaves_nothing(tmp_path):
 def test_only_whole_models_go_back(tmp_path):
     found = sources.load(str(CHECKPOINT), teacher_heads=2)
     teacher = folder.Weights("teacher", found.config.teacher, {}, {})
-    with pytest.raises(WeightsError, match="--to=upstream writes whole KTDA models; this is a teacher"):
+    with pytest.raises(UserError, match="--to=upstream writes whole KTDA models; this is a teacher"):
         sources.to_upstream(teacher, tmp_path / "x.pth")
     assert not list(tmp_path.iterdir())
 

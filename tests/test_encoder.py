@@ -7,9 +7,8 @@ import pytest
 import runs
 from flax import nnx
 
-from ktda_jax import benchmark
+from ktda_jax import UserError, benchmark
 from ktda_jax import config as configs
-from ktda_jax.config import ConfigError
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.vit import ViT
@@ -83,7 +82,7 @@ def test_inference_pays_for_the_frozen_encoder(tmp_path):
 )
 def test_what_does_not_go_with_it_is_named(tmp_path, settings, message):
     config = runs.config(tmp_path, {**FROZEN, **settings})
-    with pytest.raises((ConfigError, ValueError), match=message):
+    with pytest.raises((UserError, ValueError), match=message):
         configs.check(config)
         model_config_of(config)
 
@@ -98,7 +97,7 @@ def test_a_narrower_neck(tmp_path):
     outputs = jax.eval_shape(lambda p, s, x: flat.merge(graphdef, p, s)(x), params, stats, images)
     assert outputs.student[0].shape == (1, 5, 5, 16) and outputs.logits.shape == (1, 20, 20, runs.CLASSES)
     assert params["decode_head/lateral_convs/0/conv/kernel"].shape[-2] == 6
-    with pytest.raises(ConfigError, match=r"heads is 4, which does not divide 6"):
+    with pytest.raises(UserError, match=r"heads is 4, which does not divide 6"):
         build(runs.config(tmp_path, {"model.neck_channels": 6, "model.fmm.form": "transformer", "model.fmm.heads": 4}))
 
 

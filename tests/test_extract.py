@@ -9,11 +9,9 @@ import pytest
 import runs
 from PIL import Image
 
-from ktda_jax import extract, sharding
-from ktda_jax.config import ConfigError
+from ktda_jax import UserError, extract, sharding
 from ktda_jax.data import pipeline
 from ktda_jax.data.check import check_split
-from ktda_jax.data.images import DataError
 from ktda_jax.training.inputs import open_features, open_source
 from ktda_jax.training.program import build, model_config_of
 from ktda_jax.weights import folder
@@ -117,31 +115,31 @@ def test_what_is_there_is_kept_and_what_differs_is_refused(config, tmp_path, cap
     extract.run(settings)
     assert "already" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "features").iterdir()} == before
-    with pytest.raises(DataError, match="are of another split"):
+    with pytest.raises(UserError, match="are of another split"):
         extract.run(config(data__train_split="val"))
 
     other = tmp_path / "tiles"
     shutil.copytree(tiles, other)
     path = other / "img_dir/train/t0.png"
     Image.fromarray(255 - np.array(Image.open(path))).save(path)
-    with pytest.raises(DataError, match="features are of other tiles"):
+    with pytest.raises(UserError, match="features are of other tiles"):
         opened(config(teacher__mode="precomputed", data__root=str(other)))
-    with pytest.raises(DataError, match="features are of a teacher of another antialias"):
+    with pytest.raises(UserError, match="features are of a teacher of another antialias"):
         opened(config(teacher__mode="precomputed", model__teacher__antialias=True, weights__teacher=None))
 
 
 def test_places_that_will_not_do(config, tmp_path):
     (tmp_path / "features").mkdir()  # made by hand: as good as none
     extract.run(config())
-    with pytest.raises(ConfigError, match="features are there, but as bfloat16, not float16; choose another"):
+    with pytest.raises(UserError, match="features are there, but as bfloat16, not float16; choose another"):
         extract.run(config(teacher__dtype="float16"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="other exists and holds no teacher features; choose another"):
+    with pytest.raises(UserError, match="other exists and holds no teacher features; choose another"):
         extract.run(config(teacher__features=str(tmp_path / "other")))
-    with pytest.raises(ConfigError, match="cannot write to config.teacher.features=/proc/x: "):
+    with pytest.raises(UserError, match="cannot write to config.teacher.features=/proc/x: "):
         extract.run(config(teacher__features="/proc/x"))
-    with pytest.raises(DataError, match="images are smaller than the crop of 64 x 64"):
+    with pytest.raises(UserError, match="images are smaller than the crop of 64 x 64"):
         extract.run(config(data__crop=(64, 64)))
 
 
@@ -153,7 +151,7 @@ def test_of_two_extractions_at_once_one_gives_way(config, tmp_path, monkeypatch)
 
     def during(*arguments):
         if not refused:
-            with pytest.raises(ConfigError, match="another extraction is writing to .*features; wait for it") as error:
+            with pytest.raises(UserError, match="another extraction is writing to .*features; wait for it") as error:
                 extract._claim(tmp_path / ".features.tmp", tmp_path / "features")
             refused.append(error)
         return write(*arguments)
@@ -168,24 +166,24 @@ def test_another_teacher_is_refused(config, tmp_path, tiles):
     extract.run(settings := config(teacher__mode="precomputed"))
     arrays = {k: v + 1 for k, v in runs.random_teacher(settings).items()}
     folder.save(tmp_path / "other", Weights("teacher", model_config_of(settings).teacher, arrays, {}))
-    with pytest.raises(DataError, match="features are of another teacher's weights"):
+    with pytest.raises(UserError, match="features are of another teacher's weights"):
         opened(config(teacher__mode="precomputed", weights__teacher=str(tmp_path / "other")))
     opened(config(teacher__mode="precomputed", weights__teacher=None))  # not named: the one that made them
 
 
 def test_a_failure_leaves_nothing(config, tmp_path, monkeypatch):
     def fail(*_):
-        raise DataError("no")
+        raise UserError("no")
 
     monkeypatch.setattr(extract.FeatureWriter, "write", fail)
-    with pytest.raises(DataError, match="no"):
+    with pytest.raises(UserError, match="no"):
         extract.run(config())
     assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_said_first(config, tmp_path, monkeypatch):
     monkeypatch.setattr(extract.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    with pytest.raises(ConfigError, match=r"features needs up to 0.0 GB, but .* has only 0.0 GB free; choose another"):
+    with pytest.raises(UserError, match=r"features needs up to 0.0 GB, but .* has only 0.0 GB free; choose another"):
         extract.run(config())
     assert not list(tmp_path.iterdir())
 

@@ -8,9 +8,10 @@ import pytest
 import rasterio
 from PIL import Image
 
+from ktda_jax import UserError
 from ktda_jax.data import images
 from ktda_jax.data.check import check_split
-from ktda_jax.data.images import DataError, read_bands, read_image, read_label
+from ktda_jax.data.images import read_bands, read_image, read_label
 from ktda_jax.data.sources import FolderSource
 from ktda_jax.data.stretch import minmax, stretch
 
@@ -27,7 +28,7 @@ def write_raster(path, values, nodata=None):
 
 
 def error_of(call, *args, **kwargs) -> str:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -14,7 +14,7 @@ from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
 from rasterio.rpc import RPC
 
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 from ktda_jax.data.raster import Reading, open_scene
 from ktda_jax.prediction import files, polygons
 from ktda_jax.prediction.outputs import Legend
@@ -114,7 +114,7 @@ def test_polygons_follow_ground_control_points(tmp_path, monkeypatch, portion):
     found = shapely.from_wkb(geometry)
     np.testing.assert_allclose(shapely.total_bounds(found), (5e5, 4e6 - 700, 5e5 + 870, 4e6), atol=1e-3)
     assert about["crs"] == "EPSG:32633" and shapely.area(found).sum() == pytest.approx(70 * 80 * 100)
-    with pytest.raises(DataError, match="--polygonize: 2 ground control points do not give places"):
+    with pytest.raises(UserError, match="--polygonize: 2 ground control points do not give places"):
         polygons.by_points(points[:2], np.zeros((1, 2)))
 
 
@@ -203,7 +203,7 @@ def test_which_files_and_what_they_become(folder):
         ("*.jpg", "no file matches"),
         ("maps", "no scene in the"),
     ):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(UserError, match=message):
             files.expand(f"{folder}/{text}")
     for output, options, message in (
         ("", {}, r"a.tif would be written over the input .*a.tif; choose another --output"),
@@ -211,15 +211,15 @@ def test_which_files_and_what_they_become(folder):
         ("/map.tif", {}, "is one file for 3 inputs; give a folder"),
         ("/maps", dict(cog=True), "--cog makes GeoTIFF"),
     ):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(UserError, match=message):
             files.name_outputs(found, f"{folder}{output}", one=False, **options)
-    with pytest.raises(DataError, match="must end in .tif, .tiff, .png, or be a folder"):
+    with pytest.raises(UserError, match="must end in .tif, .tiff, .png, or be a folder"):
         files.name_outputs(found[:1], f"{folder}/map.jpg", one=True)
-    with pytest.raises(DataError, match="cannot write to the folder /proc/maps"):
+    with pytest.raises(UserError, match="cannot write to the folder /proc/maps"):
         files.make_folders(files.name_outputs(found[:1], "/proc/maps/map.tif", one=True))
-    with pytest.raises(DataError, match="--cog makes GeoTIFF"):
+    with pytest.raises(UserError, match="--cog makes GeoTIFF"):
         files.name_outputs(found[:1], f"{folder}/map.PNG", one=True, cog=True)
-    with pytest.raises(DataError, match="the file name l*.tif is too long"):
+    with pytest.raises(UserError, match="the file name l*.tif is too long"):
         files.name_outputs(found[:1], f"{folder}/{'l' * 245}.tif", one=True)
 
 
@@ -228,7 +228,7 @@ def test_what_a_scene_is_made_of_is_not_written_over(tmp_path):
     source = sf.write(tmp_path / f"{name}.tif", values)
     rasterio.shutil.copy(source, tmp_path / "scene.vrt", driver="VRT")
     scene = open_scene(tmp_path / "scene.vrt", Reading(), 3)
-    with pytest.raises(DataError, match=r"l.tif would be written over what is read by the input .*scene.vrt"):
+    with pytest.raises(UserError, match=r"l.tif would be written over what is read by the input .*scene.vrt"):
         files.check_sources({scene.path: scene.files}, files.name_outputs([scene.path], str(source), one=True))
     (tmp_path / "maps").mkdir()
     sf.map_one(source, tmp_path / "maps" / f"{name}.tif")
@@ -239,11 +239,11 @@ FULL = """
 import pathlib, resource, sys
 sys.path[:0] = [{tests!r}]
 import scene_files as sf
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
     sf.map_one(pathlib.Path({path!r}), {output!r}, **{wanted})
-except DataError as error:
+except UserError as error:
     print(error)
 """
 

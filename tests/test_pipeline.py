@@ -10,7 +10,7 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 from ktda_jax.data.pipeline import eval_batches, train_iterator
 from ktda_jax.data.sources import FolderSource
 
@@ -163,7 +163,7 @@ def damaged(tmp_path):
 
 
 def test_a_corrupt_tile_stops_training_by_name(damaged):
-    with pytest.raises(DataError, match=r"cannot read .*t0[23]\.tif.*on_corrupt='skip'") as caught:
+    with pytest.raises(UserError, match=r"cannot read .*t0[23]\.tif.*on_corrupt='skip'") as caught:
         take(train_iterator(damaged, crop=16, batch_size=2, seed=0), 3)
     assert "\n" not in str(caught.value)
 
@@ -197,7 +197,7 @@ def test_nothing_readable_is_an_error_even_when_skipping(tmp_path):
     source = make_tiles(tmp_path, [(16, 16)] * 2)
     for path in (tmp_path / "img_dir" / "train").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="no readable tile"):
+    with pytest.raises(UserError, match="no readable tile"):
         next(train_iterator(source, crop=16, batch_size=2, seed=0, on_corrupt="skip"))
 
 
@@ -205,13 +205,13 @@ def test_bad_settings(source):
     def start(**changes):
         return train_iterator(source, **{"crop": 16, "batch_size": 4, "seed": 0, **changes})
 
-    with pytest.raises(DataError, match="batch_size 4 does not divide among 3 process"):
+    with pytest.raises(UserError, match="batch_size 4 does not divide among 3 process"):
         start(process_count=3)
-    with pytest.raises(DataError, match="on_corrupt is 'ignore'"):
+    with pytest.raises(UserError, match="on_corrupt is 'ignore'"):
         start(on_corrupt="ignore")
-    with pytest.raises(DataError, match="seed is -1"):
+    with pytest.raises(UserError, match="seed is -1"):
         start(seed=-1)
-    with pytest.raises(DataError, match=r"tile t\d\d: tile of 24 x 28 is smaller than the crop of 64 x 64"):
+    with pytest.raises(UserError, match=r"tile t\d\d: tile of 24 x 28 is smaller than the crop of 64 x 64"):
         next(start(crop=64))
 
 
@@ -258,5 +258,5 @@ def test_evaluation_groups_label_sizes(tmp_path):
 
 
 def test_evaluation_stops_at_a_corrupt_tile(damaged):
-    with pytest.raises(DataError, match=r"t02\.tif"):
+    with pytest.raises(UserError, match=r"t02\.tif"):
         list(eval_batches(damaged, crop=16, batch_size=2))

@@ -9,7 +9,7 @@ import pytest
 import runs
 from test_slices import REPORT
 
-from ktda_jax.config import ConfigError
+from ktda_jax import UserError
 from ktda_jax.plan import compile, slices
 
 ALL = {"config": "grass", "crop": (64, 64), "model_tflop": 19.7, **REPORT}
@@ -113,7 +113,7 @@ def test_search_stops_at_the_first_settings_that_fit(tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:2x2x2", "v5p:4x4"])
 def test_what_cannot_be_planned_is_one_line(tmp_path, topology):
-    with pytest.raises(ConfigError, match=f"--topology is '{topology}'; give one such as v5e:4x4, v6e:4x4, v5p:2x4x4"):
+    with pytest.raises(UserError, match=f"--topology is '{topology}'; give one such as v5e:4x4, v6e:4x4, v5p:2x4x4"):
         compile.compile_for(runs.config(tmp_path).copy_and_resolve_references(), topology)
 
 

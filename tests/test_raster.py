@@ -7,7 +7,8 @@ import scene_files as sf
 from PIL import Image
 from rasterio.enums import ColorInterp
 
-from ktda_jax.data.images import DataError, read_bands
+from ktda_jax import UserError
+from ktda_jax.data.images import read_bands
 from ktda_jax.data.raster import Reading, RowReader, open_scene
 from ktda_jax.prediction.mapping import trained_reading
 
@@ -232,7 +233,7 @@ def truncated(path):
 def test_a_scene_that_cannot_be_mapped_is_named_and_leaves_nothing(tmp_path, spoil):
     path = tmp_path / "scene.tif"
     reading, bands, message = spoil(path)
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         sf.map_one(path, tmp_path / "maps" / "map.tif", stub=sf.model(bands=bands), reading=reading)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     assert not list(tmp_path.glob("maps/*"))

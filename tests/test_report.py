@@ -12,9 +12,8 @@ import pytest
 import runs
 
 import ktda_jax
+from ktda_jax import UserError, extract, report
 from ktda_jax import config as configs
-from ktda_jax import extract, report
-from ktda_jax.config import ConfigError
 from ktda_jax.data.check import check_split
 from ktda_jax.data.sources import FolderSource
 from ktda_jax.reports import features, page, panels
@@ -220,13 +219,13 @@ def test_what_is_missing_is_said_in_its_place(trained, tiles, tmp_path):
 
 
 def test_what_is_no_workdir_is_an_error(tmp_path, trained):
-    with pytest.raises(ConfigError, match="is no folder; give the folder of a training"):
+    with pytest.raises(UserError, match="is no folder; give the folder of a training"):
         report.run([str(tmp_path / "none")])
-    with pytest.raises(ConfigError, match="is no workdir: neither config.json nor metrics.jsonl is in it"):
+    with pytest.raises(UserError, match="is no workdir: neither config.json nor metrics.jsonl is in it"):
         report.run([str(tmp_path)], str(tmp_path / "new" / "r.html"))
-    with pytest.raises(ConfigError, match="is a folder; give a file"):
+    with pytest.raises(UserError, match="is a folder; give a file"):
         report.run([str(trained)], str(tmp_path))
-    with pytest.raises(ConfigError, match="cannot write to --output=/proc/x/r.html: "):
+    with pytest.raises(UserError, match="cannot write to --output=/proc/x/r.html: "):
         report.run([str(trained)], "/proc/x/r.html")
     assert not list(tmp_path.iterdir())
 

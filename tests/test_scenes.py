@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scene_files as sf
 
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 from ktda_jax.data.raster import Reading, open_scene
 from ktda_jax.prediction import pipeline
 from ktda_jax.tiling import blend
@@ -149,11 +149,11 @@ def test_scenes_share_batches(tmp_path):
 def test_an_error_in_a_thread_comes_out_and_closing_stops_the_threads():
     def broken():
         yield 1
-        raise DataError("no")
+        raise UserError("no")
 
     items = pipeline.ahead(pipeline.ahead(broken(), 1), 1)
     assert next(items) == 1
-    with pytest.raises(DataError, match="no"):
+    with pytest.raises(UserError, match="no"):
         next(items)
     closed = []
 

@@ -11,8 +11,9 @@ import pytest
 from absl import logging
 from PIL import Image
 
+from ktda_jax import UserError
 from ktda_jax.data.check import check_split
-from ktda_jax.data.images import DataError, read_image, read_label
+from ktda_jax.data.images import read_image, read_label
 from ktda_jax.data.sources import FolderSource
 
 SAMPLES = pathlib.Path(__file__).parents[2] / "shared" / "real_samples"
@@ -47,7 +48,7 @@ def source_of(root, **kwargs):
 
 
 def error_of(call, *args, **kwargs) -> str:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     message = str(caught.value)
     assert "\n" not in message

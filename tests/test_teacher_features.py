@@ -6,8 +6,8 @@ import pickle
 import numpy as np
 import pytest
 
+from ktda_jax import UserError
 from ktda_jax.data import teacher_features
-from ktda_jax.data.images import DataError
 from ktda_jax.data.pipeline import train_iterator
 from ktda_jax.data.teacher_features import DTYPES, FeatureWriter, TeacherFeatures
 
@@ -60,7 +60,7 @@ def test_what_is_written_is_read(folder):
     ],
 )
 def test_other_features_are_refused_by_name(folder, key, value, message):
-    with pytest.raises(DataError, match=f"{folder} are {message}.*: extract them again by python -m ktda_jax.extract"):
+    with pytest.raises(UserError, match=f"{folder} are {message}.*: extract them again by python -m ktda_jax.extract"):
         TeacherFeatures(folder, MADE_FROM | {key: value})
     TeacherFeatures(folder, MADE_FROM | {key: None})  # what is not asked for is not compared
 
@@ -69,30 +69,30 @@ def test_random_features_are_no_substitute_for_a_teacher(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["made_from"]["sha256"] = None
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=r"another teacher's weights \(random ones, wanted bbbbbbbbbbbb...\)"):
+    with pytest.raises(UserError, match=r"another teacher's weights \(random ones, wanted bbbbbbbbbbbb...\)"):
         TeacherFeatures(folder, MADE_FROM)
 
 
 def test_damage_is_one_line(folder):
     features = TeacherFeatures(folder, MADE_FROM)
     (folder / "second").write_bytes((folder / "second").read_bytes()[:100])
-    with pytest.raises(DataError, match=r"cannot read the teacher features of tile 1 in .*features: extract them"):
+    with pytest.raises(UserError, match=r"cannot read the teacher features of tile 1 in .*features: extract them"):
         features.read(1, False)
-    with pytest.raises(DataError, match="second has 100 bytes, not the .* that were written: extract them again"):
+    with pytest.raises(UserError, match="second has 100 bytes, not the .* that were written: extract them again"):
         TeacherFeatures(folder, MADE_FROM)
     (folder / "first").unlink()
-    with pytest.raises(DataError, match="lack .*first: extract them again"):
+    with pytest.raises(UserError, match="lack .*first: extract them again"):
         TeacherFeatures(folder, MADE_FROM)
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match="cannot read .*manifest.json"):
+    with pytest.raises(UserError, match="cannot read .*manifest.json"):
         TeacherFeatures(folder, MADE_FROM)
-    with pytest.raises(DataError, match="no teacher features in .*extract them by python -m ktda_jax.extract"):
+    with pytest.raises(UserError, match="no teacher features in .*extract them by python -m ktda_jax.extract"):
         TeacherFeatures(folder / "nowhere", MADE_FROM)
 
 
 def test_values_too_large_for_float16_are_refused(tmp_path):
     writer = FeatureWriter(tmp_path / "x", "float16")
-    with pytest.raises(DataError, match="tile t7 are not finite as float16: set config.teacher.dtype='bfloat16'"):
+    with pytest.raises(UserError, match="tile t7 are not finite as float16: set config.teacher.dtype='bfloat16'"):
         with np.errstate(over="ignore"):
             writer.write("t7", *[np.full((4, 1, 1, 8), 1e6).astype(np.float16)] * 2)
     writer.close()
@@ -189,7 +189,7 @@ def test_a_stand_in_brings_its_own_features():
 
 
 def test_features_of_fewer_tiles_are_refused(folder):
-    with pytest.raises(DataError, match="3 tiles have teacher features, but Tiles.. has 6"):
+    with pytest.raises(UserError, match="3 tiles have teacher features, but Tiles.. has 6"):
         train_iterator(Tiles((64, 64)), crop=64, batch_size=2, seed=0, features=TeacherFeatures(folder, MADE_FROM))
 
 

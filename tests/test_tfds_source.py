@@ -13,10 +13,10 @@ import pytest
 
 from data_builders.meadow import generate
 from data_builders.meadow import meadow_dataset_builder as meadow_builder
+from ktda_jax import UserError
 from ktda_jax.data import tfds_source
 from ktda_jax.data.check import check_split
 from ktda_jax.data.datasets import DATASETS, DatasetInfo, dataset_info
-from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import FolderSource
 from ktda_jax.data.tfds_source import TfdsSource, prepare
 
@@ -106,33 +106,33 @@ def test_real_tiles_equal_their_files(name, split, tmp_path):
 
 
 def test_not_built(tmp_path):
-    with pytest.raises(DataError, match=r"not built.*python -m ktda_jax.data.tfds_source meadow --data_dir="):
+    with pytest.raises(UserError, match=r"not built.*python -m ktda_jax.data.tfds_source meadow --data_dir="):
         TfdsSource("meadow", "train", data_dir=tmp_path, num_classes=5)
-    with pytest.raises(DataError, match="--manual_dir="):
+    with pytest.raises(UserError, match="--manual_dir="):
         TfdsSource("grass", "train", data_dir=tmp_path, num_classes=5)
 
 
 def test_unknown_name(data_dir):
-    with pytest.raises(DataError, match=r"'medow' is not built.*holds meadow"):
+    with pytest.raises(UserError, match=r"'medow' is not built.*holds meadow"):
         TfdsSource("medow", "train", data_dir=data_dir, num_classes=5)
-    with pytest.raises(DataError, match="unknown data set 'medow': known are grass, l8_biome, meadow"):
+    with pytest.raises(UserError, match="unknown data set 'medow': known are grass, l8_biome, meadow"):
         prepare("medow", data_dir)
 
 
 def test_missing_split_and_wrong_classes(data_dir):
-    with pytest.raises(DataError, match="no split 'test': it has train, val"):
+    with pytest.raises(UserError, match="no split 'test': it has train, val"):
         TfdsSource("meadow", "test", data_dir=data_dir, num_classes=5)
-    with pytest.raises(DataError, match=r"5 classes .*the configuration 4"):
+    with pytest.raises(UserError, match=r"5 classes .*the configuration 4"):
         TfdsSource("meadow", "train", data_dir=data_dir, num_classes=4)
 
 
 def test_manual_dir(tmp_path):
-    with pytest.raises(DataError, match="give manual_dir"):
+    with pytest.raises(UserError, match="give manual_dir"):
         prepare("grass", tmp_path)
-    with pytest.raises(DataError, match="is not a directory"):
+    with pytest.raises(UserError, match="is not a directory"):
         prepare("grass", tmp_path, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="is empty: put the published img_dir and ann_dir, or their archives there"):
+    with pytest.raises(UserError, match="is empty: put the published img_dir and ann_dir, or their archives there"):
         prepare("grass", tmp_path / "data", tmp_path / "empty")
     assert not any((tmp_path / "empty").iterdir()) and not (tmp_path / "data").exists()
 
@@ -147,7 +147,7 @@ def test_the_data_dir_goes_before_the_working_directory(data_dir, tmp_path, monk
 
 def test_empty_folder_in_the_way(tmp_path):
     (tmp_path / "meadow" / "1.0.0").mkdir(parents=True)
-    with pytest.raises(DataError, match="holds no data set: remove it"):
+    with pytest.raises(UserError, match="holds no data set: remove it"):
         prepare("meadow", tmp_path)
 
 
@@ -157,12 +157,12 @@ def test_damaged_records(data_dir, tmp_path):
     for file in (data_dir / "meadow" / "1.0.0").iterdir():
         data = file.read_bytes()
         (folder / file.name).write_bytes(data[: len(data) // 2] if "train" in file.name else data)
-    with pytest.raises(DataError, match="train"):
+    with pytest.raises(UserError, match="train"):
         source = TfdsSource("meadow", "train", data_dir=tmp_path, num_classes=5)
         for index in range(len(source)):
             source[index]
     (folder / "dataset_info.json").write_text("{")
-    with pytest.raises(DataError, match="cannot read the data set"):
+    with pytest.raises(UserError, match="cannot read the data set"):
         TfdsSource("meadow", "val", data_dir=tmp_path, num_classes=5)
 
 

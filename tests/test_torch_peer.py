@@ -289,5 +289,5 @@ def test_variants():
 def test_only_the_published_model_is_compared():
     config = runpy.run_path(str(ROOT / "configs" / "grass.py"))["get_config"]("tiny")
     config.update_from_flattened_dict({"ema": 0.9, "model.aux_channels": 0, "model.teacher.preset": "small_reg"})
-    with pytest.raises(torch_compare.ConfigError, match="ema=0.9.*registers 4.*no auxiliary head"):
+    with pytest.raises(torch_compare.UserError, match="ema=0.9.*registers 4.*no auxiliary head"):
         torch_compare.check_published(config)

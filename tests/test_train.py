@@ -13,9 +13,7 @@ import optax
 import pytest
 import runs
 
-from ktda_jax import sharding
-from ktda_jax.config import ConfigError
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError, sharding
 from ktda_jax.training import loop
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.program import Program, build
@@ -106,7 +104,7 @@ def test_the_best_checkpoint_is_kept_and_reported(toy, tiles, tmp_path):
 
 def test_what_is_wrong_with_the_test_split_is_said_before_training(toy, tiles, tmp_path):
     toy(at={1: lambda: pytest.fail("trained")})
-    with pytest.raises(DataError, match="test"):
+    with pytest.raises(UserError, match="test"):
         loop.train_and_evaluate(runs.config(tiles, {"data.test_split": "test"}), tmp_path)
 
 
@@ -114,7 +112,7 @@ def test_other_tiles_are_refused_on_resume(toy, tiles, tmp_path):
     toy()
     loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
     other = runs.make_tiles(tmp_path / "other", train=5)
-    with pytest.raises(ConfigError, match="the train and val data are not those that .*run was begun with"):
+    with pytest.raises(UserError, match="the train and val data are not those that .*run was begun with"):
         loop.train_and_evaluate(runs.config(other), tmp_path / "run")
     moved = runs.make_tiles(tmp_path / "moved")
     loop.train_and_evaluate(runs.config(moved), tmp_path / "run")  # the same tiles elsewhere
@@ -130,7 +128,7 @@ def test_other_teacher_features_are_refused_on_resume(toy, tiles, tmp_path, monk
         if message is None:
             loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
         else:
-            with pytest.raises(ConfigError, match=message):
+            with pytest.raises(UserError, match=message):
                 loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
 
 
@@ -141,7 +139,7 @@ def _without_features(pipeline, *arguments, features, original=loop.pipeline.tra
 def test_evaluation_of_another_model_is_refused(toy, tiles, tmp_path):
     toy()
     loop.train_and_evaluate(runs.config(tiles), tmp_path)
-    with pytest.raises(ConfigError, match=r"begun with another config: model.fmm.heads \(saved 2, now 4\)"):
+    with pytest.raises(UserError, match=r"begun with another config: model.fmm.heads \(saved 2, now 4\)"):
         loop.evaluate_workdir(runs.config(tiles, {"model.fmm.heads": 4}), tmp_path)
     loop.evaluate_workdir(runs.config(tiles, {"optimizer.lr": 1.0, "eval_batch_size": 3}), tmp_path)
 
@@ -159,7 +157,7 @@ def test_evaluation_leaves_a_running_training_its_file(toy, tiles, tmp_path):
 def test_a_workdir_that_cannot_be_made_is_one_line(toy, tiles, tmp_path):
     toy()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write to --workdir=.*file: File exists"):
+    with pytest.raises(UserError, match="cannot write to --workdir=.*file: File exists"):
         loop.train_and_evaluate(runs.config(tiles), tmp_path / "file")
 
 
@@ -209,7 +207,7 @@ def test_the_finished_command_trains_nothing(toy, tiles, tmp_path):
 @pytest.mark.parametrize("step, saved", [(2, "no checkpoint was written yet"), (5, "the last checkpoint is step 3")])
 def test_a_loss_that_is_not_finite_ends_training_and_is_not_saved(toy, tiles, tmp_path, step, saved):
     toy(loss={step: np.nan})
-    with pytest.raises(loop.TrainingError, match=f"not finite at step {step}: loss is nan; {saved}. Lower"):
+    with pytest.raises(UserError, match=f"not finite at step {step}: loss is nan; {saved}. Lower"):
         loop.train_and_evaluate(runs.config(tiles), tmp_path)
     assert kept(tmp_path) == ({3} if step > 3 else set())
 
@@ -240,7 +238,7 @@ def test_a_tile_that_breaks_during_training_is_named(toy, tmp_path, monkeypatch)
     toy()
     opened = loop.pipeline.train_iterator
     monkeypatch.setattr(loop.pipeline, "train_iterator", lambda *a, **k: corrupt(tiles, "t2") or opened(*a, **k))
-    with pytest.raises(DataError, match=r"t2\.png.*repair or remove the tile, or train with on_corrupt='skip'"):
+    with pytest.raises(UserError, match=r"t2\.png.*repair or remove the tile, or train with on_corrupt='skip'"):
         loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from absl import logging
 
 from data_builders import archives
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 
 BIOMES = ("barren", "forest", "grass_crops", "shrubland", "snow_ice", "urban", "water", "wetlands")
 SPLITS = ("train", "val", "test")
@@ -44,7 +44,7 @@ def scene_folders(manual_dir, scratch) -> Iterator[list[Scene]]:
     """The scenes below `manual_dir` at any depth, by biome and id; their files are valid inside the `with`.
 
     Archives are unpacked into a temporary folder in `scratch`, unless a folder of that name lies beside them. The
-    biome is the nearest folder or archive above the files that is called like one. DataError if there is no scene, a
+    biome is the nearest folder or archive above the files that is called like one. UserError if there is no scene, a
     scene lacks files, or two have the same id.
     """
     root = pathlib.Path(manual_dir)
@@ -58,14 +58,14 @@ def scene_folders(manual_dir, scratch) -> Iterator[list[Scene]]:
         scenes = [*_scenes(root, root.name), *_scenes(pathlib.Path(folder), root.name)]
         if not scenes:
             held = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
-            raise DataError(
+            raise UserError(
                 f"no Landsat scenes in {root}, which holds {held}: give the folder with BIOME/SCENE/SCENE_B4.TIF, "
                 "_B3.TIF, _B2.TIF and SCENE_fixedmask.img, or with their archives, as manual_dir"
             )
         seen = {}
         for scene in scenes:
             if scene.id in seen:
-                raise DataError(f"scene {scene.id} is there twice: {seen[scene.id]} and {scene.mask}; remove one")
+                raise UserError(f"scene {scene.id} is there twice: {seen[scene.id]} and {scene.mask}; remove one")
             seen[scene.id] = scene.mask
         yield sorted(scenes, key=lambda scene: (scene.biome, scene.id))
 
@@ -73,12 +73,12 @@ def scene_folders(manual_dir, scratch) -> Iterator[list[Scene]]:
 def split_scenes(scenes: list[Scene]) -> dict[str, list[Scene]]:
     """{split: scenes}, no scene in two: as the folders train, val and test say, or else dealt about 3 : 1 : 1.
 
-    Dealt by the id alone (sha256), so that a scene is in the same split whichever others are there. DataError if only
+    Dealt by the id alone (sha256), so that a scene is in the same split whichever others are there. UserError if only
     some scenes lie below such folders, or if train gets none.
     """
     loose = [scene for scene in scenes if not scene.split]
     if loose and len(loose) < len(scenes):
-        raise DataError(
+        raise UserError(
             f"{len(loose)} of {len(scenes)} scenes lie outside the folders train, val and test that hold the others: "
             f"{', '.join(scene.id for scene in loose[:5])}; move them, or give folders without these names"
         )
@@ -89,7 +89,7 @@ def split_scenes(scenes: list[Scene]) -> dict[str, list[Scene]]:
     splits = {split: [scene for scene in scenes if dealt[scene.id] == split] for split in SPLITS}
     if not splits["train"]:
         how = "by their ids" if loose else "by their folders"
-        raise DataError(f"none of the {len(scenes)} scenes is for train {how}: put some below a folder named train")
+        raise UserError(f"none of the {len(scenes)} scenes is for train {how}: put some below a folder named train")
     return {split: found for split, found in splits.items() if found}
 
 
@@ -150,17 +150,17 @@ def _bands(scene, folder, files):
     if stack and not any(found.values()):
         return tuple((stack, band) for band in _RGB)
     missing = ", ".join(f"{scene}_B{band}.TIF" for band in _RGB if not found[band])
-    raise DataError(f"scene {scene} in {folder} lacks {missing}: add the files or remove the scene")
+    raise UserError(f"scene {scene} in {folder} lacks {missing}: add the files or remove the scene")
 
 
 def _mask(scene, folder, files):
     if not (mask := _file(files, f"{scene}_fixedmask", ".img", ".tif", ".tiff")):
-        raise DataError(
+        raise UserError(
             f"scene {scene} in {folder} has no mask: add {scene}_fixedmask.img with its .hdr, or "
             f"{scene}_fixedmask.TIF, or remove the scene"
         )
     if mask.suffix.lower() == ".img" and not _file(files, f"{scene}_fixedmask", ".hdr", ".img.hdr"):
-        raise DataError(f"mask {mask} has no header: add {scene}_fixedmask.hdr")
+        raise UserError(f"mask {mask} has no header: add {scene}_fixedmask.hdr")
     return mask
 
 

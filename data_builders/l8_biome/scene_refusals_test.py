@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_builders.l8_biome.scene_cases import random_scene, scene_id, write_raster, write_scene
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 from ktda_jax.data.tfds_source import prepare
 
 HEIGHT, WIDTH = 150, 130
@@ -79,7 +79,7 @@ def test_refusals(case, tmp_path, capfd):
     damage, message = REFUSALS[case]
     write_scene(tmp_path / "s" / "barren", scene_id(1), *random_scene(1, HEIGHT, WIDTH))
     damage(write_scene(tmp_path / "s" / "urban", scene_id(2), *random_scene(2, HEIGHT, WIDTH)))
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         prepare("l8_biome/scenes_64px", tmp_path / "data", tmp_path / "s")
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "data").rglob("*"))
@@ -89,20 +89,20 @@ def test_refusals(case, tmp_path, capfd):
 def test_stack_of_other_bands(tmp_path):
     folder = write_scene(tmp_path / "s", scene_id(1), *random_scene(2, HEIGHT, WIDTH), stacked=True)
     write_raster(folder / f"{folder.name}.TIF", [BAND] * 7)
-    with pytest.raises(DataError, match=r"LGN00.TIF has 7 bands of uint16, not 11 of uint16"):
+    with pytest.raises(UserError, match=r"LGN00.TIF has 7 bands of uint16, not 11 of uint16"):
         prepare("l8_biome/scenes", tmp_path / "data", tmp_path / "s")
 
 
 def test_no_scenes(tmp_path):
     (tmp_path / "s" / "img_dir").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"no Landsat scenes in .*, which holds img_dir: give the folder"):
+    with pytest.raises(UserError, match=r"no Landsat scenes in .*, which holds img_dir: give the folder"):
         prepare("l8_biome/scenes", tmp_path / "data", tmp_path / "s")
-    with pytest.raises(DataError, match="give manual_dir, the folder with the Landsat scenes"):
+    with pytest.raises(UserError, match="give manual_dir, the folder with the Landsat scenes"):
         prepare("l8_biome/scenes", tmp_path / "data")
 
 
 def test_without_rasterio(tmp_path, monkeypatch):
     write_scene(tmp_path / "s", scene_id(1), *random_scene(2, HEIGHT, WIDTH))
     monkeypatch.setitem(sys.modules, "rasterio", None)
-    with pytest.raises(DataError, match=r"takes rasterio: pip install rasterio, or pip install -e '\.\[geo\]'"):
+    with pytest.raises(UserError, match=r"takes rasterio: pip install rasterio, or pip install -e '\.\[geo\]'"):
         prepare("l8_biome/scenes", tmp_path / "data", tmp_path / "s")

@@ -18,8 +18,8 @@ from absl import logging
 from data_builders import tiles
 from data_builders.l8_biome.scene_folders import Scene, split_scenes
 from data_builders.l8_biome.variants import Variant
+from ktda_jax import UserError
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.images import DataError
 from ktda_jax.data.stretch import minmax, stretch
 
 FILL = 0
@@ -48,7 +48,7 @@ _CACHE_MB = 256  # of GDAL, which by default takes a share of the machine's memo
 def scene_shards(scenes: list[Scene], variant: Variant) -> dict[str, list[Callable[[], Iterator]]]:
     """{split: generators of (key, example), one per scene and file to write}.
 
-    All scenes are checked first, masks pixel by pixel. DataError for files that cannot be read or do not belong
+    All scenes are checked first, masks pixel by pixel. UserError for files that cannot be read or do not belong
     together, unknown mask values, and scenes that are all fill.
     """
     splits = split_scenes(scenes)
@@ -153,7 +153,7 @@ def _rasterio():
         import rasterio.errors
         import rasterio.windows
     except ImportError as error:
-        raise DataError(
+        raise UserError(
             "reading Landsat scenes takes rasterio: pip install rasterio, or pip install -e '.[geo]'"
         ) from error
     return rasterio
@@ -165,7 +165,7 @@ def _one_line(path):
         yield
     except _rasterio().errors.RasterioError as error:
         text = " ".join(str(error.__cause__ or error).split())
-        raise DataError(f"cannot read {path}: {text}; download the scene again or remove it") from error
+        raise UserError(f"cannot read {path}: {text}; download the scene again or remove it") from error
 
 
 def _strips(scene, files, rows) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -197,19 +197,19 @@ def _check_files(scene):
             (files.mask, "uint8", 1),
         ):
             if raster.count != count or set(raster.dtypes) != {dtype}:
-                raise DataError(
+                raise UserError(
                     f"scene {scene.id}: {raster.name} has {raster.count} bands of {'/'.join(set(raster.dtypes))}, not "
                     f"{count} of {dtype}: replace the file or remove the scene"
                 )
             if raster.shape != files.mask.shape:
-                raise DataError(
+                raise UserError(
                     f"scene {scene.id}: {raster.name} is {raster.height} x {raster.width} pixels, its mask "
                     f"{files.mask.name} {files.mask.height} x {files.mask.width}: replace one or remove the scene"
                 )
         # GDAL reads what an ENVI file lacks as 0, which would be fill.
         size, promised = scene.mask.stat().st_size, files.mask.height * files.mask.width
         if files.mask.driver == "ENVI" and size < promised:
-            raise DataError(
+            raise UserError(
                 f"scene {scene.id}: {scene.mask} has {size} bytes, its header promises {promised}: download it again "
                 "or remove the scene"
             )
@@ -218,7 +218,7 @@ def _check_files(scene):
             places.add((str(files.mask.crs), files.mask.transform))
         if len(places) > 1:
             names = ", ".join(pathlib.Path(raster.name).name for raster in (*files.bands, files.mask))
-            raise DataError(
+            raise UserError(
                 f"scene {scene.id}: {names} do not lie on the same ground: replace them or remove the scene"
             )
 
@@ -230,9 +230,9 @@ def _check_mask(scene):
             counts += np.bincount(_strip(files.mask, 1, row, 512).ravel(), minlength=256)
     unknown = set(np.flatnonzero(counts).tolist()) - {FILL, *CLASSES}
     if unknown:
-        raise DataError(
+        raise UserError(
             f"scene {scene.id}: mask {scene.mask} holds {', '.join(map(str, sorted(unknown)))}, where only 0 (fill), "
             "64 (shadow), 128 (clear), 192 (thin cloud) and 255 (cloud) mean something: replace it or remove the scene"
         )
     if not counts[list(CLASSES)].any():
-        raise DataError(f"scene {scene.id}: mask {scene.mask} is all fill (0): replace it or remove the scene")
+        raise UserError(f"scene {scene.id}: mask {scene.mask} is all fill (0): replace it or remove the scene")

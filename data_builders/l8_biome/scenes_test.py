@@ -11,8 +11,8 @@ import rasterio
 
 from data_builders.l8_biome.scene_cases import ORIGIN, random_scene, scene_id, write_scene
 from data_builders.l8_biome.scene_folders import Scene, biome_of, scene_folders, split_scenes
+from ktda_jax import UserError
 from ktda_jax.data import tfds_source
-from ktda_jax.data.images import DataError
 from ktda_jax.data.stretch import stretch
 from ktda_jax.data.tfds_source import TfdsSource, prepare
 
@@ -133,7 +133,7 @@ def test_dealt_by_scene():
     assert len(splits) == len(scenes) and shares == pytest.approx({"train": 0.6, "val": 0.2, "test": 0.2}, abs=0.04)
     for split, found in split_scenes(scenes[::-7]).items():  # whichever others are there
         assert all(splits[scene.id] == split for scene in found)
-    with pytest.raises(DataError, match="none of the 2 scenes is for train by their ids: put some below a folder"):
+    with pytest.raises(UserError, match="none of the 2 scenes is for train by their ids: put some below a folder"):
         split_scenes([scene for scene in scenes if splits[scene.id] == "val"][:2])
 
 
@@ -152,7 +152,7 @@ def test_folders_decide_the_splits(tmp_path):
     }
     assert {scene.biome for scene in found} == {"water"}
     write_scene(root, scene_id(4), *random_scene(4, 70, 70))
-    with pytest.raises(DataError, match="1 of 4 scenes lie outside the folders train, val and test"):
+    with pytest.raises(UserError, match="1 of 4 scenes lie outside the folders train, val and test"):
         prepare("l8_biome/scenes_64px", tmp_path / "data", root)
 
 

@@ -9,8 +9,8 @@ import re
 
 import tensorflow_datasets as tfds
 
+from ktda_jax import UserError
 from ktda_jax.data.datasets import dataset_info
-from ktda_jax.data.images import DataError
 
 STRETCHES = {  # the first is the default, which the name leaves out
     "minmax": "min-max stretched per tile, fill included, as published",
@@ -23,7 +23,7 @@ TILE_SIZE = dataset_info("l8_biome").tile_size
 
 @dataclasses.dataclass(eq=False)
 class Variant(tfds.core.BuilderConfig):
-    """`tiles`, or scenes cut with these options; DataError unless `name` is the one that tells them."""
+    """`tiles`, or scenes cut with these options; UserError unless `name` is the one that tells them."""
 
     stretch: str = "minmax"  # a key of STRETCHES
     fill: str = "ignore"  # a key of FILLS
@@ -32,12 +32,12 @@ class Variant(tfds.core.BuilderConfig):
     def __post_init__(self):
         for option, known in (("stretch", STRETCHES), ("fill", FILLS)):
             if getattr(self, option) not in known:
-                raise DataError(f"l8_biome: {option} is {getattr(self, option)!r}, not {' or '.join(known)}")
+                raise UserError(f"l8_biome: {option} is {getattr(self, option)!r}, not {' or '.join(known)}")
         if not isinstance(self.tile_size, int) or self.tile_size < 1:
-            raise DataError(f"l8_biome: tile_size is {self.tile_size!r}, not a whole number of pixels from 1")
+            raise UserError(f"l8_biome: tile_size is {self.tile_size!r}, not a whole number of pixels from 1")
         name = _name(self.stretch, self.fill, self.tile_size)
         if self.name not in (name, "tiles") or (self.name == "tiles" and name != "scenes"):
-            raise DataError(
+            raise UserError(
                 f"l8_biome: the configuration with stretch {self.stretch}, fill {self.fill} and {self.tile_size} px "
                 f"is called {name!r}, not {self.name!r}: give it that name"
             )
@@ -51,11 +51,11 @@ class Variant(tfds.core.BuilderConfig):
 
 
 def variant(name: str) -> Variant:
-    """The variant with the options that `name` tells; DataError for other names."""
+    """The variant with the options that `name` tells; UserError for other names."""
     pattern = rf"scenes(?:_({'|'.join(STRETCHES)}))?(?:_({'|'.join(FILLS)}))?(?:_(\d+)px)?"
     if name != "tiles":
         if not (match := re.fullmatch(pattern, name)):
-            raise DataError(f"l8_biome has no configuration {name!r}: known are {', '.join(VARIANTS)}")
+            raise UserError(f"l8_biome has no configuration {name!r}: known are {', '.join(VARIANTS)}")
         stretch, fill, size = match.groups()
         return Variant(name, stretch=stretch or "minmax", fill=fill or "ignore", tile_size=int(size or TILE_SIZE))
     return Variant(name)

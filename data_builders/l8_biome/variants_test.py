@@ -9,8 +9,8 @@ import pytest
 from data_builders.l8_biome.l8_biome_dataset_builder import Builder
 from data_builders.l8_biome.scene_cases import random_scene, scene_id, write_scene
 from data_builders.l8_biome.variants import VARIANTS, variant
+from ktda_jax import UserError
 from ktda_jax.data import tfds_source
-from ktda_jax.data.images import DataError
 from ktda_jax.data.tfds_source import TfdsSource, prepare
 
 
@@ -27,7 +27,7 @@ def test_variants():
     both = variant("scenes_percentile_clear_256px")
     assert (both.stretch, both.fill, both.tile_size) == ("percentile", "clear", 256)
     for name in ("scenes_contrast", "scenes_clear_percentile", "tile", "scenes/1"):
-        with pytest.raises(DataError, match="l8_biome has no configuration .*: known are tiles, scenes, scenes_clear,"):
+        with pytest.raises(UserError, match="l8_biome has no configuration .*: known are tiles, scenes, scenes_clear,"):
             variant(name)
     for options, message in (
         ({"name": "scenes_p", "stretch": "p"}, "stretch is 'p', not minmax or percentile or reflectance"),
@@ -36,7 +36,7 @@ def test_variants():
         ({"name": "mine", "stretch": "percentile"}, "is called 'scenes_percentile', not 'mine'"),
         ({"name": "tiles", "fill": "clear"}, "is called 'scenes_clear', not 'tiles'"),
     ):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(UserError, match=message):
             Builder.builder_config_cls(**options)
 
 
@@ -51,14 +51,14 @@ def test_as_the_tfds_command_makes_it(tmp_path):
         assert "public domain" in builder.info.as_proto.redistribution_info.license
     assert builder.info.features["row"].np_dtype == np.int32
     assert builder.info.features["easting"].np_dtype == np.float64
-    with pytest.raises(DataError, match="no configuration 'scene'"):
+    with pytest.raises(UserError, match="no configuration 'scene'"):
         Builder(data_dir=tmp_path, config="scene")
 
 
 def test_names_of_built_sets(tmp_path):
     root = tmp_path / "scenes"
     write_scene(root, scene_id(1), *random_scene(1, 150, 130))
-    with pytest.raises(DataError, match=r"'l8_biome/scenes' is not built.*source l8_biome/scenes .*_WITH_SCENES"):
+    with pytest.raises(UserError, match=r"'l8_biome/scenes' is not built.*source l8_biome/scenes .*_WITH_SCENES"):
         TfdsSource("l8_biome/scenes", "train", data_dir=tmp_path, num_classes=4)
     tiles = prepare("l8_biome", tmp_path, pathlib.Path(__file__).parent / "dummy_data")
     cut = prepare("l8_biome/scenes", tmp_path, root)
@@ -70,14 +70,14 @@ def test_names_of_built_sets(tmp_path):
         ("l8_biome/scenes/1.0.0", cut),
     ):
         assert tfds_source.find_built(name, tmp_path) == folder
-    with pytest.raises(DataError, match=r"cannot build l8_biome/scenes/3.0.0: .*1.0.0"):
+    with pytest.raises(UserError, match=r"cannot build l8_biome/scenes/3.0.0: .*1.0.0"):
         prepare("l8_biome/scenes/3.0.0", tmp_path, root)
-    with pytest.raises(DataError, match="'grass/tiles': grass has no configurations; call it grass"):
+    with pytest.raises(UserError, match="'grass/tiles': grass has no configurations; call it grass"):
         prepare("grass/tiles", tmp_path, root)
-    with pytest.raises(DataError, match="l8_biome has no configuration 'scene'"):
+    with pytest.raises(UserError, match="l8_biome has no configuration 'scene'"):
         prepare("l8_biome/scene", tmp_path, root)
     bad = write_scene(tmp_path / "bad", scene_id(2), *random_scene(2, 150, 130))
     (bad / f"{bad.name}_B2.TIF").unlink()
-    with pytest.raises(DataError, match="lacks"):
+    with pytest.raises(UserError, match="lacks"):
         prepare("l8_biome/scenes_clear", tmp_path, tmp_path / "bad")
     assert sorted(path.name for path in (tmp_path / "l8_biome").iterdir()) == [".config", "scenes", "tiles"]

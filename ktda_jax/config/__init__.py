@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from ktda_jax import UserError
 from ktda_jax.data import reading
 from ktda_jax.data.datasets import DatasetInfo, dataset_info
 
@@ -55,10 +56,6 @@ RANGES = {  # absurd values that would train, and be silently wrong
 }
 
 
-class ConfigError(ValueError):
-    """Something the user can mend in the configuration; shown as one line."""
-
-
 def compute_dtype(config) -> np.dtype:
     """`config.dtype`: float32, bfloat16 or auto (bfloat16 on accelerators)."""
     import jax
@@ -67,9 +64,9 @@ def compute_dtype(config) -> np.dtype:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if name not in ("float32", "bfloat16", "float64"):
-        raise ConfigError(f"config.dtype is {config.dtype!r}; choose auto, float32 or bfloat16")
+        raise UserError(f"config.dtype is {config.dtype!r}; choose auto, float32 or bfloat16")
     if name == "float64" and not jax.config.jax_enable_x64:
-        raise ConfigError("config.dtype is 'float64', which JAX computes only with JAX_ENABLE_X64=1 in the environment")
+        raise UserError("config.dtype is 'float64', which JAX computes only with JAX_ENABLE_X64=1 in the environment")
     return jax.numpy.dtype(name)
 
 
@@ -81,8 +78,8 @@ def classes_of(config) -> DatasetInfo:
             return dataset_info(data.name)
         palette = tuple(tuple(c) for c in data.palette or ())
         return DatasetInfo(data.name, tuple(data.classes), palette, tile_size=max(data.crop), splits=())
-    except ValueError as error:
-        raise ConfigError(f"config.data: {error}") from error
+    except UserError as error:
+        raise UserError(f"config.data: {error}") from error
 
 
 def check(config) -> None:
@@ -90,38 +87,35 @@ def check(config) -> None:
     positive = ("total_steps", "batch_size", "eval_batch_size", "log_every", "eval_every", "grad_accum")
     for name in positive:
         if config[name] < 1:
-            raise ConfigError(f"config.{name} is {config[name]}; give at least 1")
+            raise UserError(f"config.{name} is {config[name]}; give at least 1")
     values = flat(config)
     for name, (fits, what) in RANGES.items():
         value = values.get(name)
         if value is not None and not fits(value):
-            raise ConfigError(f"config.{name} is {value}; give {what}")
+            raise UserError(f"config.{name} is {value}; give {what}")
     crop = config.data.crop
     if len(crop) != 2 or min(crop) < 32:
-        raise ConfigError(f"config.data.crop is {tuple(crop)}; give (height, width) of at least 32 pixels")
+        raise UserError(f"config.data.crop is {tuple(crop)}; give (height, width) of at least 32 pixels")
     weights, classes = config.loss.class_weights, classes_of(config).classes
     if weights is not None and len(weights) != len(classes):
-        raise ConfigError(f"config.loss.class_weights has {len(weights)} values for {len(classes)} classes")
+        raise UserError(f"config.loss.class_weights has {len(weights)} values for {len(classes)} classes")
     if config.loss.kl_axis not in KL_AXES:
-        raise ConfigError(f"config.loss.kl_axis is {config.loss.kl_axis!r}; choose one of {', '.join(KL_AXES)}")
+        raise UserError(f"config.loss.kl_axis is {config.loss.kl_axis!r}; choose one of {', '.join(KL_AXES)}")
     if config.data.source not in ("tfds", "folder"):
-        raise ConfigError(f"config.data.source is {config.data.source!r}; choose 'tfds' or 'folder'")
-    try:
-        reading.check(config.data, len(classes))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise UserError(f"config.data.source is {config.data.source!r}; choose 'tfds' or 'folder'")
+    reading.check(config.data, len(classes))
     if config.teacher.mode not in ("computed", "precomputed"):
-        raise ConfigError(f"config.teacher.mode is {config.teacher.mode!r}; choose 'computed' or 'precomputed'")
+        raise UserError(f"config.teacher.mode is {config.teacher.mode!r}; choose 'computed' or 'precomputed'")
     if config.teacher.dtype not in ("bfloat16", "float16"):
-        raise ConfigError(f"config.teacher.dtype is {config.teacher.dtype!r}; choose 'bfloat16' or 'float16'")
+        raise UserError(f"config.teacher.dtype is {config.teacher.dtype!r}; choose 'bfloat16' or 'float16'")
     if config.ema is not None and not 0 < config.ema < 1:
-        raise ConfigError(f"config.ema is {config.ema}; give a decay between 0 and 1, such as 0.999")
+        raise UserError(f"config.ema is {config.ema}; give a decay between 0 and 1, such as 0.999")
     if config.model.get("encoder") == "teacher" and config.distill:
-        raise ConfigError("config.model.encoder='teacher' leaves nothing to distil; set config.distill=False")
+        raise UserError("config.model.encoder='teacher' leaves nothing to distil; set config.distill=False")
     if config.model.get("encoder") == "teacher" and config.weights.student is not None:
-        raise ConfigError("config.model.encoder='teacher' has no student; leave config.weights.student out")
+        raise UserError("config.model.encoder='teacher' has no student; leave config.weights.student out")
     if config.distill and not config.model.fam:
-        raise ConfigError("config.distill needs the FAM; set config.model.fam=True or config.distill=False")
+        raise UserError("config.distill needs the FAM; set config.model.fam=True or config.distill=False")
 
 
 def flat(config: ml_collections.ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
@@ -145,7 +139,7 @@ def compare(workdir: pathlib.Path, config: ml_collections.ConfigDict, only: tupl
         try:
             saved = flat(json.loads(path.read_text()))
         except ValueError as error:
-            raise ConfigError(f"{path} is not JSON ({error}); use another --workdir") from error
+            raise UserError(f"{path} is not JSON ({error}); use another --workdir") from error
         different = [
             f"{key} (saved {saved.get(key)!r}, now {ours.get(key)!r})"
             for key in sorted(saved.keys() | ours.keys())
@@ -153,7 +147,7 @@ def compare(workdir: pathlib.Path, config: ml_collections.ConfigDict, only: tupl
         ]
         if different:
             more = f" and {len(different) - 4} more" if len(different) > 4 else ""
-            raise ConfigError(
+            raise UserError(
                 f"workdir {workdir} was begun with another config: {', '.join(different[:4])}{more}; "
                 "use another --workdir, or the saved settings"
             )
@@ -171,7 +165,7 @@ def compare_data(workdir: pathlib.Path, fingerprints: dict[str, str]) -> None:
         return  # nothing to compare with
     changed = [split for split in fingerprints if saved.get(split, fingerprints[split]) != fingerprints[split]]
     if changed:
-        raise ConfigError(
+        raise UserError(
             f"the {' and '.join(changed)} data are not those that {workdir} was begun with; use another --workdir, "
             "or the former data"
         )
@@ -182,18 +176,18 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
 
 
 def check_output(path: str | None, flag: str, *, folder: bool = False) -> None:
-    """Makes the place where a result will go, before the work; ConfigError if it cannot be written to."""
+    """Makes the place where a result will go, before the work; UserError if it cannot be written to."""
     if path is None:
         return
     place = pathlib.Path(path) if folder else pathlib.Path(path).parent
     try:
         place.mkdir(parents=True, exist_ok=True)
         if not folder and pathlib.Path(path).is_dir():
-            raise ConfigError(f"--{flag}={path} is a folder; give a file")
+            raise UserError(f"--{flag}={path} is a folder; give a file")
         if not os.access(place, os.W_OK):
-            raise ConfigError(f"cannot write to --{flag}={path}: no permission for {place}")
+            raise UserError(f"cannot write to --{flag}={path}: no permission for {place}")
     except OSError as error:
-        raise ConfigError(f"cannot write to --{flag}={path}: {error.strerror}") from error
+        raise UserError(f"cannot write to --{flag}={path}: {error.strerror}") from error
 
 
 def write_json(path: pathlib.Path, values: dict) -> None:

@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 from absl import logging
 
+from ktda_jax import UserError
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import cpu_threads, read_tile, some, tile_name
 
 
@@ -59,13 +59,13 @@ def check_split(
     on_corrupt: str = "stop",
     num_threads: int | None = None,
 ) -> SplitSummary:
-    """Reads every tile once and raises one DataError with all that is wrong, before anything is compiled.
+    """Reads every tile once and raises one UserError with all that is wrong, before anything is compiled.
 
     `crop` (side or (H, W) in pixels) is the size that training cuts out. Unreadable tiles are errors unless
     `on_corrupt` is 'skip', which warns and lists them in the summary.
     """
     if not len(source):
-        raise DataError(f"{source!r} has no tiles")
+        raise UserError(f"{source!r} has no tiles")
     num_classes = num_classes or source.num_classes
     crop = (crop, crop) if isinstance(crop, int) else crop
     problems = {kind: [] for kind in _PROBLEMS}
@@ -103,9 +103,9 @@ def check_split(
             )
             complaints.append(f"{what}: {some(offenders)}; {remedy}")
     if complaints:
-        raise DataError(f"{source!r}: " + " | ".join(complaints))
+        raise UserError(f"{source!r}: " + " | ".join(complaints))
     if not counts[:num_classes].any():
-        raise DataError(
+        raise UserError(
             f"{source!r}: every pixel of every label is 255 (ignored), so there is nothing to "
             "learn or to score; check how the labels were written"
         )
@@ -124,7 +124,7 @@ def _examine(source, index: int, num_classes: int, crop: tuple[int, int] | None)
     """Reads one tile: its first problem, or its size, label histogram and digest."""
     try:
         tile = read_tile(source, index)
-    except DataError as error:
+    except UserError as error:
         return _Tile("unreadable", str(error))
     image, label = tile["image"], tile["label"]
     name, (height, width) = tile_name(source, index), label.shape

@@ -7,6 +7,8 @@ import dataclasses
 
 import numpy as np
 
+from ktda_jax import UserError
+
 IGNORE = 255  # label value of pixels that no loss and no metric counts
 
 _KTDA_PAGE = "https://huggingface.co/datasets/XavierJiezou/ktda-datasets"
@@ -37,13 +39,13 @@ class DatasetInfo:
 
     def __post_init__(self):
         if len(self.classes) != len(self.palette):
-            raise ValueError(
+            raise UserError(
                 f"data set {self.name!r}: {len(self.classes)} classes but {len(self.palette)} "
                 "palette colours; give one RGB triple per class"
             )
         for name, colour in zip(self.classes, self.palette, strict=True):
             if len(colour) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in colour):
-                raise ValueError(
+                raise UserError(
                     f"data set {self.name!r}: the colour of {name!r} is {colour}; give red, green and blue "
                     "as whole numbers from 0 to 255"
                 )
@@ -102,7 +104,7 @@ def dataset_info(name: str) -> DatasetInfo:
     """The entry of DATASETS, for `l8_biome/scenes` that of `l8_biome`; ValueError listing the known names otherwise."""
     base = name.split("/")[0]
     if base not in DATASETS:
-        raise ValueError(
+        raise UserError(
             f"unknown data set {name!r}: known are {', '.join(sorted(DATASETS))}; for a folder "
             "of your own give classes and palette in configs/custom.py"
         )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ktda_jax import UserError
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.stretch import stretch
 
@@ -22,12 +23,8 @@ _GREY_STRETCH = {"L;2": 85, "L;4": 17}
 Colour = tuple[int, int, int]
 
 
-class DataError(ValueError):
-    """Data that cannot be used; the message is one line that says what, where, and what to do about it."""
-
-
 def read_image(path: str) -> np.ndarray:
-    """uint8 (H, W, 3) RGB. Grey is repeated and alpha dropped; 16-bit, float or CMYK data raise DataError."""
+    """uint8 (H, W, 3) RGB. Grey is repeated and alpha dropped; 16-bit, float or CMYK data raise UserError."""
     try:
         # Read at once: Pillow asks for a TIFF's tags bit by bit, and each time the threads fight for Python's lock.
         with open(path, "rb", buffering=0) as opened:
@@ -44,7 +41,7 @@ def read_image(path: str) -> np.ndarray:
         mode, stored = "TIFF", "TIFF with other bands or numbers"
     except Exception as error:
         raise unreadable(path, error) from error
-    raise DataError(
+    raise UserError(
         f"image {path} is stored as {stored or mode}, not 8-bit RGB: set config.data.bands and config.data.scale, the "
         "values that become 0 and 255, or convert it"
     )
@@ -87,13 +84,13 @@ def read_bands(
         with rasterio.open(path) as file:
             chosen = tuple(bands or range(1, file.count + 1))
             if max(chosen) > file.count:
-                raise DataError(
+                raise UserError(
                     f"image {path} has {file.count} band(s), so no band {max(chosen)}: correct config.data.bands"
                 )
             if bands is None and file.count != 3:
-                raise DataError(f"image {path} has {file.count} bands: choose some with config.data.bands, from 1")
+                raise UserError(f"image {path} has {file.count} bands: choose some with config.data.bands, from 1")
             pixels, present = read_window(file, chosen, scale, nodata)
-    except DataError:
+    except UserError:
         raise
     except Exception as error:
         # GDAL's own words are in the cause; rasterio's are "Read failed. See previous exception for details."
@@ -114,14 +111,14 @@ def read_window(
     if nodata is None or alphas is not None:
         present = present & _present(file, bands, values, window, alphas)
     if values.dtype.kind not in "uif":
-        raise DataError(f"image {file.name} holds {values.dtype}: only whole and floating numbers can be read")
+        raise UserError(f"image {file.name} holds {values.dtype}: only whole and floating numbers can be read")
     if values.dtype.kind == "f":
         present = present & np.isfinite(values)
     if scale is None:
         if values.dtype != np.uint8:
             held = values[np.broadcast_to(present, values.shape)]
             held = f" from {held.min()} to {held.max()}" if held.size else ""
-            raise DataError(
+            raise UserError(
                 f"image {file.name} holds {values.dtype}{held}, not 8-bit values: set config.data.scale=(low, high), "
                 "the values that become 0 and 255"
             )
@@ -169,11 +166,11 @@ def alpha_bands(file, bands: Sequence[int]) -> list[int]:
 
 
 def import_rasterio(path: str):
-    """The module, or DataError: it is an extra."""
+    """The module, or UserError: it is an extra."""
     try:
         import rasterio
     except ImportError as error:
-        raise DataError(
+        raise UserError(
             f"{path}: reading bands other than 8-bit RGB takes rasterio; pip install -e '.[geo]'"
         ) from error
     # A tile without a place on Earth is as good as any, and what goes wrong is raised anyway.
@@ -195,17 +192,17 @@ def read_label(path: str, mapping: Mapping[int | Colour, int] | None = None) -> 
             values = np.asarray(file.convert("RGB") if coloured and mode in _RGB_LIKE else file)
             if not coloured and file.format == "TIFF":
                 values = _tiff_values(path, file, values)
-    except DataError:
+    except UserError:
         raise
     except Exception as error:
         raise unreadable(path, error) from error
     if coloured:
         if values.ndim != 3 or values.dtype != np.uint8 or ";16" in stored:
-            raise DataError(f"label {path} is {mode}, not 8-bit RGB, though config.data.label_map maps colours")
+            raise UserError(f"label {path} is {mode}, not 8-bit RGB, though config.data.label_map maps colours")
         # One number per colour, 0xRRGGBB.
         values = values.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     elif values.ndim != 2 or values.dtype.kind not in "bui":
-        raise DataError(
+        raise UserError(
             f"label {path} is {mode}, not one band of class indices: write the index of the class in every pixel "
             "(8-bit grey or palette PNG)"
             + ("" if values.ndim == 2 else ", or map its colours by config.data.label_map")
@@ -215,7 +212,7 @@ def read_label(path: str, mapping: Mapping[int | Colour, int] | None = None) -> 
     if mapping is not None:
         return _mapped(path, values, mapping)
     if values.dtype not in (np.uint8, np.bool_) and (values.min() < 0 or values.max() > IGNORE):
-        raise DataError(
+        raise UserError(
             f"label {path} ({mode}) holds values from {values.min()} to {values.max()}: class indices must fit 0 to "
             f"{IGNORE - 1}, with {IGNORE} for ignored pixels; other values can be mapped by config.data.label_map"
         )
@@ -229,9 +226,9 @@ def _tiff_values(path: str, file: Image.Image, values: np.ndarray) -> np.ndarray
     """What Pillow passes over: further bands, white as 0, and numbers with another sign than its modes have."""
     tags = file.tag_v2
     if tags.get(_BANDS, 1) != 1 and values.ndim == 2:
-        raise DataError(f"label {path} has {tags[_BANDS]} bands, not one of class indices: write only that one")
+        raise UserError(f"label {path} has {tags[_BANDS]} bands, not one of class indices: write only that one")
     if tags.get(_PHOTOMETRIC) == 0:
-        raise DataError(
+        raise UserError(
             f"label {path} is stored with white as 0, so its numbers are not sure: write it as 'black is 0'"
         )
     signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
@@ -250,7 +247,7 @@ def _mapped(path: str, values: np.ndarray, mapping: Mapping) -> np.ndarray:
         found = np.unique(values[strange])[:5].tolist()
         coloured = isinstance(next(iter(mapping)), tuple)
         named = ", ".join(str((v >> 16, v >> 8 & 255, v & 255) if coloured else v) for v in found)
-        raise DataError(
+        raise UserError(
             f"label {path} holds {'colours' if coloured else 'values'} that config.data.label_map does not name: "
             f"{named}; add them ({IGNORE} for pixels to ignore)"
         )
@@ -263,6 +260,6 @@ def _stored_mode(file: Image.Image) -> str:
     return args if isinstance(args, str) else str(args[0]) if args else ""
 
 
-def unreadable(path: str, error: BaseException) -> DataError:
+def unreadable(path: str, error: BaseException) -> UserError:
     text = " ".join(str(error).split()) or type(error).__name__
-    return DataError(f"cannot read {path}: {text}")
+    return UserError(f"cannot read {path}: {text}")

@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 from ktda_jax.data.sources import cpu_threads, read_tile
 
 
@@ -28,7 +28,7 @@ def count(source, *, num_threads: int | None = None) -> SplitCounts:
     def examine(index: int):
         try:
             tile = read_tile(source, index)
-        except DataError as error:
+        except UserError as error:
             return str(error)
         image = np.ascontiguousarray(tile["image"])
         digest = hashlib.sha256(str(image.shape).encode() + image.tobytes()).hexdigest()

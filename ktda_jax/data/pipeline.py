@@ -14,9 +14,9 @@ import grain
 import numpy as np
 from absl import logging
 
+from ktda_jax import UserError
 from ktda_jax.data import augment, libc
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import cpu_threads, label_sizes, read_tile, tile_name
 from ktda_jax.data.teacher_features import TeacherFeatures
 
@@ -41,7 +41,7 @@ def train_iterator(
 
     `batch_size` is global: process p gets rows p * b to (p + 1) * b, b = batch_size // process_count. A batch
     is `image` uint8 (b, H, W, bands), `label` uint8 (b, H, W), `mask` bool (b,) all true, and `skipped`, the
-    number of its rows (int) that stand in for unreadable tiles. `on_corrupt='stop'` raises DataError with the
+    number of its rows (int) that stand in for unreadable tiles. `on_corrupt='stop'` raises UserError with the
     tile's name; 'skip' takes the next readable tile instead and warns once per tile.
 
     With `features` a batch also has `teacher`, four arrays (b, h, w, C): what the teacher saw of each row, flips
@@ -49,13 +49,13 @@ def train_iterator(
     """
     rows = _rows_per_process(batch_size, process_index, process_count)
     if on_corrupt not in ON_CORRUPT:
-        raise DataError(f"on_corrupt is {on_corrupt!r}: choose one of {ON_CORRUPT}")
+        raise UserError(f"on_corrupt is {on_corrupt!r}: choose one of {ON_CORRUPT}")
     if seed < 0:
-        raise DataError(f"seed is {seed}: give a number from 0")
+        raise UserError(f"seed is {seed}: give a number from 0")
     if not len(source):
-        raise DataError(f"{source!r} has no tiles")
+        raise UserError(f"{source!r} has no tiles")
     if features is not None and len(features) != len(source):
-        raise DataError(f"{len(features)} tiles have teacher features, but {source!r} has {len(source)}")
+        raise UserError(f"{len(features)} tiles have teacher features, but {source!r} has {len(source)}")
     cv2.setNumThreads(0)  # the parallelism is Grain's: one thread per batch in flight
     libc.keep_tile_sized_blocks()
     rows_source = _TrainRows(
@@ -78,7 +78,7 @@ class EvalBatches:
 
     def __init__(self, source, *, crop, batch_size, process_index, process_count, num_threads):
         if not len(source):
-            raise DataError(f"{source!r} has no tiles")
+            raise UserError(f"{source!r} has no tiles")
         self._rows = _rows_per_process(batch_size, process_index, process_count)
         self._first = process_index * self._rows
         self._source, self._num_threads = source, num_threads
@@ -141,7 +141,7 @@ def eval_batches(
     A batch is `image` uint8 (b, *crop, bands), resized bilinearly unless `crop` is None, `label` uint8 (b, H, W) at its
     own size, `mask` bool (b,), `name` list of str, `index` int64 (b,) into the source, `original` int32 (b, 2), the
     label's (H, W). Padding rows have image 0, label 255, mask false, name '' and index -1. Unreadable tiles
-    raise DataError: a score over fewer tiles would not be the score asked for.
+    raise UserError: a score over fewer tiles would not be the score asked for.
     """
     return EvalBatches(
         source,
@@ -155,12 +155,12 @@ def eval_batches(
 
 def _rows_per_process(batch_size: int, process_index: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
-        raise DataError(
+        raise UserError(
             f"batch_size {batch_size} does not divide among {process_count} process(es): "
             f"use a positive multiple of {process_count}"
         )
     if not 0 <= process_index < process_count:
-        raise DataError(f"process_index {process_index} is outside 0..{process_count - 1}")
+        raise UserError(f"process_index {process_index} is outside 0..{process_count - 1}")
     return batch_size // process_count
 
 
@@ -201,7 +201,7 @@ class _TrainRows:
             try:
                 image, label = augment.random_crop(tile["image"], tile["label"], self._crop, rng)
             except ValueError as error:
-                raise DataError(f"tile {tile['name']}: {error}") from error
+                raise UserError(f"tile {tile['name']}: {error}") from error
             image, label = augment.random_flip(image, label, rng, self._flip)
         else:
             image, label, row["teacher"] = self._aligned(tile, index, rng)
@@ -232,13 +232,13 @@ class _TrainRows:
             candidate = (index + step) % len(self._source)
             try:
                 return read_tile(self._source, candidate), candidate
-            except DataError as error:
+            except UserError as error:
                 if not self._skip:
-                    raise DataError(f"{error}; repair or remove the tile, or train with on_corrupt='skip'") from error
+                    raise UserError(f"{error}; repair or remove the tile, or train with on_corrupt='skip'") from error
                 self._warn_once(candidate, error)
-        raise DataError(f"no readable tile in {self._source!r}")
+        raise UserError(f"no readable tile in {self._source!r}")
 
-    def _warn_once(self, index: int, error: DataError) -> None:
+    def _warn_once(self, index: int, error: UserError) -> None:
         with self._lock:
             new = index not in self._reported
             self._reported.add(index)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ktda_jax.data.images import DataError, alpha_bands, import_rasterio, read_window, unreadable
+from ktda_jax import UserError
+from ktda_jax.data.images import alpha_bands, import_rasterio, read_window, unreadable
 
 CHUNK = 1 << 21  # pixels read at once
 TALLEST_BLOCK = 1024  # rows; of files with taller blocks a block may be decoded more than once
@@ -61,7 +62,7 @@ def rasterio_for(path: str | os.PathLike):
 
 @contextlib.contextmanager
 def one_line(path) -> Iterator[None]:
-    """Turns whatever GDAL raises into a DataError that names `path`."""
+    """Turns whatever GDAL raises into a UserError that names `path`."""
     rasterio = rasterio_for(path)
     try:
         yield
@@ -73,17 +74,17 @@ def one_line(path) -> Iterator[None]:
 
 
 def open_scene(path: pathlib.Path, reading: Reading, bands: int) -> Scene:
-    """Looks at a raster without reading its pixels. DataError unless it can give a model of `bands` bands its input."""
+    """Looks at a raster without reading its pixels. UserError unless it can give a model of `bands` bands its input."""
     rasterio = rasterio_for(path)
     with one_line(path), rasterio.open(path) as file:
         if not file.count:
-            raise DataError(f"{path} holds several rasters and none of its own; name one of them")
+            raise UserError(f"{path} holds several rasters and none of its own; name one of them")
         chosen, palette = _choose(path, file, reading, bands)
         kind = np.dtype(file.dtypes[chosen[0] - 1])
         if kind.kind not in "uif":
-            raise DataError(f"{path} holds {kind}; only whole and floating numbers can be read")
+            raise UserError(f"{path} holds {kind}; only whole and floating numbers can be read")
         if reading.scale is None and kind != np.uint8:
-            raise DataError(
+            raise UserError(
                 f"{path} holds {kind}, and the model was trained on 8-bit images; give --scale=LOW,HIGH, the values "
                 "that become 0 and 255"
             )
@@ -106,29 +107,29 @@ def _choose(path, file, reading: Reading, bands: int) -> tuple[tuple[int, ...], 
 
     if reading.bands is not None:
         if missing := [band for band in reading.bands if band > file.count]:
-            raise DataError(
+            raise UserError(
                 f"{path} has {file.count} band(s), and the model wants band {missing[0]} (bands {reading.bands}); give "
                 "--bands, their numbers in this file in the order of the training, or another scene"
             )
         return tuple(reading.bands), None
     if bands != 3:
-        raise DataError(f"{path}: the model takes {bands} bands; give --bands, their numbers in the order of training")
+        raise UserError(f"{path}: the model takes {bands} bands; give --bands, their numbers in the order of training")
     colours = [k for k, kind in enumerate(file.colorinterp, 1) if kind != ColorInterp.alpha]
     if len(colours) == 3:
         return tuple(colours), None
     if len(colours) == 1 and file.colorinterp[colours[0] - 1] == ColorInterp.palette:
         if reading.scale is not None:
-            raise DataError(f"{path} holds numbers of colours, which cannot be stretched; convert it to RGB")
+            raise UserError(f"{path} holds numbers of colours, which cannot be stretched; convert it to RGB")
         table = file.colormap(colours[0])
         return (colours[0],), tuple(table.get(k, (0, 0, 0, 0))[:3] for k in range(256))
     if len(colours) == 1:  # grey, as in training, where these become 0 to 255 too
         bits = int(file.tags(colours[0], ns="IMAGE_STRUCTURE").get("NBITS", 8))
         if file.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES":
-            raise DataError(f"{path} is grey with white as 0; convert it to 'black is 0'")
+            raise UserError(f"{path} is grey with white as 0; convert it to 'black is 0'")
         if bits < 8 and reading.scale is None:
-            raise DataError(f"{path} is grey of {bits} bits; give --scale=0,{2**bits - 1}, or convert it to 8 bits")
+            raise UserError(f"{path} is grey of {bits} bits; give --scale=0,{2**bits - 1}, or convert it to 8 bits")
         return (colours[0],) * 3, None
-    raise DataError(
+    raise UserError(
         f"{path} has {len(colours)} bands, and the model takes red, green and blue; name them, such as --bands=1,2,3"
     )
 
@@ -166,7 +167,7 @@ class RowReader:
     def rows(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (bands, rows, W) and bool (rows, W) of rows [first, end), views until the next call.
 
-        `first` may not go back; DataError if the file cannot be read.
+        `first` may not go back; UserError if the file cannot be read.
         """
         scene = self._scene
         if self._pixels is None:

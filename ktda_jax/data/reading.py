@@ -3,6 +3,7 @@
 import math
 from numbers import Integral, Real
 
+from ktda_jax import UserError
 from ktda_jax.data.datasets import IGNORE
 
 
@@ -22,17 +23,17 @@ def check(data, num_classes: int) -> None:
     """ValueError for what no file could be read by."""
     bands = data.bands if data.bands is not None else (1, 2, 3)
     if not bands or not all(_is_whole(b) and b > 0 for b in bands) or len(set(bands)) < len(bands):
-        raise ValueError(f"config.data.bands is {tuple(bands)}; give different band numbers, counted from 1")
+        raise UserError(f"config.data.bands is {tuple(bands)}; give different band numbers, counted from 1")
     if data.rgb is not None and (len(data.rgb) != 3 or set(data.rgb) - set(bands)):
-        raise ValueError(f"config.data.rgb is {tuple(data.rgb)}; give three of config.data.bands {tuple(bands)}")
+        raise UserError(f"config.data.rgb is {tuple(data.rgb)}; give three of config.data.bands {tuple(bands)}")
     if data.scale and not is_scale(data.scale, len(bands)):
-        raise ValueError(
+        raise UserError(
             f"config.data.scale is {data.scale}; give (low, high), or one such pair for each of the {len(bands)} bands"
         )
     if data.nodata is not None and not math.isfinite(data.nodata):
-        raise ValueError(f"config.data.nodata is {data.nodata}; leave it None: what is not finite never counts as data")
+        raise UserError(f"config.data.nodata is {data.nodata}; leave it None: what is not finite never counts as data")
     if data.source == "tfds" and any(data[k] is not None for k in ("bands", "scale", "nodata", "label_map")):
-        raise ValueError("config.data.bands, scale, nodata and label_map are for folders; a TFDS builder has done it")
+        raise UserError("config.data.bands, scale, nodata and label_map are for folders; a TFDS builder has done it")
     _check_label_map(data.label_map or (), num_classes)
 
 
@@ -45,18 +46,18 @@ def is_scale(scale, bands: int) -> bool:
 def _check_label_map(pairs, num_classes: int) -> None:
     where = "config.data.label_map"
     if any(not _is_sequence(pair) or len(pair) != 2 for pair in pairs):
-        raise ValueError(f"{where} is {pairs}; give ((stored value, class), ...)")
+        raise UserError(f"{where} is {pairs}; give ((stored value, class), ...)")
     stored = [tuple(key) if _is_sequence(key) else key for key, _ in pairs]
     if len({isinstance(key, tuple) for key in stored}) > 1:
-        raise ValueError(f"{where}: give either whole numbers or (red, green, blue) triples, not both")
+        raise UserError(f"{where}: give either whole numbers or (red, green, blue) triples, not both")
     for key, (_, index) in zip(stored, pairs, strict=True):
         colour = isinstance(key, tuple)
         if not (len(key) == 3 and all(_is_whole(v) and 0 <= v < 256 for v in key) if colour else _is_whole(key)):
-            raise ValueError(f"{where} maps {key!r}; give a whole number, or a colour of three from 0 to 255")
+            raise UserError(f"{where} maps {key!r}; give a whole number, or a colour of three from 0 to 255")
         if stored.count(key) > 1:
-            raise ValueError(f"{where} maps {key} twice; leave one of them")
+            raise UserError(f"{where} maps {key} twice; leave one of them")
         if not _is_whole(index) or (index != IGNORE and not 0 <= index < num_classes):
-            raise ValueError(
+            raise UserError(
                 f"{where} turns {key} into {index!r}; give a class from 0 to {num_classes - 1}, or {IGNORE} to ignore"
             )
 

@@ -13,8 +13,9 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from ktda_jax import UserError
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.images import Colour, DataError, read_bands, read_image, read_label, unreadable
+from ktda_jax.data.images import Colour, read_bands, read_image, read_label, unreadable
 
 IMAGE_EXTENSIONS = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 LABEL_EXTENSIONS = (".png", ".tif", ".tiff")
@@ -24,7 +25,7 @@ class FolderSource:
     """Pairs `root/<image_dir>/<split>/NAME.tif|png|jpg` with `root/<label_dir>/<split>/NAME.png|tif`.
 
     `source[i]` is `image` uint8 (H, W, bands), by default 8-bit RGB, `label` uint8 (H, W) with 255 = ignore, `name`
-    NAME; tiles are sorted by name. Missing directories, missing pairs and images without a label raise DataError here.
+    NAME; tiles are sorted by name. Missing directories, missing pairs and images without a label raise UserError here.
     For `bands`, `scale`, `nodata` see `read_bands`; pixels without data are ignored. For `label_map` see `read_label`.
     """
 
@@ -48,20 +49,20 @@ class FolderSource:
         self._plain = bands is None and scale is None and nodata is None
         self._reading, self._label_map = (bands, scale, nodata), label_map
         if not 1 <= num_classes <= IGNORE:
-            raise DataError(f"num_classes is {num_classes}: give 1 to {IGNORE}, since {IGNORE} means ignore")
+            raise UserError(f"num_classes is {num_classes}: give 1 to {IGNORE}, since {IGNORE} means ignore")
         self.image_dir = self.root / image_dir / split
         self.label_dir = self.root / label_dir / split
         images = _files_by_stem(self.image_dir, IMAGE_EXTENSIONS)
         labels = _files_by_stem(self.label_dir, LABEL_EXTENSIONS)
         self.names = tuple(sorted(images.keys() & labels.keys()))
         if not self.names:
-            raise DataError(
+            raise UserError(
                 f"no image in {self.image_dir} has a label in {self.label_dir}: images are named "
                 f"{some(sorted(images))}, labels {some(sorted(labels))}; the two files of a "
                 "pair must share their name up to the extension"
             )
         if unlabelled := sorted(images.keys() - labels.keys()):
-            raise DataError(
+            raise UserError(
                 f"{len(unlabelled)} of {len(images)} images in {self.image_dir} have no label in "
                 f"{self.label_dir}: {some([images[stem] for stem in unlabelled])}; add the "
                 "labels or remove the images"
@@ -110,7 +111,7 @@ def _files_by_stem(directory: pathlib.Path, extensions: tuple[str, ...]) -> dict
     """{stem: file name} of the visible files in `directory` with one of `extensions`, in any case."""
     if not directory.is_dir():
         parent = next(path for path in directory.parents if path.is_dir())
-        raise DataError(
+        raise UserError(
             f"no such directory: {directory}; {parent} holds "
             f"{some(sorted(entry.name for entry in parent.iterdir()))}; "
             "correct the data root or the split"
@@ -122,11 +123,11 @@ def _files_by_stem(directory: pathlib.Path, extensions: tuple[str, ...]) -> dict
             if extension.lower() not in extensions:
                 others.append(name)
             elif stem in found:
-                raise DataError(f"two files named {stem} in {directory}: {found[stem]}, {name}; keep one")
+                raise UserError(f"two files named {stem} in {directory}: {found[stem]}, {name}; keep one")
             else:
                 found[stem] = name
     if not found:
-        raise DataError(
+        raise UserError(
             f"no {'/'.join(extensions)} files in {directory}; it holds {some(others)}; "
             "correct the data root or convert the files"
         )
@@ -153,10 +154,10 @@ def tile_name(source, index: int) -> str:
 
 
 def read_tile(source, index: int) -> dict:
-    """`source[index]`, with any failure as a DataError that names the tile."""
+    """`source[index]`, with any failure as a UserError that names the tile."""
     try:
         return source[index]
-    except (DataError, MemoryError):
+    except (UserError, MemoryError):
         raise
     except Exception as error:
         raise unreadable(tile_name(source, index), error) from error

@@ -13,7 +13,7 @@ import threading
 import ml_dtypes
 import numpy as np
 
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 
 FORMAT = 1
 MANIFEST, RECORDS = "manifest.json", "records.npy"
@@ -33,7 +33,7 @@ class FeatureWriter:
         """Of one tile and of its mirror image: (4, h, w, C) each, in the stored dtype."""
         for values in (taps, mirrored):
             if not np.isfinite(values).all():
-                raise DataError(
+                raise UserError(
                     f"the teacher's features of tile {name} are not finite as {self._dtype}: set "
                     "config.teacher.dtype='bfloat16'"
                 )
@@ -47,7 +47,7 @@ class TeacherFeatures:
     """Random access to the features of a split; threads may share it and it pickles.
 
     `wanted` is the manifest's `made_from` as the configuration at hand would have it; entries that are None there are
-    not compared. DataError names what differs.
+    not compared. UserError names what differs.
     """
 
     def __init__(self, folder: pathlib.Path, wanted: dict):
@@ -62,9 +62,9 @@ class TeacherFeatures:
         self._paths = [str(self.folder / name) for name in manifest["shards"]]
         for path, size in [*zip(self._paths, manifest["shards"].values(), strict=True), (self.folder / RECORDS, None)]:
             if not pathlib.Path(path).is_file():
-                raise DataError(f"the teacher features in {self.folder} lack {path}: {AGAIN}")
+                raise UserError(f"the teacher features in {self.folder} lack {path}: {AGAIN}")
             if size is not None and (found := pathlib.Path(path).stat().st_size) != size:
-                raise DataError(f"{path} has {found:,} bytes, not the {size:,} that were written: {AGAIN}")
+                raise UserError(f"{path} has {found:,} bytes, not the {size:,} that were written: {AGAIN}")
         self._records = np.load(self.folder / RECORDS)  # (tiles, 4): shard, place in it, h, w
         self._lock, self._open = threading.Lock(), None
 
@@ -78,7 +78,7 @@ class TeacherFeatures:
             data = self._shards()[shard][2 * place + mirrored]
             return np.frombuffer(data, self._dtype).reshape(4, height, width, self._width)
         except Exception as error:
-            raise DataError(f"cannot read the teacher features of tile {index} in {self.folder}: {AGAIN}") from error
+            raise UserError(f"cannot read the teacher features of tile {index} in {self.folder}: {AGAIN}") from error
 
     def _shards(self) -> list:
         with self._lock:
@@ -106,14 +106,14 @@ _NAMED = {  # of `made_from`
 
 
 def check(folder: pathlib.Path, manifest: dict, wanted: dict) -> None:
-    """DataError unless the features were made from what is wanted."""
+    """UserError unless the features were made from what is wanted."""
     made = manifest["made_from"]
     for key, value in wanted.items():
         if value is None or made.get(key) == value:
             continue
         what = _NAMED.get(key, f"a teacher of another {key}")
         there = "random ones" if (key, made.get(key)) == ("sha256", None) else _short(made.get(key))
-        raise DataError(f"the teacher features in {folder} are of {what} ({there}, wanted {_short(value)}): {AGAIN}")
+        raise UserError(f"the teacher features in {folder} are of {what} ({there}, wanted {_short(value)}): {AGAIN}")
 
 
 def _short(value) -> str:
@@ -126,17 +126,17 @@ def read_manifest(folder: pathlib.Path) -> dict:
     try:
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
-            raise DataError(f"the teacher features in {folder} have format {manifest['format']}, not {FORMAT}: {AGAIN}")
+            raise UserError(f"the teacher features in {folder} have format {manifest['format']}, not {FORMAT}: {AGAIN}")
         parts = {"made_from", "dtype", "computed_in", "shards"}
         if not parts <= manifest.keys() or not isinstance(manifest["shards"], dict):
-            raise ValueError("parts are missing")
+            raise UserError("parts are missing")
         return manifest
     except FileNotFoundError as error:
-        raise DataError(
+        raise UserError(
             f"no teacher features in {folder} (no {MANIFEST}): extract them by python -m ktda_jax.extract with this "
             "config, or set config.teacher.features"
         ) from error
-    except DataError:
+    except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}; {AGAIN}") from error
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}; {AGAIN}") from error

@@ -19,8 +19,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from ktda_jax import UserError
 from ktda_jax.data.datasets import DATASETS, dataset_info
-from ktda_jax.data.images import DataError
 
 _VERSION = r"\d+\.\d+\.\d+"
 _quiet_lock = threading.RLock()  # what _quiet changes belongs to the whole process
@@ -32,7 +32,7 @@ class TfdsSource:
     `name_or_dir` is `grass`, `meadow/1.0.0`, `l8_biome/scenes` (below `data_dir`, by default TFDS's own) or a folder
     that holds `dataset_info.json`; `split` may be a slice such as `train[:80%]`. `source[i]` is `image` uint8 (H, W, 3)
     RGB, `label` uint8 (H, W) with 255 = ignore, `name`. Threads may share it and it pickles: copies reopen
-    the files. DataError if the set is not built, has no such split, other features or number of classes.
+    the files. UserError if the set is not built, has no such split, other features or number of classes.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TfdsSource:
             image = _decode(example["image"], cv2.IMREAD_COLOR)
             label = _decode(example["label"], cv2.IMREAD_UNCHANGED)
         except ValueError as error:
-            raise DataError(f"cannot read {self.describe(index)}: {error}; build the set again") from error
+            raise UserError(f"cannot read {self.describe(index)}: {error}; build the set again") from error
         name = example["name"].decode() if "name" in example else f"{self.split}_{index}"
         return {"image": cv2.cvtColor(image, cv2.COLOR_BGR2RGB), "label": label, "name": name}
 
@@ -90,7 +90,7 @@ class TfdsSource:
         try:
             return self._open()[index]
         except Exception as error:
-            raise DataError(f"cannot read {self.describe(index)}: {_line(error)}; build the data set again") from error
+            raise UserError(f"cannot read {self.describe(index)}: {_line(error)}; build the data set again") from error
 
     def _open(self):
         with self._lock:
@@ -107,14 +107,14 @@ def _open_split(directory: str, split: str, num_classes: int):
         try:
             builder = tfds.builder_from_directory(directory)
         except Exception as error:
-            raise DataError(f"cannot read the data set in {directory}: {_line(error)}; build it again") from error
+            raise UserError(f"cannot read the data set in {directory}: {_line(error)}; build it again") from error
         info = builder.info
         known = [name for name, part in info.splits.items() if part.num_examples]
         if re.split(r"[\[+]", split)[0] not in known:
-            raise DataError(f"{directory} has no split {split!r}: it has {', '.join(sorted(known))}")
+            raise UserError(f"{directory} has no split {split!r}: it has {', '.join(sorted(known))}")
         _check_features(info, directory, num_classes)
         if info.file_format.value != "array_record":
-            raise DataError(
+            raise UserError(
                 f"{directory} is stored as {info.file_format.value}, which needs TensorFlow: "
                 "build it with --file_format=array_record"
             )
@@ -122,26 +122,26 @@ def _open_split(directory: str, split: str, num_classes: int):
         try:
             return builder.as_data_source(split, decoders=keep)
         except Exception as error:
-            raise DataError(f"cannot open split {split!r} of {directory}: {_line(error)}") from error
+            raise UserError(f"cannot open split {split!r} of {directory}: {_line(error)}") from error
 
 
 def _check_features(info, directory, num_classes):
     features = info.features
     for name, channels in (("image", 3), ("label", 1)):
         if name not in features:
-            raise DataError(
+            raise UserError(
                 f"{directory} has no feature {name!r} but {', '.join(sorted(features))}: build "
                 "it with image, label and name, as data_builders/tiles.py does"
             )
         feature = features[name]
         if feature.shape[-1:] != (channels,) or feature.np_dtype != np.uint8:
-            raise DataError(
+            raise UserError(
                 f"{directory}: feature {name!r} is {np.dtype(feature.np_dtype)} of shape "
                 f"{feature.shape}, not uint8 with {channels} channels: build it again"
             )
     classes = getattr(features["label"], "names", None)
     if classes and len(classes) != num_classes:
-        raise DataError(
+        raise UserError(
             f"{directory} has {len(classes)} classes ({', '.join(classes)}), the configuration "
             f"{num_classes}: correct num_classes or the data set"
         )
@@ -151,7 +151,7 @@ def _decode(data: bytes, flags: int) -> np.ndarray:
     flags |= cv2.IMREAD_IGNORE_ORIENTATION
     array = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     if array is None:
-        raise ValueError("its image data are damaged")
+        raise UserError("its image data are damaged")
     return array
 
 
@@ -181,10 +181,10 @@ def find_built(name_or_dir: str | os.PathLike, data_dir: str | os.PathLike | Non
         manual = (
             "" if base == "meadow" else f" --manual_dir=FOLDER_WITH_{'SCENES' if config else 'img_dir_AND_ann_dir'}"
         )
-        raise DataError(
+        raise UserError(
             f"{message}; build it with: python -m ktda_jax.data.tfds_source {name} --data_dir={root}{manual}"
         )
-    raise DataError(f"{message}; correct the name or data_dir ({_known_in(root)})")
+    raise UserError(f"{message}; correct the name or data_dir ({_known_in(root)})")
 
 
 def _parse(name: str) -> tuple[str, str | None, str | None]:
@@ -225,13 +225,10 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
     `manual_dir` holds the published img_dir/ and ann_dir/ or their archives, for `l8_biome/scenes` the USGS scenes
     (also cut otherwise: `l8_biome/scenes[_percentile|_reflectance][_clear]`), for meadow nothing; it is not looked
     at when the set is already built. Several processes may call it at once: each builds into a folder of its own,
-    the first to finish gives it the final name. DataError names the file when the data are unusable.
+    the first to finish gives it the final name. UserError names the file when the data are unusable.
     """
     base, config, version = _parse(name)
-    try:
-        dataset_info(base)
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    dataset_info(base)
     data_dir = os.path.expanduser(data_dir or default_data_dir())
     started = time.monotonic()
     # TFDS wants a download folder, which stays empty; archives are unpacked beside the data set.
@@ -240,12 +237,12 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
 
         builder_cls = importlib.import_module(f"data_builders.{base}.{base}_dataset_builder").Builder
         if config and not builder_cls.BUILDER_CONFIGS:
-            raise DataError(f"unknown data set {name!r}: {base} has no configurations; call it {base}")
+            raise UserError(f"unknown data set {name!r}: {base} has no configurations; call it {base}")
         options = {"config": config} if config else {}
         try:
             builder = builder_cls(data_dir=data_dir, file_format="array_record", version=version, **options)
         except AssertionError as error:  # what TFDS raises for a version it cannot build
-            raise DataError(f"cannot build {name}: {_line(error)}") from error
+            raise UserError(f"cannot build {name}: {_line(error)}") from error
         if builder.is_prepared():
             return os.fspath(builder.data_path)
         if builder_cls.MANUAL_DOWNLOAD_INSTRUCTIONS:
@@ -258,11 +255,11 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None, manual_dir: st
             if not builder.is_prepared():  # else another process was first, and its files are as good
                 _remove_if_empty(builder.data_path.parent)
                 _remove_if_empty(builder.data_path.parent.parent, but=data_dir)
-                if isinstance(error, DataError):
+                if isinstance(error, UserError):
                     raise
-                raise DataError(f"cannot build {name} in {data_dir}: {_line(error)}") from error
+                raise UserError(f"cannot build {name} in {data_dir}: {_line(error)}") from error
         if not builder.is_prepared():  # TFDS takes any folder of that name for the finished set
-            raise DataError(f"{builder.data_path} exists but holds no data set: remove it and run again")
+            raise UserError(f"{builder.data_path} exists but holds no data set: remove it and run again")
     logging.info("built %s in %.1f s: %s", name, time.monotonic() - started, builder.data_path)
     return os.fspath(builder.data_path)
 
@@ -271,7 +268,7 @@ def _check_manual_dir(name, manual_dir):
     base, config, _ = _parse(name)
     content = "Landsat scenes" if config and config != "tiles" else "published img_dir and ann_dir, or their archives"
     if not manual_dir:
-        raise DataError(
+        raise UserError(
             f"{name} is not built and is not generated: give manual_dir, the folder with the {content} "
             f"({dataset_info(base).homepage})"
         )
@@ -280,9 +277,9 @@ def _check_manual_dir(name, manual_dir):
         right = f"the folder with the {content}"
         if os.path.isfile(folder):
             right = f"{os.path.dirname(os.path.abspath(folder))}, which holds it"
-        raise DataError(f"manual_dir {os.fspath(manual_dir)} for {name} is not a directory: give {right}")
+        raise UserError(f"manual_dir {os.fspath(manual_dir)} for {name} is not a directory: give {right}")
     if not os.listdir(folder):
-        raise DataError(f"manual_dir {os.fspath(manual_dir)} for {name} is empty: put the {content} there")
+        raise UserError(f"manual_dir {os.fspath(manual_dir)} for {name} is empty: put the {content} there")
 
 
 def _remove_if_empty(path, but=None):
@@ -329,7 +326,7 @@ def main(argv=None):
     started = time.time()
     try:
         path = prepare(args.name, args.data_dir, args.manual_dir)
-    except DataError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("error: stopped from the keyboard")

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ktda_jax import UserError
+
 Arrays = dict[str, jax.Array]
 
 
@@ -63,7 +65,7 @@ def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], what: st
     if wrong:
         problems.append(f"shapes differ: {some(wrong)}")
     if problems:
-        raise ValueError(f"{what} does not fit the model: " + "; ".join(problems))
+        raise UserError(f"{what} does not fit the model: " + "; ".join(problems))
 
 
 def count(arrays: Mapping[str, Any]) -> int:

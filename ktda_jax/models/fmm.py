@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ktda_jax import UserError
 from ktda_jax.models.initial import trunc_normal
 from ktda_jax.models.layers import gelu, layer_norm
 from ktda_jax.models.recompute import recompute
@@ -25,7 +26,7 @@ class FMMConfig:
 
     def __post_init__(self):
         if self.form not in ("transformer", "mlp"):
-            raise ValueError(f"config.model.fmm.form is {self.form!r}; choose 'transformer' or 'mlp'")
+            raise UserError(f"config.model.fmm.form is {self.form!r}; choose 'transformer' or 'mlp'")
 
 
 class TransformerBlock(nnx.Module):

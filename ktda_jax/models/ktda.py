@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ktda_jax import UserError
 from ktda_jax.models import convnext, vit
 from ktda_jax.models.convnext import ConvNeXt, ConvNeXtConfig
 from ktda_jax.models.fam import FAM
@@ -46,18 +47,18 @@ class KTDAConfig:
 
     def __post_init__(self):
         if self.encoder not in ("student", "teacher"):
-            raise ValueError(f"config.model.encoder is {self.encoder!r}; choose 'student' or 'teacher'")
+            raise UserError(f"config.model.encoder is {self.encoder!r}; choose 'student' or 'teacher'")
         if self.encoder == "teacher" and self.fam:
-            raise ValueError("config.model.encoder='teacher' leaves nothing to align; set config.model.fam=False")
+            raise UserError("config.model.encoder='teacher' leaves nothing to align; set config.model.fam=False")
         for name in ("depths", "channels"):
             values = getattr(self.student, name)
             if len(values) != 4:
-                raise ValueError(f"config.model.student.{name} is {values}; give four numbers, one per stage")
+                raise UserError(f"config.model.student.{name} is {values}; give four numbers, one per stage")
         scales = self.tap_scales
         if scales is not None and not (len(scales) == 4 and all(isinstance(s, int | float) and s > 0 for s in scales)):
-            raise ValueError(f"config.model.tap_scales is {scales}; give four numbers above 0")
+            raise UserError(f"config.model.tap_scales is {scales}; give four numbers above 0")
         if len(self.rgb) != 3 or not 0 <= min(self.rgb) <= max(self.rgb) < self.student.bands:
-            raise ValueError(f"rgb is {self.rgb}; give three positions among the {self.student.bands} bands")
+            raise UserError(f"rgb is {self.rgb}; give three positions among the {self.student.bands} bands")
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -88,16 +89,16 @@ def _build(cls, name: str, values, presets: dict):
     values = {k: v for k, v in dict(values).items() if v is not None}
     preset = values.pop("preset", None)
     if preset is not None and preset not in presets:
-        raise ValueError(f"config.model.{name}.preset is {preset!r}; known: {', '.join(presets)}")
+        raise UserError(f"config.model.{name}.preset is {preset!r}; known: {', '.join(presets)}")
     values = {**presets.get(preset, {}), **values}
     known = {f.name: f for f in dataclasses.fields(cls)}
     where = ".".join(filter(None, ("config.model", name)))
     for key in values:
         if key not in known:
-            raise ValueError(f"{where}.{key} is not a setting; known: {', '.join(known)}")
+            raise UserError(f"{where}.{key} is not a setting; known: {', '.join(known)}")
     missing = [k for k, f in known.items() if f.default is dataclasses.MISSING and k not in values]
     if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}; give a preset ({', '.join(presets)}) or the values")
+        raise UserError(f"{where} lacks {', '.join(missing)}; give a preset ({', '.join(presets)}) or the values")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -169,7 +170,7 @@ class KTDA(nnx.Module):
             x = normalize(images, self.dtype, *band_statistics(bands, rgb))
             features = self.student(x, key=keys[0])
         elif taps is None:
-            raise ValueError("this model's encoder is the frozen teacher (config.model.encoder), which it came without")
+            raise UserError("this model's encoder is the frozen teacher (config.model.encoder), which it came without")
         else:
             features, taps = taps, None
         if self.fam is not None:

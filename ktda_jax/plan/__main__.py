@@ -7,17 +7,17 @@ out). With --search, settings are tried until one fits. Two cores need minutes f
 
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from ktda_jax import main as command  # its flags, and its one-line errors
-from ktda_jax.cli import parsed
+from ktda_jax import cli
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
+    cli.define_config()
     flags.DEFINE_string("topology", "v5e:2x2", "KIND:SHAPE of the slice to compile for.")
     flags.DEFINE_integer("batch", None, "Global batch; default config.batch_size.", lower_bound=1)
     flags.DEFINE_bool("search", False, "Where the step does not fit, try settings that need less memory.")
     flags.DEFINE_string("output", None, "JSON file of the figures.")
-    PARSE = parsed(command.parse)  # before the imports below, which take seconds
+    PARSE = cli.parsed(cli.parse_config)  # before the imports below, which take seconds
 
 import pathlib
 import shlex
@@ -25,7 +25,6 @@ import time
 from importlib import metadata
 
 from ktda_jax import config as configs
-from ktda_jax.config import ConfigError
 from ktda_jax.plan import compile, slices
 
 
@@ -33,8 +32,8 @@ def main(_: list[str]) -> None:
     import jax  # after `compile`, which says how libtpu is to behave
 
     jax.config.update("jax_platforms", "cpu")  # a GPU of this machine must not decide what is compiled for another
-    command.start()
-    config, given = command.CONFIG.value, flags.FLAGS
+    cli.start()
+    config, given = cli.config(), flags.FLAGS
     try:
         configs.check(config)
         configs.check_output(given.output, "output")
@@ -43,8 +42,6 @@ def main(_: list[str]) -> None:
                 config.batch_size = given.batch
             config.eval_batch_size = config.batch_size  # evaluation is not planned; let it divide by the devices
             report = (compile.search if given.search else compile.compile_for)(config, given.topology)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
     except compile.TooLarge as error:
         advice = "take a larger slice or a smaller batch" if given.search else "--search tries settings that need less"
         sys.exit(f"{given.topology}, global batch {config.batch_size}: {error}; {advice}")
@@ -60,4 +57,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=PARSE)
+    cli.run(main, PARSE)

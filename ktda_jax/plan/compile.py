@@ -14,8 +14,8 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile 
 import jax
 from jax.experimental import topologies
 
+from ktda_jax import UserError
 from ktda_jax import config as configs
-from ktda_jax.config import ConfigError
 from ktda_jax.models import flat
 from ktda_jax.plan import flops, slices
 from ktda_jax.plan.slices import ACCELERATOR, CHIPS, SLICES
@@ -36,7 +36,7 @@ class TooLarge(RuntimeError):
 def compile_for(config, topology: str) -> dict:
     """Compiles the training step for `topology` (such as v5e:4x4): per chip, bytes by kind, operations, collectives.
 
-    TooLarge where the compiler gives up; ConfigError for what cannot be compiled at all.
+    TooLarge where the compiler gives up; UserError for what cannot be compiled at all.
     """
     devices = _devices(topology)
     if config.dtype == "auto":  # which would be that of this machine
@@ -50,7 +50,7 @@ def compile_for(config, topology: str) -> dict:
         said = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" in said:
             raise TooLarge(f"does not fit: {said.partition(': ')[2]}") from error
-        raise ConfigError(f"cannot compile for {topology}: {said}") from error
+        raise UserError(f"cannot compile for {topology}: {said}") from error
     memory, accumulate = compiled.memory_analysis(), config.grad_accum
     parameters, fsdp = flat.count(program.abstract.params), mesh.shape["fsdp"]
     # XLA counts the bytes of a loop's body once. Around that of the micro-batches is only the optimiser, with four
@@ -85,7 +85,7 @@ def _devices(topology: str):
     kind, _, shape = topology.partition(":")
     fits = kind in CHIPS and re.fullmatch(r"\d+(x\d+)+", shape)
     if not fits or len(slices.sides(shape)) != CHIPS[kind].dimensions:
-        raise ConfigError(
+        raise UserError(
             f"--topology is {topology!r}; give one such as {', '.join(f'{k}:{v[3]}' for k, v in SLICES.items())}"
         )
     chips = slices.chips_of(shape)
@@ -99,7 +99,7 @@ def _devices(topology: str):
         text = " ".join(str(error).split())
         missing = importlib.util.find_spec("libtpu") is None
         advice = "pip install -e '.[tpu]'" if missing else f"there are {', '.join(SLICES[kind])} and larger ones"
-        raise ConfigError(f"cannot compile for --topology={topology}: {text}; {advice}") from error
+        raise UserError(f"cannot compile for --topology={topology}: {text}; {advice}") from error
 
 
 def collective_bytes(text: str, trips: int = 1, group: int = 1) -> dict[str, float]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ktda_jax import UserError
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.models.vit import ViT
@@ -86,7 +87,7 @@ def _equation(equation) -> int:
         inserted = math.prod(params["lhs_dilation"])  # zeros, in the gradients of strided ones
         return 2 * math.prod(equation.outvars[0].aval.shape) * per_output // inserted
     if name == "while":
-        raise ValueError("a while loop's length is not known before it runs; count a function without one")
+        raise UserError("a while loop's length is not known before it runs; count a function without one")
     return (params["length"] if name == "scan" else 1) * sum(map(of_jaxpr, _inside(equation)))
 
 

@@ -7,7 +7,7 @@ import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
 
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".vrt", ".jp2")  # of scenes in a folder
 MAPS = (".tif", ".tiff", ".png")
@@ -30,20 +30,20 @@ class Outputs:
 
 
 def expand(text: str) -> list[pathlib.Path]:
-    """The files of --input: one file, a glob pattern, or the scenes right in a folder. DataError if there are none."""
+    """The files of --input: one file, a glob pattern, or the scenes right in a folder. UserError if there are none."""
     path = pathlib.Path(text).expanduser()
     if path.is_dir():
         found = [p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
         if not found:
-            raise DataError(f"no scene in the folder --input={text}; its files must end in {', '.join(SUFFIXES)}")
+            raise UserError(f"no scene in the folder --input={text}; its files must end in {', '.join(SUFFIXES)}")
     elif path.exists():
         return [path]
     elif glob.has_magic(text):
         found = [p for p in map(pathlib.Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
         if not found:
-            raise DataError(f"no file matches --input={text}")
+            raise UserError(f"no file matches --input={text}")
     else:
-        raise DataError(f"there is no file --input={text}")
+        raise UserError(f"there is no file --input={text}")
     return found
 
 
@@ -53,19 +53,19 @@ def name_outputs(
 ) -> list[Outputs]:  # fmt: skip
     """The outputs of each input: --output itself for `one` file, else in that folder by the names of the inputs.
 
-    DataError if two would be the same file, or one of them an input.
+    UserError if two would be the same file, or one of them an input.
     """
     target = pathlib.Path(output).expanduser()
     folder = not one or target.is_dir() or output.endswith("/") or not target.suffix
     if folder and target.suffix.lower() in MAPS and not target.is_dir():
-        raise DataError(f"--output={output} is one file for {len(inputs)} inputs; give a folder")
+        raise UserError(f"--output={output} is one file for {len(inputs)} inputs; give a folder")
     if not folder and target.suffix.lower() not in MAPS:
-        raise DataError(f"--output={output} must end in {', '.join(MAPS)}, or be a folder")
+        raise UserError(f"--output={output} must end in {', '.join(MAPS)}, or be a folder")
     named = []
     for path in inputs:
         made = target / (path.stem + (".png" if path.suffix.lower() in PLAIN else ".tif")) if folder else target
         if cog and made.suffix.lower() == ".png":
-            raise DataError(f"--cog makes GeoTIFF, and the map of {path} is {made}; give an --output that ends in .tif")
+            raise UserError(f"--cog makes GeoTIFF, and the map of {path} is {made}; give an --output that ends in .tif")
 
         def beside(wanted, ending, made=made):
             return made.with_name(made.stem + ending) if wanted else None
@@ -84,23 +84,23 @@ def name_outputs(
 
 
 def make_folders(outputs: Sequence[Outputs]) -> None:
-    """DataError if a folder cannot be made or written to."""
+    """UserError if a folder cannot be made or written to."""
     for folder in {made.map.parent for made in outputs}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=folder, prefix="."):
                 pass
         except OSError as error:
-            raise DataError(f"cannot write to the folder {folder}: {error.strerror}") from error
+            raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from error
 
 
 def check_sources(read: Mapping[pathlib.Path, Sequence[pathlib.Path]], named: Sequence[Outputs]) -> None:
-    """read: each scene's files, such as the sources of a VRT. DataError if an output would be one of them."""
+    """read: each scene's files, such as the sources of a VRT. UserError if an output would be one of them."""
     sources = {source.resolve(): path for path, files in read.items() for source in files}
     for made in (made for outputs in named for made in outputs.wanted()):
         if path := sources.get(made.resolve()):
             part = "" if made.resolve() == path.resolve() else "what is read by "
-            raise DataError(f"{made} would be written over {part}the input {path}; choose another --output")
+            raise UserError(f"{made} would be written over {part}the input {path}; choose another --output")
 
 
 def _check(inputs: Sequence[pathlib.Path], named: Sequence[Outputs]) -> None:
@@ -110,9 +110,9 @@ def _check(inputs: Sequence[pathlib.Path], named: Sequence[Outputs]) -> None:
         for made in outputs.wanted():
             where = made.resolve()
             if len(os.fsencode(made.name)) > LONGEST_NAME:
-                raise DataError(f"the file name {made.name} is too long; map {path} alone, to another --output")
+                raise UserError(f"the file name {made.name} is too long; map {path} alone, to another --output")
             if where in written:
-                raise DataError(
+                raise UserError(
                     f"{written[where]} and {path} would both be mapped to {made}; map them into different folders"
                 )
             written[where] = path

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 from ktda_jax.data.raster import Reading, Scene, open_scene
 from ktda_jax.prediction import pipeline
 from ktda_jax.prediction.files import Outputs
@@ -37,7 +37,7 @@ def _shown(value) -> str:
 
 
 def check_scenes(inputs, reading: Reading, bands: int, say) -> list[Scene]:
-    """Opens them all, so that what is wrong is known before anything is computed. DataError names the file."""
+    """Opens them all, so that what is wrong is known before anything is computed. UserError names the file."""
     scenes = [open_scene(path, reading, bands) for path in inputs]
     tiffs = [scene for scene in scenes if scene.path.suffix.lower() in (".tif", ".tiff")]
     for what, found in (
@@ -119,8 +119,8 @@ class Progress:
 
 
 def check_tiles(tile: tuple[int, int], overlap: int) -> None:
-    """DataError for tiles that no model takes, or that overlap more than is of use."""
+    """UserError for tiles that no model takes, or that overlap more than is of use."""
     if not 32 <= min(tile) <= max(tile) <= 2048:
-        raise DataError(f"--tile is {' x '.join(map(str, tile))}; give 32 to 2048 pixels")
+        raise UserError(f"--tile is {' x '.join(map(str, tile))}; give 32 to 2048 pixels")
     if not 0 <= overlap <= min(tile) // 2:
-        raise DataError(f"--overlap is {overlap}; give 0 to half of the tile, {min(tile) // 2} pixels")
+        raise UserError(f"--overlap is {overlap}; give 0 to half of the tile, {min(tile) // 2} pixels")

@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 from PIL import Image
 
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 from ktda_jax.data.raster import Scene
 from ktda_jax.prediction import polygons
 from ktda_jax.prediction.files import Outputs
@@ -89,7 +89,7 @@ class SceneWriter:
             self._preview.append((np.moveaxis(strip.row.preview[list(self._rgb)], 0, -1), labels))
 
     def finish(self) -> None:
-        """DataError if something could not be written."""
+        """UserError if something could not be written."""
         outputs, drawn = self._outputs, self._temporaries
         for writer in self._writers.values():
             writer.close()
@@ -117,7 +117,7 @@ class SceneWriter:
                         target.unlink(missing_ok=True)
                 os.replace(drawn[path], path)
         except OSError as error:
-            raise DataError(f"cannot write in {outputs.map.parent}: {error.strerror or error}") from error
+            raise UserError(f"cannot write in {outputs.map.parent}: {error.strerror or error}") from error
 
     def _overlay(self) -> Image.Image:
         image, labels = (np.concatenate(parts) for parts in zip(*self._preview, strict=True))

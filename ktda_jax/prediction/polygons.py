@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 from ktda_jax.data.raster import Scene, one_line, rasterio_for
 
 SIDE = 4096  # pixels
@@ -23,18 +23,18 @@ def check_installed() -> None:
         import pyogrio  # noqa: F401
         import shapely  # noqa: F401
     except ImportError as error:
-        raise DataError("--polygonize takes pyogrio and shapely; pip install -e '.[geo]'") from error
+        raise UserError("--polygonize takes pyogrio and shapely; pip install -e '.[geo]'") from error
 
 
 def check_places(scenes: Sequence[Scene]) -> None:
-    """DataError if one's ground control points are too few."""
+    """UserError if one's ground control points are too few."""
     for points in (scene.place.get("gcps") for scene in scenes):
         if points:
             by_points(points, np.zeros((1, 2)))
 
 
 def write(source: pathlib.Path, target: pathlib.Path, place: dict, classes: Sequence[str]) -> None:
-    """source: a map. target: a GeoPackage with one layer `map`; fields `class` and `name`. DataError if it cannot."""
+    """source: a map. target: a GeoPackage with one layer `map`; fields `class` and `name`. UserError if it cannot."""
     import pyogrio.errors
     import shapely
 
@@ -57,12 +57,12 @@ def write(source: pathlib.Path, target: pathlib.Path, place: dict, classes: Sequ
                     append=begun,
                 )  # fmt: skip
         except (pyogrio.errors.DataSourceError, pyogrio.errors.FieldError, RuntimeError) as error:
-            raise DataError(f"cannot write in {target.parent}: {' '.join(str(error).split())}") from error
+            raise UserError(f"cannot write in {target.parent}: {' '.join(str(error).split())}") from error
         begun = True
 
 
 def by_points(points: Sequence, places: np.ndarray) -> np.ndarray:
-    """places: columns and rows in pixels, (N, 2) -> coordinates (N, 2) by ground control points. DataError: too few."""
+    """places: columns and rows in pixels, (N, 2) -> coordinates (N, 2) by ground control points. UserError: too few."""
     import rasterio
     from rasterio.transform import GCPTransformer
 
@@ -70,7 +70,7 @@ def by_points(points: Sequence, places: np.ndarray) -> np.ndarray:
         with rasterio.Env(), GCPTransformer(points) as found:
             return np.stack(found.xy(places[:, 1], places[:, 0], offset="ul"), -1)
     except Exception as error:  # GDAL's are of no base of rasterio's
-        raise DataError(f"--polygonize: {len(points)} ground control points do not give places: {error}") from error
+        raise UserError(f"--polygonize: {len(points)} ground control points do not give places: {error}") from error
 
 
 def _polygons(path: pathlib.Path) -> Iterator[list[tuple[dict, float]]]:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from ktda_jax import UserError
 from ktda_jax.config import classes_of
 from ktda_jax.data.images import read_image
 from ktda_jax.models import flat
@@ -35,7 +36,7 @@ class Segmenter:
 
     def __init__(self, found: folder.Weights, dtype=jnp.float32):
         if found.kind != "ktda":
-            raise ValueError(f"these weights are a {found.kind}; prediction needs a whole KTDA model")
+            raise UserError(f"these weights are a {found.kind}; prediction needs a whole KTDA model")
         self.config, self.classes, self.palette, self.source = found.config, found.classes, found.palette, found.source
         self.data = found.data  # how training read its images, where that is known
         graphdef, params, stats = flat.abstract(
@@ -59,7 +60,7 @@ class Segmenter:
         """
         if isinstance(image, str | pathlib.Path):
             if self.config.student.bands != 3:
-                raise ValueError(
+                raise UserError(
                     f"the model takes {self.config.student.bands} bands; give them as an array, uint8 (H, W, bands), "
                     "scaled as in training, instead of a file"
                 )
@@ -67,11 +68,11 @@ class Segmenter:
         image = np.asarray(image)
         bands = self.config.student.bands
         if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != bands or not len(image):
-            raise ValueError(
+            raise UserError(
                 f"the image is {image.dtype} of shape {image.shape}; give uint8 (H, W, {bands}) or (B, H, W, {bands})"
             )
         if not 32 <= min(image.shape[-3:-1]) <= max(image.shape[-3:-1]) <= LARGEST:
-            raise ValueError(f"the image is {image.shape[-3]} x {image.shape[-2]} pixels; give 32 to {LARGEST} a side")
+            raise UserError(f"the image is {image.shape[-3]} x {image.shape[-2]} pixels; give 32 to {LARGEST} a side")
         batch = image if image.ndim == 4 else image[None]
         labels, probabilities = jax.device_get(self._run(self.params, self.stats, batch)[1:])
         return Prediction(labels, probabilities) if image.ndim == 4 else Prediction(labels[0], probabilities[0])
@@ -106,12 +107,12 @@ def from_workdir(workdir: pathlib.Path) -> folder.Weights:
         model = model_config_of(config)
         info = classes_of(config)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{workdir}: its config.json does not describe a training of ours: {error}") from error
+        raise UserError(f"{workdir}: its config.json does not describe a training of ours: {error}") from error
     _, params, stats = flat.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step = checkpoints.best_step()
         if step is None:
-            raise ValueError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
+            raise UserError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
         params, stats = checkpoints.restore_model(step, params, stats)
     if model.encoder == "teacher":
         params = {**params, **_encoder(workdir, config.weights.teacher, model)}
@@ -124,10 +125,10 @@ def from_workdir(workdir: pathlib.Path) -> folder.Weights:
 def _encoder(workdir: pathlib.Path, path: str | None, model: KTDAConfig) -> flat.Arrays:
     """The frozen encoder's arrays under 'teacher/', from where training had them: no checkpoint holds them."""
     if path is None:
-        raise ValueError(f"{workdir}: its encoder is a teacher that was random (config.weights.teacher was unset)")
+        raise UserError(f"{workdir}: its encoder is a teacher that was random (config.weights.teacher was unset)")
     _, expected, _ = flat.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
     try:
         arrays = loading.load(path, expected, "teacher", model.teacher)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{workdir}: its frozen encoder cannot be read: {error}") from error
+    except (UserError, OSError) as error:
+        raise UserError(f"{workdir}: its frozen encoder cannot be read: {error}") from error
     return {f"teacher/{k}": v for k, v in arrays.items()}

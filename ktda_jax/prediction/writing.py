@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ktda_jax.data.images import DataError
+from ktda_jax import UserError
 from ktda_jax.data.raster import Scene, rasterio_for
 
 
@@ -64,7 +64,7 @@ class RasterWriter:
         self._waiting = [rows[:, count:].copy()]
 
     def close(self) -> None:
-        """DataError unless all of it is in the file."""
+        """UserError unless all of it is in the file."""
         if self._rows():
             self._flush(self._rows())
         with _writing(self.path):
@@ -81,11 +81,11 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
     rasterio_for(path)
     try:
         yield
-    except DataError:
+    except UserError:
         raise
     except Exception as error:  # GDAL's are many, not all of them rasterio's, and of different bases
         words = " ".join(str(error.__cause__ or error).split())
-        raise DataError(f"cannot write in {path.parent}: {words or type(error).__name__}; is the disk full?") from error
+        raise UserError(f"cannot write in {path.parent}: {words or type(error).__name__}; is the disk full?") from error
 
 
 def _checksum(rows: np.ndarray) -> int:
@@ -93,7 +93,7 @@ def _checksum(rows: np.ndarray) -> int:
 
 
 def check_whole(path: pathlib.Path, checksums: Sequence[tuple[int, int]]) -> None:
-    """DataError unless a raster gives back what was written.
+    """UserError unless a raster gives back what was written.
 
     On a full disk GDAL writes what fits, and says so to nobody if that happens while it empties its cache.
     """

@@ -54,7 +54,7 @@ def computed(trained: Trained, config, names: list[str], images: list[np.ndarray
 
 
 def precomputed(trained: Trained, config, source, fingerprint: str, count: int) -> FeatureMaps:
-    """With the features on disk, which are those of the training split's tiles; DataError if they are not there."""
+    """With the features on disk, which are those of the training split's tiles; UserError if they are not there."""
     features = open_features(config, fingerprint)
 
     @jax.jit

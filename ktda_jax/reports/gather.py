@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from ktda_jax import UserError
 from ktda_jax.data.check import SplitSummary, check_split
-from ktda_jax.data.images import DataError
 from ktda_jax.reports import features, tiles, trained, workdir
 from ktda_jax.reports.workdir import Run
 from ktda_jax.training.inputs import open_source
@@ -16,7 +16,7 @@ FEATURE_TILES = 3
 
 
 def gather(paths: Sequence[pathlib.Path], *, root: str | None, keep: int, say: Callable = print) -> list[Run]:
-    """ConfigError for what is no workdir. `keep`: best and worst tiles each; 0 runs no model and reads no tiles."""
+    """UserError for what is no workdir. `keep`: best and worst tiles each; 0 runs no model and reads no tiles."""
     runs = [workdir.read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
     leaders = {}  # tiles and classes -> the run whose best and worst tiles stand for all with the same
     for run in runs:
@@ -42,11 +42,13 @@ def _look(run: Run, root: str | None, keep: int, leaders: dict, say) -> None:
     if root:
         with config.unlocked():
             config.data.root = root
+    hint = ""
     try:
         model = trained.load(run.path, config)
+        hint = "" if root else "; --root=... says where the data are now"
         source, summary = _open(run, run.split)
-    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:  # ConfigError and DataError among them
-        hint = "; --root=... says where the data are now" if isinstance(error, DataError) and not root else ""
+    except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
+        hint = hint if isinstance(error, UserError) else ""
         for section in ("tiles", "features", "shares"):
             run.missing[section] = _line(error) + hint
         return
@@ -56,7 +58,7 @@ def _look(run: Run, root: str | None, keep: int, leaders: dict, say) -> None:
     wanted = [tile.name for tile in leader.worst + leader.best] if leader else []
     try:
         scored = tiles.score(model, source, config, keep=0 if leader else keep, names=set(wanted), say=say)
-    except (DataError, jax.errors.JaxRuntimeError) as error:
+    except (UserError, jax.errors.JaxRuntimeError) as error:
         for section in ("tiles", "features", "shares"):
             run.missing[section] = _line(error)
         return
@@ -99,7 +101,7 @@ def _count_shares(run: Run, model, opened: dict, say) -> None:
                 some = tiles.Some(source, tiles.PREDICTED, skip=bool(summary.unreadable))
                 say(f"predicting {len(some)} of the {len(source)} tiles of {split}")
                 predictions, predicted = tiles.score(model, some, run.config, say=say).confusion.sum(0), len(some)
-        except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:  # ConfigError and DataError among them
+        except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
             run.missing["shares"] = f"{split}: {_line(error)}"
             continue
         run.shares[split] = tiles.Shares(
@@ -128,7 +130,7 @@ def _compare_features(run: Run, model, opened: dict, say) -> None:
             run.features = features.computed(model, config, names, images)
         else:
             run.missing["features"] = run.missing["tiles"]
-    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+    except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
         run.missing["features"] = _line(error)
 
 

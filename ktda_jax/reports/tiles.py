@@ -7,10 +7,9 @@ from collections.abc import Callable, Collection
 import jax
 import numpy as np
 
-from ktda_jax import sharding
+from ktda_jax import UserError, sharding
 from ktda_jax.data import pipeline, reading
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.images import DataError
 from ktda_jax.data.sources import read_tile
 from ktda_jax.metrics import summarize
 from ktda_jax.reports.trained import Trained
@@ -140,7 +139,7 @@ class Some:
     def _readable(self, index: int) -> bool:
         try:
             read_tile(self._source, int(index))
-        except DataError:
+        except UserError:
             return False
         return True
 

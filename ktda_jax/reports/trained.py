@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from ktda_jax import UserError, sharding
 from ktda_jax import config as configs
-from ktda_jax import sharding
-from ktda_jax.config import ConfigError
 from ktda_jax.models import flat
 from ktda_jax.models.flat import Arrays
 from ktda_jax.models.ktda import KTDA, KTDAConfig
@@ -31,9 +30,9 @@ class Trained:
 
 
 def load(workdir: pathlib.Path, config) -> Trained:
-    """The best checkpoint so far; ConfigError or ValueError where there is none that fits."""
+    """The best checkpoint so far; UserError or ValueError where there is none that fits."""
     if not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):
-        raise ConfigError("no checkpoint in the workdir yet")
+        raise UserError("no checkpoint in the workdir yet")
     dtype = configs.compute_dtype(config)
     found = segmenter.from_workdir(workdir)
     graphdef, params, stats = flat.abstract(lambda: KTDA(found.config, own_encoder=True, dtype=dtype, rngs=nnx.Rngs(0)))

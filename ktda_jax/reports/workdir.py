@@ -7,8 +7,8 @@ import pathlib
 import numpy as np
 from ml_collections import ConfigDict
 
+from ktda_jax import UserError
 from ktda_jax import config as configs
-from ktda_jax.config import ConfigError
 from ktda_jax.figures.plots import read_curves
 from ktda_jax.reports.features import FeatureMaps
 from ktda_jax.reports.tiles import Shares, Tile
@@ -51,15 +51,15 @@ class Run:
 
 
 def check(path: pathlib.Path) -> None:
-    """ConfigError if `path` is no workdir."""
+    """UserError if `path` is no workdir."""
     if not path.is_dir():
-        raise ConfigError(f"--workdir={path} is no folder; give the folder of a training")
+        raise UserError(f"--workdir={path} is no folder; give the folder of a training")
     if not any((path / file).is_file() for file in ("config.json", "metrics.jsonl")):
-        raise ConfigError(f"--workdir={path} is no workdir: neither config.json nor metrics.jsonl is in it")
+        raise UserError(f"--workdir={path} is no workdir: neither config.json nor metrics.jsonl is in it")
 
 
 def read(path: pathlib.Path, name: str) -> Run:
-    """ConfigError if `path` is no workdir; what is in it and cannot be read is `missing`."""
+    """UserError if `path` is no workdir; what is in it and cannot be read is `missing`."""
     check(path)
     run, figures = Run(path, name), path / "figures"
     try:
@@ -99,9 +99,9 @@ def _read_scores(run: Run, path: pathlib.Path) -> None:
         confusion = np.array(values["confusion"], np.int64)
         classes = tuple(str(name) for name in values["classes"])
         if confusion.shape != (len(classes),) * 2 or (run.classes and classes != tuple(run.classes)):
-            raise ValueError(f"its classes are {', '.join(classes)}")
+            raise UserError(f"its classes are {', '.join(classes)}")
         if (confusion < 0).any():
-            raise ValueError(f"a count of pixels is {confusion.min()}")
+            raise UserError(f"a count of pixels is {confusion.min()}")
     except FileNotFoundError:
         run.missing["scores"] = "not evaluated yet: that is done when training ends, or by --mode=eval"
         return
@@ -114,5 +114,5 @@ def _read_scores(run: Run, path: pathlib.Path) -> None:
 def _json(path: pathlib.Path) -> dict:
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
-        raise ValueError(f"{path.name} holds no object")
+        raise UserError(f"{path.name} holds no object")
     return values

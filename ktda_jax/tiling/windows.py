@@ -6,6 +6,8 @@ of invented ones, at the price of a larger last overlap. Only a scene smaller th
 
 import dataclasses
 
+from ktda_jax import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
@@ -34,7 +36,7 @@ class Grid:
 def axis(length: int, tile: int, overlap: int) -> Axis:
     """length, tile, overlap: pixels. ValueError if tiles would not advance."""
     if length < 1 or not 0 <= overlap < tile:
-        raise ValueError(f"length {length}, tile {tile}, overlap {overlap}: an overlap is from 0 to below the tile")
+        raise UserError(f"length {length}, tile {tile}, overlap {overlap}: an overlap is from 0 to below the tile")
     last = max(length - tile, 0)
     return Axis(length, tile, overlap, (*range(0, last, tile - overlap), last))
 

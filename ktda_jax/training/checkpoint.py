@@ -7,7 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from ktda_jax import sharding
+from ktda_jax import UserError, sharding
 from ktda_jax.models.flat import Arrays, check_shapes
 from ktda_jax.training.state import TrainState
 
@@ -90,7 +90,7 @@ class Checkpoints:
         where = f"checkpoint {self._directory / str(step)}"
         check_shapes(dict(saved["params"]), abstract.params, where)
         if (saved["ema"] is None) != (abstract.ema is None):
-            raise ValueError(f"{where} was trained {'with' if saved['ema'] else 'without'} EMA; keep config.ema")
+            raise UserError(f"{where} was trained {'with' if saved['ema'] else 'without'} EMA; keep config.ema")
 
     def wait(self) -> None:
         """Until all writes are complete."""

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from ktda_jax import UserError
 from ktda_jax import config as configs
-from ktda_jax.config import ConfigError
 from ktda_jax.data import pipeline, reading
 from ktda_jax.data.check import check_split
 from ktda_jax.data.sources import FolderSource
@@ -20,7 +20,7 @@ def open_source(config, split: str, *, build: bool = True):
     data, num_classes = config.data, len(configs.classes_of(config).classes)
     if data.source == "folder":
         if data.root is None:
-            raise ConfigError("config.data.root is not set; give the folder that holds img_dir/ and ann_dir/")
+            raise UserError("config.data.root is not set; give the folder that holds img_dir/ and ann_dir/")
         raw = dict(bands=data.bands, scale=data.scale, nodata=data.nodata, label_map=reading.label_map_of(data))
         return FolderSource(data.root, split, num_classes=num_classes, **raw)
     from ktda_jax.data import tfds_source
@@ -51,10 +51,7 @@ def open_features(config, fingerprint: str) -> TeacherFeatures | None:
     """The training split's teacher features if config.teacher wants them, checked against teacher and tiles."""
     if not config.distill or config.teacher.mode != "precomputed":
         return None
-    try:
-        identity = teacher_identity(config, model_config_of(config))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    identity = teacher_identity(config, model_config_of(config))
     if identity["sha256"] is None:  # not named: then it is the one that made the features
         identity |= {"seed": None, "sha256": None}
     wanted = {"split": config.data.train_split, "tiles": fingerprint, **identity, "teacher": None}

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ktda_jax import UserError, sharding
 from ktda_jax import config as configs
-from ktda_jax import sharding
-from ktda_jax.config import ConfigError
 from ktda_jax.data import pipeline, reading
 from ktda_jax.data.check import check_split
 from ktda_jax.data.teacher_features import TeacherFeatures
@@ -19,13 +18,8 @@ from ktda_jax.training import evaluate
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.inputs import eval_source, open_features, open_source, processes
 from ktda_jax.training.program import Compilation, Program, build
-from ktda_jax.training.state import TrainState
 from ktda_jax.training.stop import StopSignal
 from ktda_jax.training.writers import Writer
-
-
-class TrainingError(RuntimeError):
-    """Training that cannot go on; shown as one line."""
 
 
 def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluation | None:
@@ -51,7 +45,7 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
     writer = Writer(workdir, total_steps=config.total_steps, enabled=first)
     with Checkpoints(workdir / "checkpoints") as checkpoints, writer, StopSignal() as stop:
         start = checkpoints.latest_step() or 0
@@ -61,7 +55,7 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
             configs.write(workdir, config)
             configs.write_run(workdir, config, fingerprints)
         if start:
-            current, position = _restore(checkpoints, start, program)
+            current, position = checkpoints.restore(start, program.abstract, program.shardings)
             batches.set_state(position)
         else:
             current = program.init()
@@ -191,7 +185,7 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
             decides += ("weights.teacher",)
         configs.compare(workdir, config, only=decides)
     if not trained and config.weights.model is None:
-        raise ConfigError(
+        raise UserError(
             f"no checkpoints in {workdir}; train first, give --workdir of a trained run, or config.weights.model"
         )
     program = program or build(config, teacher=False, initial=not trained)
@@ -200,8 +194,8 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             step = checkpoints.best_step()
             if step is None:
-                raise ConfigError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
-            current, _ = _restore(checkpoints, step, program)
+                raise UserError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
+            current, _ = checkpoints.restore(step, program.abstract, program.shardings)
     else:
         step, current = 0, program.init()  # the weights of config.weights.model as they came
     info = configs.classes_of(config)
@@ -229,17 +223,10 @@ def _append_final(workdir: pathlib.Path, step: int, split: str, result: evaluate
             file.write(json.dumps(row) + "\n")
 
 
-def _restore(checkpoints: Checkpoints, step: int, program: Program) -> tuple[TrainState, dict]:
-    try:
-        return checkpoints.restore(step, program.abstract, program.shardings)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
 def _check_finite(step: int, terms: dict[str, float], saved: int | None) -> None:
     wrong = [f"{k} is {v}" for k, v in terms.items() if not np.isfinite(v)]
     if wrong:
         where = f"the last checkpoint is step {saved}" if saved else "no checkpoint was written yet"
-        raise TrainingError(
+        raise UserError(
             f"not finite at step {step}: {', '.join(wrong)}; {where}. Lower config.optimizer.lr or set config.clip_norm"
         )

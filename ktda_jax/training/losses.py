@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from ktda_jax import UserError
 from ktda_jax.models.ktda import Outputs
 from ktda_jax.models.layers import at_least_float32, resize
 
@@ -53,11 +54,11 @@ def distillation(
 ) -> jax.Array:  # fmt: skip
     """FAM outputs against the teacher's taps, (B, h, w, C) per level -> scalar, averaged over levels."""
     if axis not in KL_AXES:
-        raise ValueError(f"config.loss.kl_axis is {axis!r}; choose one of {', '.join(KL_AXES)}")
+        raise UserError(f"config.loss.kl_axis is {axis!r}; choose one of {', '.join(KL_AXES)}")
     total = 0.0
     for s, t in zip(student, teacher, strict=True):
         if s.shape != t.shape:
-            raise ValueError(
+            raise UserError(
                 f"the FAM's output is {s.shape[1]}x{s.shape[2]}x{s.shape[3]} but the teacher's features are "
                 f"{t.shape[1]}x{t.shape[2]}x{t.shape[3]}; leave config.model.grid unset, or set it to the "
                 "teacher's grid"

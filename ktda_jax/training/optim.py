@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 import optax
 
+from ktda_jax import UserError
+
 WARMUP_START = 1e-3  # mmengine's LinearLR start_factor as published
 
 
@@ -18,9 +20,9 @@ def warmup_poly(
     """
     begin = warmup if poly_begin is None else poly_begin
     if total_steps < 1:
-        raise ValueError(f"config.total_steps is {total_steps}; give at least 1")
+        raise UserError(f"config.total_steps is {total_steps}; give at least 1")
     if not 0 <= warmup or not 0 <= begin <= max(total_steps - 1, 0):
-        raise ValueError(
+        raise UserError(
             f"config.schedule: warmup {warmup}, poly_begin {begin} do not fit into total_steps {total_steps}"
         )
     length = max(total_steps - begin - 1, 1)  # mmengine counts the last step as the end point

@@ -17,9 +17,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ktda_jax import UserError, sharding
 from ktda_jax import config as configs
-from ktda_jax import sharding
-from ktda_jax.config import ConfigError
 from ktda_jax.data import libc, reading
 from ktda_jax.models import flat
 from ktda_jax.models.initial import HostRngs
@@ -141,24 +140,21 @@ def build(
     dtype = configs.compute_dtype(config)
     param_dtype = jnp.promote_types(dtype, jnp.float32)
     info = configs.classes_of(config)
-    try:
-        mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        sharding.check_batch_size(mesh, config.batch_size, "config.batch_size", config.grad_accum)
-        sharding.check_batch_size(mesh, config.eval_batch_size, "config.eval_batch_size")
-        model_config = model_config_of(config)
-        schedule = optim.warmup_poly(config.optimizer.lr, config.total_steps, **config.schedule)
-        options = {k: v for k, v in config.optimizer.items() if k != "lr"}
-        optimizer = optim.adamw(schedule, clip_norm=config.clip_norm, **options)
-        common = dict(dtype=dtype, param_dtype=param_dtype)
-        graphdef, params, stats = flat.abstract(lambda: KTDA(model_config, **common, rngs=nnx.Rngs(0)))
-        loaded = _loaded(config, model_config, params, stats) if initial else {}
-        teacher_graphdef, teacher_shapes, teacher_arrays = None, {}, dict
-        encodes = model_config.encoder == "teacher"
-        if encodes or (teacher and config.distill and config.teacher.mode == "computed"):
-            teacher_graphdef, teacher_shapes, teacher_arrays = frozen_teacher(config, model_config, dtype, mesh)
-        encoder = teacher_graphdef if encodes else None
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    sharding.check_batch_size(mesh, config.batch_size, "config.batch_size", config.grad_accum)
+    sharding.check_batch_size(mesh, config.eval_batch_size, "config.eval_batch_size")
+    model_config = model_config_of(config)
+    schedule = optim.warmup_poly(config.optimizer.lr, config.total_steps, **config.schedule)
+    options = {k: v for k, v in config.optimizer.items() if k != "lr"}
+    optimizer = optim.adamw(schedule, clip_norm=config.clip_norm, **options)
+    common = dict(dtype=dtype, param_dtype=param_dtype)
+    graphdef, params, stats = flat.abstract(lambda: KTDA(model_config, **common, rngs=nnx.Rngs(0)))
+    loaded = _loaded(config, model_config, params, stats) if initial else {}
+    teacher_graphdef, teacher_shapes, teacher_arrays = None, {}, dict
+    encodes = model_config.encoder == "teacher"
+    if encodes or (teacher and config.distill and config.teacher.mode == "computed"):
+        teacher_graphdef, teacher_shapes, teacher_arrays = frozen_teacher(config, model_config, dtype, mesh)
+    encoder = teacher_graphdef if encodes else None
 
     ema = None if config.ema is None else params
     moments = jax.eval_shape(optimizer.init, params)
@@ -241,7 +237,7 @@ def _check_grid(config, model: KTDAConfig) -> None:
     """The FAM's output must have the teacher's grid to be compared with it."""
     teacher_grid = model.teacher.grid_of(*config.data.crop)
     if config.distill and model.grid is not None and model.grid != teacher_grid:
-        raise ValueError(
+        raise UserError(
             f"config.model.grid is {model.grid}, but the teacher sees a {config.data.crop[0]}x"
             f"{config.data.crop[1]} crop as {teacher_grid[0]}x{teacher_grid[1]} patches; set it to "
             f"{teacher_grid}, or to None"
@@ -249,9 +245,9 @@ def _check_grid(config, model: KTDAConfig) -> None:
     if model.fmm is not None and model.fmm.form == "transformer":
         for width in model.channels:
             if width % model.fmm.heads:
-                raise ValueError(f"config.model.fmm.heads is {model.fmm.heads}, which does not divide {width}")
+                raise UserError(f"config.model.fmm.heads is {model.fmm.heads}, which does not divide {width}")
     if model.teacher.width % model.teacher.heads:
-        raise ValueError(
+        raise UserError(
             f"config.model.teacher.heads is {model.teacher.heads}, which does not divide {model.teacher.width}"
         )
 
@@ -261,13 +257,13 @@ def _loaded(config, model: KTDAConfig, params: flat.Arrays, stats: flat.Arrays) 
     chosen = config.weights
     if chosen.model is not None:
         if chosen.student is not None:
-            raise ValueError("config.weights.model brings its own student; leave config.weights.student out")
+            raise UserError("config.weights.model brings its own student; leave config.weights.student out")
         expected = {**params, **stats}
         if chosen.new_classifier:
             expected = {k: v for k, v in expected.items() if "/conv_seg/" not in k}
         return loading.load(chosen.model, expected, "model", model, new_classifier=chosen.new_classifier, rgb=model.rgb)
     if chosen.new_classifier:
-        raise ValueError("config.weights.new_classifier says what not to take from config.weights.model; give that too")
+        raise UserError("config.weights.new_classifier says what not to take from config.weights.model; give that too")
     if chosen.student is None:
         return {}
     student = {k.removeprefix("student/"): v for k, v in params.items() if k.startswith("student/")}

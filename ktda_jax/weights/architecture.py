@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ktda_jax import UserError
 from ktda_jax.models.convnext import ConvNeXtConfig
 from ktda_jax.models.fmm import FMMConfig
 from ktda_jax.models.ktda import KTDAConfig
 from ktda_jax.models.vit import ViTConfig
-from ktda_jax.weights.files import WeightsError
 
 Arrays = Mapping[str, np.ndarray]
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 20, 1536: 24, 4096: 32}  # published widths; no tensor tells
@@ -22,7 +22,7 @@ def under(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
 
 def _shape(arrays: Arrays, path: str) -> tuple[int, ...]:
     if path not in arrays:
-        raise WeightsError(f"no tensor for {path}, without which the model's size is unknown")
+        raise UserError(f"no tensor for {path}, without which the model's size is unknown")
     return arrays[path].shape
 
 
@@ -49,15 +49,15 @@ def vit(arrays: Arrays, *, rope: bool, heads: int | None = None, beside: Mapping
     registers = arrays["register_tokens"].shape[1] if "register_tokens" in arrays else 0
     said = beside.get("num_attention_heads")
     if heads and said and heads != said:
-        raise WeightsError(f"{heads} heads were asked for, but its config.json says {said}")
+        raise UserError(f"{heads} heads were asked for, but its config.json says {said}")
     heads = heads or said or HEADS.get(width)
     if heads is None or heads < 1 or width % heads:
-        raise WeightsError(
+        raise UserError(
             f"a transformer of width {width}: give --teacher_heads of ktda_jax.convert, a divisor of it (got {heads})"
         )
     activation = beside.get("hidden_act", "silu" if swiglu else "gelu")
     if activation != ("silu" if swiglu else "gelu") and not (swiglu and not rope):  # DINOv2's SwiGLU ignores it
-        raise WeightsError(f"hidden_act {activation!r} is not what DINOv2 and DINOv3 were published with")
+        raise UserError(f"hidden_act {activation!r} is not what DINOv2 and DINOv3 were published with")
     options = {}
     if statistics_known(beside):
         options = {k: tuple(round(255 * v, 3) for v in beside[f"image_{k}"]) for k in ("mean", "std")}
@@ -93,7 +93,7 @@ def ktda(arrays: Arrays, *, teacher_heads: int | None = None, fmm_heads: int | N
         width, hidden = _shape(arrays, "fmm/adapters/0/0/mlp/fc1/kernel")
         heads = fmm_heads or FMM_HEADS
         if heads < 1 or width % heads:
-            raise WeightsError(f"an FMM of width {width} with {heads} heads: give --fmm_heads, a divisor of it")
+            raise UserError(f"an FMM of width {width} with {heads} heads: give --fmm_heads, a divisor of it")
         fmm = FMMConfig(blocks=_count(arrays, "fmm/adapters/0/"), heads=heads, mlp_ratio=hidden / width)
     aux = arrays.get("auxiliary_head/conv_seg/kernel")
     return KTDAConfig(

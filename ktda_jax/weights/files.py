@@ -9,14 +9,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ktda_jax import UserError
+
 HUB = "hf://"
 _WRAPPERS = ("state_dict", "model", "module", "teacher", "model_ema")
 # What mmengine and old numpy put beside the tensors; read as inert objects, so that nothing of a file is executed.
 _INERT = ("mmengine.logging.history_buffer.HistoryBuffer", "mmengine.logging.message_hub.MessageHub")
-
-
-class WeightsError(ValueError):
-    """A weights file that cannot be used; shown as one line."""
 
 
 def locate(path: str) -> tuple[pathlib.Path, dict]:
@@ -28,7 +26,7 @@ def locate(path: str) -> tuple[pathlib.Path, dict]:
     if not str(path).startswith(HUB):
         found = expand(path)
         if not found.exists():
-            raise WeightsError(f"no file or folder {found}; give a weights file, a converted folder or hf://ORG/NAME")
+            raise UserError(f"no file or folder {found}; give a weights file, a converted folder or hf://ORG/NAME")
         return found, {"path": str(found)}
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -42,15 +40,15 @@ def locate(path: str) -> tuple[pathlib.Path, dict]:
         if not file and not list(pathlib.Path(folder).glob("*.safetensors")):
             folder = snapshot_download(name, allow_patterns=["*.bin", "*.pth", "*.json"], **options)
     except LocalEntryNotFoundError as error:
-        raise WeightsError(
+        raise UserError(
             f"{path} is not in the Hugging Face cache and cannot be downloaded; check the network, or download it "
             f"elsewhere and give its folder ({_line(error)})"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise WeightsError(f"cannot download {path}: {_line(error)}") from error
+        raise UserError(f"cannot download {path}: {_line(error)}") from error
     found = pathlib.Path(folder) / file
     if not found.exists():
-        raise WeightsError(f"{path}: no file {file} in {name}")
+        raise UserError(f"{path}: no file {file} in {name}")
     return found, {"path": path, "revision": pathlib.Path(folder).name}  # snapshots are named by their commit
 
 
@@ -59,7 +57,7 @@ def expand(path: str | pathlib.Path) -> pathlib.Path:
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError as error:  # ~somebody who is not there
-        raise WeightsError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict, list[pathlib.Path]]:
@@ -67,9 +65,9 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict, list[pathlib.
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted([*path.glob("*.bin"), *path.glob("*.pth")])
         if not files:
-            raise WeightsError(f"{path} holds no .safetensors, .bin or .pth file")
+            raise UserError(f"{path} holds no .safetensors, .bin or .pth file")
         if len(files) > 1 and not list(path.glob("*.index.json")):
-            raise WeightsError(
+            raise UserError(
                 f"{path} holds {len(files)} weight files ({', '.join(f.name for f in files[:4])}); give one of them"
             )
         beside = _settings(path)
@@ -95,7 +93,7 @@ def _settings(folder: pathlib.Path) -> dict:
             try:
                 content = json.loads(file.read_text())
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise WeightsError(f"{file} is not JSON ({_line(error)})") from error
+                raise UserError(f"{file} is not JSON ({_line(error)})") from error
             found |= content if isinstance(content, dict) else {}
     return found
 
@@ -111,7 +109,7 @@ def _safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
                     import ml_dtypes  # noqa: F401  registers bfloat16 with numpy; jax brings it
                 tensors[name] = as_float(opened.get_tensor(name))
     except (SafetensorError, OSError, TypeError) as error:
-        raise WeightsError(f"cannot read {file}: {_line(error)}; is it whole?") from error
+        raise UserError(f"cannot read {file}: {_line(error)}; is it whole?") from error
     return tensors
 
 
@@ -120,7 +118,7 @@ def import_torch(what: str):
     try:
         import torch
     except ImportError as error:
-        raise WeightsError(f"{what} needs torch: pip install 'ktda-jax[convert]'") from error
+        raise UserError(f"{what} needs torch: pip install 'ktda-jax[convert]'") from error
     return torch
 
 
@@ -135,13 +133,13 @@ def _pickled(file: pathlib.Path) -> dict[str, np.ndarray]:
             warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read raises
             content = _load(torch, file)
     except pickle.UnpicklingError as error:
-        raise WeightsError(f"{file} is not a plain checkpoint, and is not run: {_line(error)}") from error
+        raise UserError(f"{file} is not a plain checkpoint, and is not run: {_line(error)}") from error
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise WeightsError(f"cannot read {file}: {_line(error)}; is it whole?") from error
+        raise UserError(f"cannot read {file}: {_line(error)}; is it whole?") from error
     items = _unwrap(content).items()
     tensors = {k: v.detach() for k, v in items if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not tensors:
-        raise WeightsError(f"{file} holds no tensors by name; give a checkpoint or a state dict")
+        raise UserError(f"{file} holds no tensors by name; give a checkpoint or a state dict")
     return {
         name: as_float((t.float() if t.is_floating_point() and t.dtype != torch.float64 else t).numpy())
         for name, t in tensors.items()

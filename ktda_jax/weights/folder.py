@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ktda_jax import UserError
 from ktda_jax.models.convnext import ConvNeXtConfig
 from ktda_jax.models.flat import Arrays
 from ktda_jax.models.fmm import FMMConfig
@@ -62,7 +63,7 @@ def save(path: str | pathlib.Path, weights: Weights) -> None:
         (temporary / TENSORS).chmod((temporary / DESCRIPTION).stat().st_mode)
         temporary.replace(path)
     except SafetensorError as error:
-        raise ValueError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -74,7 +75,7 @@ def _sha256(path: pathlib.Path) -> str:
 
 def check_free(path: pathlib.Path) -> None:
     if path.exists():
-        raise ValueError(f"{path} exists; choose another place, or remove it")
+        raise UserError(f"{path} exists; choose another place, or remove it")
 
 
 def is_folder(path: pathlib.Path) -> bool:
@@ -98,9 +99,9 @@ def read(folder: pathlib.Path) -> Weights:
             palette=palette and tuple(map(tuple, palette)),
         )
         if _sha256(folder / TENSORS) != description["sha256"]:
-            raise ValueError(f"{TENSORS} is not the file that was written, by its sha256")
+            raise UserError(f"{TENSORS} is not the file that was written, by its sha256")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"cannot read the weights in {folder}: {str(error).splitlines()[0]}; are they whole?"
         ) from error
     return found

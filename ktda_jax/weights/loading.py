@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from ktda_jax import UserError
 from ktda_jax.models import convnext, vit
 from ktda_jax.models.flat import Arrays, check_shapes
 from ktda_jax.models.ktda import KTDAConfig
@@ -57,17 +58,17 @@ def load(
         options["fmm_heads"] = config.fmm.heads
     try:
         weights = read(path, **options)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     kind = "ktda" if what == "model" else what
     arrays, found = weights.arrays, weights.config
     if weights.kind != kind:
         if weights.kind != "ktda":
-            raise ValueError(f"{where}: {path} holds a {weights.kind}, not a {kind}")
+            raise UserError(f"{where}: {path} holds a {weights.kind}, not a {kind}")
         arrays = {k.removeprefix(f"{what}/"): v for k, v in arrays.items() if k.startswith(f"{what}/")}
         found = getattr(found, what)
         if not arrays:
-            raise ValueError(f"{where}: the model in {path} came without its {what}")
+            raise UserError(f"{where}: the model in {path} came without its {what}")
     if what == "model":  # of its teacher only what shapes the model counts; the teacher itself is another setting
         teacher = dataclasses.replace(config.teacher, width=found.teacher.width, patch=found.teacher.patch)
         found = dataclasses.replace(found, teacher=teacher)
@@ -132,13 +133,13 @@ def _compare(where: str, path: str, found, wanted) -> None:
         hint = "set these, or take other weights"
         if [name for name, *_ in differ] == ["config.model.num_classes"]:
             hint = "set --config.weights.new_classifier=True to start with classifiers of your own classes"
-        raise ValueError(f"{where}: the model in {path} has {listed}; {hint}")
+        raise UserError(f"{where}: the model in {path} has {listed}; {hint}")
     part = "teacher" if isinstance(wanted, ViTConfig) else "student"
     listed = ", ".join(f"{name} {theirs} (config: {ours})" for name, theirs, ours in differ)
     presets = (vit if part == "teacher" else convnext).PRESETS
     fits = [name for name, values in presets.items() if not _differences(found, type(found)(**values), "")]
     hint = f"set --config.model.{part}.preset={fits[0]}" if fits else f"set config.model.{part} to agree"
-    raise ValueError(f"{where}: the {part} in {path} has {listed}; {hint}, or take other weights")
+    raise UserError(f"{where}: the {part} in {path} has {listed}; {hint}, or take other weights")
 
 
 _ELSEWHERE = {  # settings of the model that config.data decides

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ktda_jax import UserError
 from ktda_jax.models import flat
 from ktda_jax.models.convnext import ConvNeXt
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.vit import ViT
 from ktda_jax.weights import architecture, convnext, files, mmseg, vit
 from ktda_jax.weights.architecture import under
-from ktda_jax.weights.files import WeightsError
 from ktda_jax.weights.folder import ASSUMED, Weights
 
 SOURCES = ("auto", "ktda", "hf", "meta", "timm", "mmpretrain")
@@ -25,14 +25,14 @@ def load(
     teacher_heads: int | None = None,
     fmm_heads: int | None = None,
 ) -> Weights:
-    """Reads and converts `path`, a file, a Hugging Face folder or hf://ORG/NAME; WeightsError says what is wrong."""
+    """Reads and converts `path`, a file, a Hugging Face folder or hf://ORG/NAME; UserError says what is wrong."""
     if source not in SOURCES:
-        raise WeightsError(f"--source is {source!r}; known: {', '.join(SOURCES)}")
+        raise UserError(f"--source is {source!r}; known: {', '.join(SOURCES)}")
     found, origin = files.locate(path)
     tensors, beside, read = files.read(found)
     kind, layout, tensors = _recognise(files.strip_prefixes(tensors), found)
     if source not in ("auto", layout.split()[0]) and (source, layout) != ("timm", "meta"):
-        raise WeightsError(f"{path} is in the layout {layout}, not {source}; leave --source out to have it recognised")
+        raise UserError(f"{path} is in the layout {layout}, not {source}; leave --source out to have it recognised")
     new = []
     try:
         if kind == "ktda":
@@ -49,7 +49,7 @@ def load(
             config = architecture.convnext(arrays)
         _check(kind, config, arrays, unknown)
     except (ValueError, IndexError) as error:
-        raise WeightsError(f"{path} ({kind}, {layout} names): {error}") from error
+        raise UserError(f"{path} ({kind}, {layout} names): {error}") from error
     origin |= {"layout": layout, "sha256": {file.name: files.sha256(file) for file in read}}
     if new:
         origin["initialised"] = new
@@ -68,7 +68,7 @@ def _recognise(tensors: dict, path: pathlib.Path) -> tuple[str, str, dict]:
                     inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                     return kind, layout, inside
     some = ", ".join(sorted(tensors)[:3])
-    raise WeightsError(
+    raise UserError(
         f"{path} is none of the known layouts (KTDA; DINOv2, DINOv3 and ConvNeXt of Hugging Face, Meta, timm and "
         f"mmpretrain): its {len(tensors)} tensors begin with {some}"
     )
@@ -96,7 +96,7 @@ def _check(kind: str, config, arrays: dict[str, np.ndarray], unknown: list[str])
 def to_upstream(weights: Weights, path: pathlib.Path) -> None:
     """Writes a `.pth` that the published PyTorch code loads; aside first, then renamed."""
     if weights.kind != "ktda":
-        raise WeightsError(f"--to=upstream writes whole KTDA models; this is a {weights.kind}")
+        raise UserError(f"--to=upstream writes whole KTDA models; this is a {weights.kind}")
     torch = files.import_torch(f"writing {path}")
     tensors = mmseg.to_upstream(weights.arrays)
     # A copy, since torch cannot hold reversed strides and saves the whole storage behind a view.
@@ -107,6 +107,6 @@ def to_upstream(weights: Weights, path: pathlib.Path) -> None:
         torch.save({"meta": {"ktda_jax": weights.source}, "state_dict": content}, temporary)
         temporary.replace(path)
     except RuntimeError as error:
-        raise WeightsError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     finally:
         temporary.unlink(missing_ok=True)
