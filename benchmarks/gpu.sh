@@ -47,7 +47,7 @@ for size in 4 "$batch"; do
 done
 part precomputed python -m ktda_jax.benchmark --config="$config" --config.batch_size="$batch" --steps="$steps" \
   --warmup=3 --forwards=0 --config.teacher.mode=precomputed --output="$out/precomputed.json"
-part peer python benchmarks/torch_peer.py --config="$config" --config.batch_size="$batch" --steps="$steps" \
+part peer python benchmarks/torch_peer/run.py --config="$config" --config.batch_size="$batch" --steps="$steps" \
   --warmup=3 --forwards="$steps" --forward_batch="$forward" --variants="$variants" --output="$out/peer.json"
 
 if ((${#failed[@]})); then

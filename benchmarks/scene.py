@@ -23,7 +23,10 @@ import time
 from importlib import metadata
 
 import numpy as np
-from timing import resident_peak
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # where `benchmarks` is, for a start by path
+
+from benchmarks.timing import resident_peak
 
 BLOCK = 512
 CASES = (("none", "full"), ("none", "sparse"), ("tiny", "sparse"))  # `tiny` on `full` on demand: it takes long

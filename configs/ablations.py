@@ -2,7 +2,7 @@
 
 Command:   python -m ktda_jax.main --config=configs/ablations.py:full,base --config.data.root=DIR \\
              --config.weights.teacher=weights/dinov2b
-           benchmarks/evidence.py runs them over folds, seeds and shares of the labels, and makes the table.
+           benchmarks/evidence/run.py runs them over folds, seeds and shares of the labels, and makes the table.
 Arguments: ablations.py:NAME[,base|,small], NAME one of
            student      the student alone: its own pyramid goes to the decoder
            fam          + FAM (and the neck that goes with it), without distillation
@@ -18,11 +18,11 @@ Arguments: ablations.py:NAME[,base|,small], NAME one of
            fmm_mlp      full with the `mlp` form of the FMM
            dinov2       the frozen teacher as the encoder under the same decoder: no student, FAM or FMM
            With base, the published sizes on a schedule for some twenty tiles; with small, that schedule for ConvNeXt-V2
-           atto, a DINOv2-S teacher, whose features must be precomputed (evidence.py does), and an FMM of one block
+           atto, a DINOv2-S teacher, whose features must be precomputed (run.py does), and an FMM of one block
            and 48 channels; without either, configs/cloud.py's schedule.
-           Label fractions are folders of fewer tiles: benchmarks/evidence.py --labels.
+           Label fractions are folders of fewer tiles: benchmarks/evidence/run.py --labels.
 Hardware:  two CPU cores with small; one accelerator without.
-Time, score: benchmarks/EVIDENCE.md.
+Time, score: benchmarks/evidence/EVIDENCE.md.
 """
 
 import pathlib

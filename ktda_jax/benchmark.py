@@ -41,11 +41,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ktda_jax import config as configs
 from ktda_jax import sharding
+from ktda_jax.config import checks
+from ktda_jax.config.model import compute_dtype, model_of
+from ktda_jax.config.settings import Settings
+from ktda_jax.config.workdir import write_json
 from ktda_jax.models import flat
 from ktda_jax.plan import flops
-from ktda_jax.training.program import batch_shapes, build, model_config_of
+from ktda_jax.training.program import batch_shapes, build
 
 # Dense bfloat16 TFLOP/s, as their makers state them.
 PEAKS = {
@@ -57,19 +60,18 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 def run(config, *, steps=3, warmup=1, forwards=3, forward_batch=1, peak=None, trace=None) -> dict:
     """The measurements by name; times in seconds, memory in GB (1e9), operations in TFLOP."""
-    configs.check(config)
-    program = build(config)
-    model = model_config_of(config)
-    crop, rng = tuple(config.data.crop), np.random.default_rng(0)
+    settings = checks.resolve(config)
+    program, model = build(settings), model_of(settings)
+    crop, rng = settings.data.crop, np.random.default_rng(0)
     device = jax.devices()[0]
     current, teacher = program.init(), program.teacher()
     operations = flops.of_model(model, crop, distill=bool(teacher))
     peak = peak or PEAKS.get(device.device_kind)
     report = {
-        "config": config.data.name,
+        "config": settings.data.name,
         "crop": crop,
-        "batch_size": config.batch_size,
-        "dtype": str(configs.compute_dtype(config)),
+        "batch_size": settings.batch_size,
+        "dtype": str(compute_dtype(settings.dtype)),
         "devices": f"{program.mesh.size} x {device.device_kind}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "date": time.strftime("%Y-%m-%d"),
@@ -100,7 +102,7 @@ def run(config, *, steps=3, warmup=1, forwards=3, forward_batch=1, peak=None, tr
             found["mfu"] = operations * images / median / (peak * 1e12 * program.mesh.size)
         return found
 
-    host = _batch(config, model, rng)
+    host = _batch(settings, model, rng)
     if steps:
         start = time.perf_counter()
         step = program.compile_step(current, sharding.to_global(program.mesh, host), teacher)
@@ -112,7 +114,7 @@ def run(config, *, steps=3, warmup=1, forwards=3, forward_batch=1, peak=None, tr
             current, terms = step(current, sharding.to_global(program.mesh, host), teacher)
             return terms
 
-        report["step"] = measure(train, steps, config.batch_size, operations["training"])
+        report["step"] = measure(train, steps, settings.batch_size, operations["training"])
         report["peak_training_gb"] = _peak_gb(device)
         if trace:
             with jax.profiler.trace(trace):
@@ -156,13 +158,13 @@ def machine(side: int = 2048, megabytes: int = 256, count: int = 10) -> dict:
     }
 
 
-def _batch(config, model, rng) -> dict:
+def _batch(settings: Settings, model, rng) -> dict:
     def random(shape):
         if shape.dtype != np.uint8:
             return rng.normal(size=shape.shape).astype(shape.dtype)
         return rng.integers(0, 256 if len(shape.shape) == 4 else model.num_classes, shape.shape, np.uint8)
 
-    return jax.tree.map(random, batch_shapes(config, model))
+    return jax.tree.map(random, batch_shapes(settings, model))
 
 
 def _peak_gb(device) -> float:
@@ -194,15 +196,15 @@ def main(_: list[str]) -> None:
         return print(table(machine()))
     with config.unlocked():
         config.eval_batch_size = config.batch_size  # evaluation is not run; let it divide by the devices
-    configs.check_output(given.output, "output")
-    configs.check_output(given.trace, "trace", folder=True)
+    checks.check_output(given.output, "output")
+    checks.check_output(given.trace, "trace", folder=True)
     report = run(
         config, steps=given.steps, warmup=given.warmup, forwards=given.forwards,
         forward_batch=given.forward_batch, peak=given.peak_tflops, trace=given.trace,
     )  # fmt: skip
     print(table(report))
     if given.output:
-        configs.write_json(pathlib.Path(given.output), {**report, "command": " ".join(sys.argv)})
+        write_json(pathlib.Path(given.output), {**report, "command": " ".join(sys.argv)})
 
 
 if __name__ == "__main__":

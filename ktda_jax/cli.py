@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from ktda_jax import UserError
-from ktda_jax import config as configs
+from ktda_jax.config import checks
 
 VERBS = {
     "main": "train, resume, evaluate",
@@ -96,7 +96,7 @@ def parse_config(argv: list[str]) -> list[str]:
     if given("coordinator") not in (None, "auto") and None in (given("num_processes"), given("process_id")):
         sys.exit("error: --coordinator=HOST:PORT needs --num_processes and --process_id too")
     try:
-        configs.check(config())
+        checks.resolve(config())
     except UserError as error:
         sys.exit(f"error: {error}")
     return rest
@@ -124,10 +124,11 @@ def parsed(parse: Parser) -> Parser:
 
 def run(main: Callable[[list[str]], None], parse: Parser) -> None:
     """Runs a verb: what a user can mend is shown in one line, with exit status 1."""
-    app.run(functools.partial(_in_one_line, main), flags_parser=parse)
+    app.run(functools.partial(in_one_line, main), flags_parser=parse)
 
 
-def _in_one_line(main, argv):
+def in_one_line(main, argv):
+    """main(argv), or SystemExit with what a user can mend."""
     try:
         main(argv)
     except UserError as error:

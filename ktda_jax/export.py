@@ -62,7 +62,7 @@ from absl import logging as absl_logging
 from flax import nnx
 from jax import export as jax_export
 
-from ktda_jax.config import write_json
+from ktda_jax.config.workdir import write_json
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.models import flat
 from ktda_jax.models.convnext import Block

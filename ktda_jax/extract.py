@@ -12,6 +12,7 @@ if __name__ == "__main__":
     cli.define_processes()
     PARSE = cli.parsed(cli.parse_config)  # before the imports below, which take seconds
 
+import dataclasses
 import fcntl
 import os
 import pathlib
@@ -24,7 +25,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ktda_jax import UserError, sharding
-from ktda_jax import config as configs
+from ktda_jax.config import checks
+from ktda_jax.config.model import compute_dtype, model_of, teacher_identity
+from ktda_jax.config.workdir import write_json
 from ktda_jax.data import pipeline
 from ktda_jax.data.check import check_split
 from ktda_jax.data.teacher_features import (
@@ -40,55 +43,53 @@ from ktda_jax.data.teacher_features import (
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDAConfig, normalize
 from ktda_jax.training.inputs import features_folder, open_source, processes
-from ktda_jax.training.program import frozen_teacher, model_config_of, teacher_identity
+from ktda_jax.training.program import frozen_teacher
 
 
 def run(config) -> pathlib.Path:
-    """Extracts, unless the features are there; returns their folder. UserError or UserError if it cannot be done.
+    """Extracts, unless the features are there; returns their folder. UserError if it cannot be done.
 
     Every tile must be readable, whatever config.data.on_corrupt says.
     """
-    configs.check(config)
-    model = model_config_of(config)
-    mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_batch_size(mesh, config.eval_batch_size, "config.eval_batch_size")
-    identity = teacher_identity(config, model)
-    dtype = configs.compute_dtype(config)
-    graphdef, _, place = frozen_teacher(config, model, dtype, mesh)
-    folder, split = features_folder(config), config.data.train_split
-    source = open_source(config, split)
-    summary = check_split(source, crop=tuple(config.data.crop), num_threads=config.data.num_threads)
+    settings = checks.resolve(config)
+    data, stored, chosen = settings.data, settings.teacher, settings.weights.teacher
+    model, dtype = model_of(settings), compute_dtype(settings.dtype)
+    mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
+    sharding.check_batch_size(mesh, settings.eval_batch_size, "config.eval_batch_size")
+    identity = teacher_identity(chosen, settings.seed, model)
+    graphdef, _, place = frozen_teacher(chosen, settings.seed, model, dtype, mesh)
+    folder, split = features_folder(stored, data), data.train_split
+    source = open_source(data, split)
+    summary = check_split(source, crop=data.crop, num_threads=data.num_threads)
     made_from = {"split": split, "tiles": summary.fingerprint, **identity}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not (folder / MANIFEST).exists():
             raise UserError(f"config.teacher.features={folder} exists and holds no teacher features; choose another")
         manifest = read_manifest(folder)
         check(folder, manifest, made_from)
-        if manifest["dtype"] != config.teacher.dtype:
+        if manifest["dtype"] != stored.dtype:
             raise UserError(
-                f"the teacher features in {folder} are there, but as {manifest['dtype']}, not {config.teacher.dtype}; "
+                f"the teacher features in {folder} are there, but as {manifest['dtype']}, not {stored.dtype}; "
                 "choose another config.teacher.features, or remove them"
             )
         _say(f"the features are in {folder} already")
         return folder
-    if config.weights.teacher is None:
+    if chosen is None:
         _say("warning: the teacher is random; set config.weights.teacher")
 
-    rows = dict(crop=None, batch_size=config.eval_batch_size, **processes(config))
+    rows = dict(crop=None, batch_size=settings.eval_batch_size, **processes(data.num_threads))
     batches = pipeline.eval_batches(source, **rows)
     records, per_shard = _records(batches, model, jax.process_count())
-    size = sum(2 * 4 * h * w * model.teacher.width * DTYPES[config.teacher.dtype].itemsize for *_, h, w in records)
-    _say(
-        f"{len(source)} tiles and their mirror images, {size / 1e9:.2f} GB of {config.teacher.dtype} before compression"
-    )
+    size = sum(2 * 4 * h * w * model.teacher.width * DTYPES[stored.dtype].itemsize for *_, h, w in records)
+    _say(f"{len(source)} tiles and their mirror images, {size / 1e9:.2f} GB of {stored.dtype} before compression")
 
-    step = _step(graphdef, model, dtype, DTYPES[config.teacher.dtype], mesh)
+    step = _step(graphdef, model, dtype, DTYPES[stored.dtype], mesh)
     temporary = folder.with_name(f".{folder.name}.tmp")
     lock = _claim(temporary, folder) if jax.process_index() == 0 else None
     _meet("folder made")
     try:
         _check_space(folder, size // jax.process_count())
-        _write(temporary / _shard(jax.process_index()), config, step, place(), batches, mesh)
+        _write(temporary / _shard(jax.process_index()), stored.dtype, step, place(), batches, mesh)
         _meet("shards written")
         if jax.process_index() == 0:
             manifest = {
@@ -96,11 +97,11 @@ def run(config) -> pathlib.Path:
                 "made_from": made_from,
                 "padding": PADDING,
                 "computed_in": str(dtype),
-                "dtype": config.teacher.dtype,
+                "dtype": stored.dtype,
                 "shards": {_shard(k): (temporary / _shard(k)).stat().st_size for k, n in enumerate(per_shard) if n},
             }
             np.save(temporary / RECORDS, np.array(records, np.int64))
-            configs.write_json(temporary / MANIFEST, manifest)
+            write_json(temporary / MANIFEST, manifest)
             os.replace(temporary, folder)
     finally:
         if lock is not None:
@@ -155,9 +156,9 @@ def _step(graphdef, model: KTDAConfig, dtype, stored: np.dtype, mesh):
     return jax.jit(taps, out_shardings=(sharding.batch_sharding(mesh),) * 2)
 
 
-def _write(path: pathlib.Path, config, step, teacher, batches, mesh) -> None:
+def _write(path: pathlib.Path, dtype: str, step, teacher, batches, mesh) -> None:
     """This process's tiles. The device works on one batch while the one before it is written."""
-    writer, pending = FeatureWriter(path, config.teacher.dtype), None
+    writer, pending = FeatureWriter(path, dtype), None
     total, done, said = int((batches.plan >= 0).sum()), 0, time.monotonic()
     started = said
 

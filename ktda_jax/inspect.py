@@ -22,8 +22,10 @@ import pathlib
 import numpy as np
 
 from ktda_jax import UserError
-from ktda_jax import config as configs
-from ktda_jax.data import augment, inspect, reading
+from ktda_jax.config import checks
+from ktda_jax.config.settings import Data
+from ktda_jax.config.workdir import write_json
+from ktda_jax.data import augment, inspect
 from ktda_jax.data.check import check_split
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.sources import read_tile
@@ -35,8 +37,8 @@ AUGMENTED = 3  # draws of the augmentation beside each
 
 def run(config, output: pathlib.Path, samples: int) -> list[str]:
     """Inspects all splits; returns what is wrong with them."""
-    configs.check(config)
-    info, data = configs.classes_of(config), config.data
+    settings = checks.resolve(config)
+    data, info = settings.data, settings.data.info
     names = list(dict.fromkeys(filter(None, (data.train_split, data.val_split, data.test_split))))
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -45,8 +47,8 @@ def run(config, output: pathlib.Path, samples: int) -> list[str]:
     sources, counts, problems = {}, {}, []
     for split in names:
         try:
-            source = open_source(config, split)
-            crop = tuple(data.crop) if split == data.train_split else None
+            source = open_source(data, split)
+            crop = data.crop if split == data.train_split else None
             counts[split] = inspect.count(source, num_threads=data.num_threads)
             sources[split] = source
             check_split(source, crop=crop, num_threads=data.num_threads)
@@ -71,8 +73,8 @@ def run(config, output: pathlib.Path, samples: int) -> list[str]:
     shares = {split: found.pixels[:classes] for split, found in counts.items()}
     plots.save_shares(output / "classes.png", shares, info.classes, info.palette)
     if data.train_split in sources:
-        _sheet(output / "samples.png", sources[data.train_split], config, info, samples)
-    configs.write_json(output / "inspection.json", _report(info.classes, counts, groups, suggested, problems))
+        _sheet(output / "samples.png", sources[data.train_split], data, settings.seed, samples)
+    write_json(output / "inspection.json", _report(info.classes, counts, groups, suggested, problems))
     print(f"written to {output}")
     return problems
 
@@ -121,10 +123,10 @@ def _report(classes, counts, groups, suggested, problems) -> dict:
     }
 
 
-def _sheet(path: pathlib.Path, source, config, info, samples: int) -> None:
+def _sheet(path: pathlib.Path, source, data: Data, seed: int, samples: int) -> None:
     """Random tiles: image, label, both, and what training sees of them."""
-    rng, rows, names = np.random.default_rng(config.seed), [], []
-    rgb = list(reading.bands_of(config.data)[1])
+    rng, rows, names = np.random.default_rng(seed), [], []
+    rgb, info = list(data.rgb_positions), data.info
     for index in rng.permutation(len(source)):
         try:
             tile = read_tile(source, int(index))
@@ -132,9 +134,9 @@ def _sheet(path: pathlib.Path, source, config, info, samples: int) -> None:
             shown = image[..., rgb]
             row = [shown, sheets.paint(label, info.palette), sheets.overlay(shown, label, info.palette)]
             for _ in range(AUGMENTED):
-                seen, truth = augment.random_crop(image, label, tuple(config.data.crop), rng)
-                seen, truth = augment.random_flip(seen, truth, rng, config.data.flip)
-                seen = augment.photometric_distortion(seen, rng) if config.data.photometric else seen
+                seen, truth = augment.random_crop(image, label, data.crop, rng)
+                seen, truth = augment.random_flip(seen, truth, rng, data.flip)
+                seen = augment.photometric_distortion(seen, rng) if data.photometric else seen
                 row.append(seen[..., rgb])
         except (UserError, ValueError):  # already reported
             continue

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-IGNORE = 255
+from ktda_jax.data.datasets import IGNORE
+
 PER_CLASS = ("IoU", "Acc", "Dice", "Fscore", "Precision", "Recall")
 
 

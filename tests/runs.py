@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
+from ktda_jax.config.settings import Settings
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDAConfig
 from ktda_jax.models.vit import ViT
@@ -77,13 +78,17 @@ def config(root: pathlib.Path, overrides: dict | None = None):
     return config.lock()
 
 
-def arguments(root: pathlib.Path, workdir: pathlib.Path, overrides: dict | None = None) -> list[str]:
+def settings(root: pathlib.Path, overrides: dict | None = None) -> Settings:
+    return Settings.of(config(root, overrides))
+
+
+def arguments(root: pathlib.Path, workdir: pathlib.Path | None, overrides: dict | None = None) -> list[str]:
     """The command line that means `config(root, overrides)`, on all devices; None leaves a setting as it is."""
-    settings = {"data.root": root, **TINY, **(overrides or {})}
+    values = {"data.root": root, **TINY, **(overrides or {})}
     return [
         f"--config={REPOSITORY / 'configs' / 'grass.py'}:tiny",
-        f"--workdir={workdir}",
-        *(f"--config.{key}={value}" for key, value in settings.items() if value is not None),
+        *([f"--workdir={workdir}"] if workdir else []),
+        *(f"--config.{key}={value}" for key, value in values.items() if value is not None),
     ]
 
 
@@ -184,7 +189,7 @@ def read(path: pathlib.Path, default: str = "") -> str:
 
 def saved_state(workdir: pathlib.Path, tiles: pathlib.Path, settings: dict) -> tuple[int, dict, dict]:
     """The latest checkpoint: step, all arrays by path, data position."""
-    program = build(config(tiles, settings))
+    program = build(Settings.of(config(tiles, settings)))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step = checkpoints.latest_step()
         current, position = checkpoints.restore(step, program.abstract, program.shardings)

@@ -9,7 +9,10 @@ import pytest
 import runs
 
 from ktda_jax import UserError
-from ktda_jax import config as configs
+from ktda_jax.config import checks
+from ktda_jax.config import workdir as records
+from ktda_jax.config.model import compute_dtype
+from ktda_jax.config.settings import Settings
 from ktda_jax.data import reading
 from ktda_jax.models.ktda import KTDAConfig
 
@@ -57,15 +60,14 @@ def tiny(**overrides):
 )
 def test_a_bad_value_is_named_with_what_would_do(setting, value, message):
     with pytest.raises(UserError, match=message):
-        configs.check(tiny(**{setting: value}))
+        checks.resolve(tiny(**{setting: value}))
 
 
 def test_every_config_passes_its_own_check():
     for name in ("grass", "grass:tiny", "cloud", "cloud:tiny,upstream", "custom", "custom:tiny", "demo", "demo:tiny"):
         file, _, argument = name.partition(":")
         config = runpy.run_path(str(runs.REPOSITORY / "configs" / f"{file}.py"))["get_config"](argument)
-        configs.check(config)
-        assert len(configs.classes_of(config).classes) >= 2
+        assert len(checks.resolve(config).data.info.classes) >= 2
 
 
 def test_own_classes_need_a_palette():
@@ -73,7 +75,7 @@ def test_own_classes_need_a_palette():
     with config.unlocked():
         config.data.classes, config.data.palette = ("a", "b"), ((0, 0, 0),)
     with pytest.raises(UserError, match="2 classes but 1 palette colours"):
-        configs.classes_of(config)
+        checks.resolve(config)
 
 
 def test_colours_are_checked_before_a_figure_needs_them():
@@ -81,7 +83,7 @@ def test_colours_are_checked_before_a_figure_needs_them():
     with config.unlocked():
         config.data.classes, config.data.palette = ("a", "b"), ((0, 0, 0), (230, 180, 300))
     with pytest.raises(UserError, match=r"the colour of 'b' is \(230, 180, 300\); give red, green and blue"):
-        configs.classes_of(config)
+        checks.resolve(config)
 
 
 def test_tiny_configs_take_a_preset():
@@ -101,53 +103,55 @@ def test_bands_and_their_colours():
 
 def test_tfds_sets_are_read_as_they_are():
     with pytest.raises(UserError, match="config.data.bands, scale, nodata and label_map are for folders"):
-        configs.check(tiny(**{"data.source": "tfds", "data.scale": (0, 9)}))
+        checks.resolve(tiny(**{"data.source": "tfds", "data.scale": (0, 9)}))
 
 
 def test_float64_needs_x64():
     with pytest.raises(UserError, match="only with JAX_ENABLE_X64=1"):
-        configs.compute_dtype(tiny(dtype="float64"))
+        compute_dtype(tiny(dtype="float64").dtype)
 
 
 def test_compute_dtype():
-    assert configs.compute_dtype(tiny()) == jnp.float32  # auto, on CPU
-    assert configs.compute_dtype(tiny(dtype="bfloat16")) == jnp.bfloat16
+    assert compute_dtype(tiny().dtype) == jnp.float32  # auto, on CPU
+    assert compute_dtype(tiny(dtype="bfloat16").dtype) == jnp.bfloat16
     with pytest.raises(UserError, match="config.dtype is 'half'; choose auto, float32 or bfloat16"):
-        configs.compute_dtype(tiny(dtype="half"))
+        checks.resolve(tiny(dtype="half"))
 
 
 def begun(workdir, config):
     """A workdir with a checkpoint."""
     (workdir / "checkpoints" / "3").mkdir(parents=True)
-    configs.write(workdir, config)
+    records.write(workdir, Settings.of(config))
     return workdir
 
 
 def test_the_saved_config_is_json_and_agrees_with_itself(tmp_path):
-    configs.compare(begun(tmp_path, tiny()), tiny())
+    records.compare(begun(tmp_path, tiny()), Settings.of(tiny()))
     assert json.loads((tmp_path / "config.json").read_text())["data"]["crop"] == [64, 64]
 
 
 def test_another_computation_is_refused_and_told_apart(tmp_path):
     begun(tmp_path, tiny())
     with pytest.raises(UserError) as error:
-        configs.compare(tmp_path, tiny(seed=7, **{"model.head_channels": 32}))
+        records.compare(tmp_path, Settings.of(tiny(seed=7, **{"model.head_channels": 32})))
     assert "model.head_channels (saved 16, now 32), seed (saved 42, now 7); use another" in str(error.value)
 
 
 def test_how_it_runs_may_change(tmp_path):
-    configs.compare(begun(tmp_path, tiny()), tiny(log_every=7, **{"mesh.fsdp": 2, "data.root": "elsewhere"}))
+    records.compare(
+        begun(tmp_path, tiny()), Settings.of(tiny(log_every=7, **{"mesh.fsdp": 2, "data.root": "elsewhere"}))
+    )
 
 
 def test_a_workdir_without_a_checkpoint_binds_nobody(tmp_path):
     """A run that failed before its first checkpoint, on a learning rate say, can be started again in place."""
     begun(tmp_path, tiny())
     (tmp_path / "checkpoints" / "3").rmdir()
-    configs.compare(tmp_path, tiny(seed=7))
+    records.compare(tmp_path, Settings.of(tiny(seed=7)))
 
 
 def test_a_broken_saved_config_is_named(tmp_path):
     begun(tmp_path, tiny())
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is not JSON .*; use another --workdir"):
-        configs.compare(tmp_path, tiny())
+        records.compare(tmp_path, Settings.of(tiny()))

@@ -279,12 +279,12 @@ REFUSED = [
 COMMANDS = """
 import json, sys
 from absl.testing import flagsaver
-from ktda_jax import convert as cli
+from ktda_jax import cli, convert
 said = []
 for arguments in json.load(sys.stdin):
     with flagsaver.flagsaver():
         try:
-            cli.main(cli.parse(["convert", *arguments]))
+            cli.in_one_line(convert.main, convert.parse(["convert", *arguments]))
             said.append("nothing")
         except SystemExit as error:
             said.append(error.code)

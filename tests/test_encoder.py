@@ -8,13 +8,15 @@ import runs
 from flax import nnx
 
 from ktda_jax import UserError, benchmark
-from ktda_jax import config as configs
+from ktda_jax.config import checks
+from ktda_jax.config.model import model_of
+from ktda_jax.config.settings import Settings
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.vit import ViT
 from ktda_jax.plan import flops
 from ktda_jax.training import losses
-from ktda_jax.training.program import build, model_config_of
+from ktda_jax.training.program import build
 
 FROZEN = {"model.encoder": "teacher", "model.fam": False, "model.fmm.enabled": False, "distill": False}
 SCALES = (4.0, 2.0, 1.0, 0.5)
@@ -23,8 +25,8 @@ SCALES = (4.0, 2.0, 1.0, 0.5)
 def test_only_the_decoder_trains(tmp_path):
     """And it does train: gradients flow to the neck and the heads, logits follow the frozen weights."""
     config = runs.config(tmp_path, FROZEN)
-    model = model_config_of(config)
-    program = build(config)
+    model = model_of(Settings.of(config))
+    program = build(Settings.of(config))
     current = runs.random_state(program)
     params, stats = current.params, current.batch_stats
     assert {path.split("/")[0] for path in params} == {"neck", "decode_head", "auxiliary_head"}
@@ -54,8 +56,8 @@ def test_a_config_from_before_there_was_a_choice_of_encoders(tmp_path):
     config = runs.config(tmp_path).unlock()
     for name in ("encoder", "tap_scales", "neck_channels"):
         del config.model[name]
-    configs.check(config)
-    assert model_config_of(config) == model_config_of(runs.config(tmp_path))
+    checks.resolve(config)
+    assert model_of(Settings.of(config)) == model_of(runs.settings(tmp_path))
 
 
 def test_the_benchmark_times_a_frozen_encoder(tmp_path):
@@ -65,7 +67,7 @@ def test_the_benchmark_times_a_frozen_encoder(tmp_path):
 
 
 def test_inference_pays_for_the_frozen_encoder(tmp_path):
-    model = model_config_of(runs.config(tmp_path, FROZEN))
+    model = model_of(runs.settings(tmp_path, FROZEN))
     found = flops.of_model(model, (64, 64), distill=False)
     assert found["inference"] > found["teacher"] > 0
     assert found["training"] < 3 * found["inference"] + found["teacher"]
@@ -83,14 +85,14 @@ def test_inference_pays_for_the_frozen_encoder(tmp_path):
 def test_what_does_not_go_with_it_is_named(tmp_path, settings, message):
     config = runs.config(tmp_path, {**FROZEN, **settings})
     with pytest.raises((UserError, ValueError), match=message):
-        configs.check(config)
-        model_config_of(config)
+        checks.resolve(config)
+        model_of(Settings.of(config))
 
 
 def test_a_narrower_neck(tmp_path):
     """Distillation stays at the teacher's width; all behind the neck has its own. Unset, the published width."""
     config = runs.config(tmp_path, {"model.neck_channels": 6})
-    narrow, usual = model_config_of(config), model_config_of(runs.config(tmp_path))
+    narrow, usual = model_of(Settings.of(config)), model_of(runs.settings(tmp_path))
     assert narrow.channels == (6,) * 4 and usual.channels == (16,) * 4
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
     graphdef, params, stats = flat.abstract(lambda: KTDA(narrow, rngs=nnx.Rngs(0)))
@@ -98,7 +100,9 @@ def test_a_narrower_neck(tmp_path):
     assert outputs.student[0].shape == (1, 5, 5, 16) and outputs.logits.shape == (1, 20, 20, runs.CLASSES)
     assert params["decode_head/lateral_convs/0/conv/kernel"].shape[-2] == 6
     with pytest.raises(UserError, match=r"heads is 4, which does not divide 6"):
-        build(runs.config(tmp_path, {"model.neck_channels": 6, "model.fmm.form": "transformer", "model.fmm.heads": 4}))
+        build(
+            runs.settings(tmp_path, {"model.neck_channels": 6, "model.fmm.form": "transformer", "model.fmm.heads": 4})
+        )
 
 
 @pytest.mark.slow
@@ -107,7 +111,7 @@ def test_a_step_with_tap_scales_is_one_on_multiplied_taps(tmp_path):
     batch = {"image": np.full((4, 64, 64, 3), 90, np.uint8), "label": np.zeros((4, 64, 64), np.uint8)}
     found = []
     for given, multiplied in ((SCALES, (1,) * 4), (None, SCALES)):
-        program = build(runs.config(tmp_path, {"model.tap_scales": given, "teacher.mode": "precomputed"}))
+        program = build(runs.settings(tmp_path, {"model.tap_scales": given, "teacher.mode": "precomputed"}))
         rows = {**batch, "teacher": [s * t for s, t in zip(multiplied, taps, strict=True)]}
         found.append(float(program.train_step(runs.random_state(program), rows, {})[1]["distill"]))
     assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0] > 0
@@ -115,10 +119,10 @@ def test_a_step_with_tap_scales_is_one_on_multiplied_taps(tmp_path):
 
 def test_tap_scales_multiply_what_the_teacher_gives(tmp_path):
     taps = [np.full((1, 2, 2, 3), k + 1.0) for k in range(4)]
-    scaled = model_config_of(runs.config(tmp_path, {"model.tap_scales": SCALES})).scaled(taps)
+    scaled = model_of(runs.settings(tmp_path, {"model.tap_scales": SCALES})).scaled(taps)
     assert [float(t.mean()) for t in scaled] == [4.0, 4.0, 3.0, 2.0]
-    unscaled = model_config_of(runs.config(tmp_path)).scaled(taps)
+    unscaled = model_of(runs.settings(tmp_path)).scaled(taps)
     assert all(a is b for a, b in zip(unscaled, taps, strict=True))  # as published
     for wrong in ((1.0, 2.0, 3.0), (1.0, 1.0, 1.0, 0.0), (1.0, "a", 1.0, 1.0)):
         with pytest.raises(ValueError, match="config.model.tap_scales is .*; give four numbers above 0"):
-            model_config_of(runs.config(tmp_path, {"model.tap_scales": wrong}))
+            model_of(runs.settings(tmp_path, {"model.tap_scales": wrong}))

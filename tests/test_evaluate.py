@@ -123,7 +123,7 @@ def test_the_report_holds_the_table_the_figures_and_strict_json(source, tmp_path
 def test_weights_from_elsewhere_are_evaluated_as_they_are(tmp_path):
     """--mode=eval with config.weights.model, against a confusion matrix of load_pretrained's predictions."""
     root = runs.make_tiles(tmp_path / "data", train=1, val=5, size=64)  # the crop's size: nothing is resized
-    first = build(runs.config(root))
+    first = build(runs.settings(root))
     state_ = runs.random_state(first)
     config = KTDAConfig.from_dict({**runs.config(root).model, "num_classes": runs.CLASSES})
     folder.save(tmp_path / "w", folder.Weights("ktda", config, {**state_.params, **state_.batch_stats}, {}))

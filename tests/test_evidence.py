@@ -1,4 +1,4 @@
-"""benchmarks/evidence.py: folds share no scene, choices see no scored tile, resuming, the table's numbers."""
+"""benchmarks/evidence/: folds share no scene, choices see no scored tile, resuming, the table's numbers."""
 
 import json
 import os
@@ -13,18 +13,15 @@ import pytest
 import runs
 from PIL import Image
 
-from ktda_jax import config as configs
+from benchmarks.evidence import folds, probe
+from benchmarks.evidence import run as evidence
+from benchmarks.evidence import table as evidence_table
+from ktda_jax.config import checks
+from ktda_jax.config.model import model_of
+from ktda_jax.config.settings import Settings
 from ktda_jax.prediction import segmenter
-from ktda_jax.training.program import model_config_of
 from ktda_jax.weights import folder
 from ktda_jax.weights.folder import Weights
-
-sys.path.insert(0, str(runs.REPOSITORY / "benchmarks"))
-
-import evidence
-import evidence_table
-import folds
-import probe
 
 TILES = pathlib.Path(__file__).parents[2] / "shared" / "real_samples" / "l8_biome_256"
 MEASURED = dict(
@@ -157,7 +154,7 @@ def study(tmp_path):
     sizes = {**runs.TINY, "data.crop": (48, 48), "model.teacher.image_size": (48, 48), "mesh.data": 1}
     del sizes["loss.alpha"]  # which ablations are about
     config = runs.config(data, sizes)
-    teacher = Weights("teacher", model_config_of(config).teacher, runs.random_teacher(config), {})
+    teacher = Weights("teacher", model_of(Settings.of(config)).teacher, runs.random_teacher(config), {})
     folder.save(tmp_path / "teacher", teacher)
     cache = jax.config.jax_compilation_cache_dir
 
@@ -254,7 +251,7 @@ def test_tiny_configurations_end_to_end(study, tmp_path):
     """KTDA distilled from precomputed features, a frozen encoder, and the probe; on real trainings of six steps."""
     command = [
         sys.executable,
-        "benchmarks/evidence.py",
+        "benchmarks/evidence/run.py",
         *study(names="scaled,dinov2,probe", folds=2),
         "--keep_checkpoints",
     ]
@@ -294,8 +291,8 @@ def test_every_ablation_is_a_valid_config():
     for name in evidence.ABLATIONS["ABLATIONS"]:
         for argument in (name, f"{name},small"):
             config = evidence.ABLATIONS["get_config"](argument)
-            configs.check(config)
-            model_config_of(config)
+            checks.resolve(config)
+            model_of(Settings.of(config))
     with pytest.raises(ValueError, match="ablation 'fll' is unknown; known: student, fam"):
         evidence.ABLATIONS["get_config"]("fll")
 

@@ -18,8 +18,9 @@ import pytest
 import runs
 
 import ktda_jax
-from ktda_jax import config as configs
 from ktda_jax import export
+from ktda_jax.config import workdir as records
+from ktda_jax.config.settings import Settings
 from ktda_jax.prediction import segmenter
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.program import build
@@ -37,13 +38,13 @@ def workdir(tmp_path_factory):
     """A workdir with a checkpoint of random weights and the marks."""
     path = tmp_path_factory.mktemp("run")
     config = runs.config(path, SETTINGS)
-    kept = runs.random_state(build(config))
+    kept = runs.random_state(build(Settings.of(config)))
     params = dict(kept.params)
     for prefix, mark in MARKS.items():
         marked = {name: np.full_like(value, mark) for name, value in params.items() if name.startswith(prefix)}
         assert marked
         params |= marked
-    configs.write(path, config)
+    records.write(path, Settings.of(config))
     with Checkpoints(path / "checkpoints") as checkpoints:
         checkpoints.save(3, dataclasses.replace(kept, params=params), {}, {"mIoU": 60.0})
     return path

@@ -10,10 +10,12 @@ import runs
 from PIL import Image
 
 from ktda_jax import UserError, extract, sharding
+from ktda_jax.config.model import model_of, teacher_identity
+from ktda_jax.config.settings import Settings
 from ktda_jax.data import pipeline
 from ktda_jax.data.check import check_split
-from ktda_jax.training.inputs import open_features, open_source
-from ktda_jax.training.program import build, model_config_of
+from ktda_jax.training.inputs import features_folder, open_features, open_source
+from ktda_jax.training.program import build
 from ktda_jax.weights import folder
 from ktda_jax.weights.folder import Weights
 
@@ -30,7 +32,7 @@ def tiles(tmp_path_factory):
 def teacher(tiles, tmp_path_factory):
     """A folder with a teacher's weights."""
     path, config = tmp_path_factory.mktemp("weights") / "teacher", runs.config(tiles, SETTINGS)
-    folder.save(path, Weights("teacher", model_config_of(config).teacher, runs.random_teacher(config), {}))
+    folder.save(path, Weights("teacher", model_of(Settings.of(config)).teacher, runs.random_teacher(config), {}))
     return path
 
 
@@ -45,10 +47,19 @@ def config(tiles, teacher, tmp_path):
     return make
 
 
+def open_if_precomputed(config, source):
+    settings = Settings.of(config)
+    if settings.teacher.mode == "computed":
+        return None
+    identity = teacher_identity(settings.weights.teacher, settings.seed, model_of(settings))
+    folder = features_folder(settings.teacher, settings.data)
+    return open_features(folder, identity, settings.data.train_split, check_split(source).fingerprint)
+
+
 def first_terms(config):
     """The terms of the first training step."""
-    program, source = build(config), open_source(config, "train")
-    features = open_features(config, check_split(source).fingerprint)
+    program, source = build(Settings.of(config)), open_source(Settings.of(config).data, "train")
+    features = open_if_precomputed(config, source)
     batch = next(
         pipeline.train_iterator(
             source, crop=config.data.crop, batch_size=config.batch_size, seed=0, photometric=False, features=features
@@ -79,7 +90,7 @@ def read_all(features):
 
 
 def opened(config):
-    return open_features(config, check_split(open_source(config, "train")).fingerprint)
+    return open_if_precomputed(config, open_source(Settings.of(config).data, "train"))
 
 
 def test_devices_and_batches_do_not_matter(config, tmp_path):
@@ -96,7 +107,7 @@ def test_devices_and_batches_do_not_matter(config, tmp_path):
 
 def test_two_processes_are_one(config, tiles, teacher, tmp_path):
     settings = {**SETTINGS, "weights.teacher": teacher, "teacher.features": tmp_path / "two", "eval_batch_size": 2}
-    for out, _ in map(runs.finish, runs.start_two(*runs.arguments(tiles, tmp_path, settings), verb="extract")):
+    for out, _ in map(runs.finish, runs.start_two(*runs.arguments(tiles, None, settings), verb="extract")):
         spoken = [line for line in out.splitlines() if "Gloo" not in line]
         assert not spoken or "5 tiles and their mirror images" in spoken[0]
     assert {path.name for path in (tmp_path / "two").iterdir()} == {
@@ -165,7 +176,7 @@ def test_of_two_extractions_at_once_one_gives_way(config, tmp_path, monkeypatch)
 def test_another_teacher_is_refused(config, tmp_path, tiles):
     extract.run(settings := config(teacher__mode="precomputed"))
     arrays = {k: v + 1 for k, v in runs.random_teacher(settings).items()}
-    folder.save(tmp_path / "other", Weights("teacher", model_config_of(settings).teacher, arrays, {}))
+    folder.save(tmp_path / "other", Weights("teacher", model_of(Settings.of(settings)).teacher, arrays, {}))
     with pytest.raises(UserError, match="features are of another teacher's weights"):
         opened(config(teacher__mode="precomputed", weights__teacher=str(tmp_path / "other")))
     opened(config(teacher__mode="precomputed", weights__teacher=None))  # not named: the one that made them
@@ -195,7 +206,7 @@ def test_training_from_features_through_the_command(tiles, teacher, tmp_path):
     flags = runs.arguments(tiles, tmp_path / "run", {**settings, "mesh.data": None})
     process = runs.start(*flags)
     assert process.communicate()[1].startswith(f"error: no teacher features in {tmp_path / 'features'} (no manifest")
-    runs.finish(runs.start(*flags, verb="extract"))
+    runs.finish(runs.start(*(flag for flag in flags if not flag.startswith("--workdir")), verb="extract"))
     out, err = runs.finish(runs.start(*flags))
     assert f"teacher: features in {tmp_path / 'features'}, made by {teacher}" in out
     assert "the teacher starts from random" not in out + err

@@ -217,8 +217,8 @@ def test_the_jobset_is_consistent_and_its_flags_are_known():
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     assert container["command"] == ["python", "-m", "ktda_jax.main"]
     # As main parses them, in a process of its own since flags are global; a folder that all hosts see.
-    code = "import sys; from ktda_jax import main as m; m.parse(sys.argv)"
-    code += "; print(m.COORDINATOR.value, m.CONFIG.value.data.crop)"
+    code = "import sys; from absl.flags import FLAGS; from ktda_jax import cli, main; main.parse(sys.argv)"
+    code += "; print(FLAGS.coordinator, cli.config().data.crop)"
     parsed = subprocess.run(
         [sys.executable, "-c", code, *container["args"]], cwd=runs.REPOSITORY, capture_output=True, text=True
     )

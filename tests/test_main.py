@@ -20,7 +20,7 @@ import runs
 from flax import nnx
 from PIL import Image
 
-from ktda_jax import config as configs
+from ktda_jax.config import workdir as records
 from ktda_jax.models import flat
 from ktda_jax.models.convnext import ConvNeXt, ConvNeXtConfig
 from ktda_jax.models.ktda import KTDAConfig
@@ -347,4 +347,4 @@ def test_a_loss_that_is_not_finite_names_term_and_step(refusal, tmp_path):
         model__student__depths=(0, 0, 0, 0), model__aux_channels=0,
     )  # fmt: skip
     assert re.search(r"not finite at step 2: .*decode is nan.*; no checkpoint was written yet\. Lower config", line)
-    configs.compare(tmp_path / "run", runs.config("elsewhere"))  # the workdir may be used again
+    records.compare(tmp_path / "run", runs.settings("elsewhere"))  # the workdir may be used again

@@ -14,8 +14,9 @@ import scene_files as sf
 from PIL import Image
 
 import ktda_jax
-from ktda_jax import config as configs
 from ktda_jax import predict
+from ktda_jax.config import workdir as records
+from ktda_jax.config.settings import Settings
 from ktda_jax.data.datasets import dataset_info
 from ktda_jax.data.raster import Reading
 from ktda_jax.prediction import mapping
@@ -30,8 +31,8 @@ def trained(workdir, **settings) -> pathlib.Path:
     """A workdir as a training leaves it, with random weights."""
     workdir.mkdir(exist_ok=True)
     config = runs.config(workdir, {k.replace("__", "."): v for k, v in settings.items()})
-    program = build(config)
-    configs.write(workdir, config)
+    program = build(Settings.of(config))
+    records.write(workdir, Settings.of(config))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(1, runs.random_state(program), {}, {"mIoU": 1.0})
     return workdir
@@ -56,9 +57,9 @@ def step(model):
 @pytest.fixture
 def run(workdir, model, step, monkeypatch, tmp_path, capsys):
     """predict.run on a scene or folder; returns what it printed."""
-    load = predict.pretrained.load_pretrained
+    load = predict.segmenter.load_pretrained
     known = {str(workdir): model}
-    monkeypatch.setattr(predict.pretrained, "load_pretrained", lambda path, **given: known.get(path) or load(path))
+    monkeypatch.setattr(predict.segmenter, "load_pretrained", lambda path, **given: known.get(path) or load(path))
     monkeypatch.setattr(device, "Step", lambda model, tile, batch: step)
 
     def go(input, output="map.tif", checkpoint=workdir, **flags) -> str:

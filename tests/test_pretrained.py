@@ -11,7 +11,8 @@ import runs
 from PIL import Image
 
 import ktda_jax
-from ktda_jax import config as configs
+from ktda_jax.config import workdir as records
+from ktda_jax.config.settings import Settings
 from ktda_jax.models import flat
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.program import build
@@ -72,17 +73,17 @@ def test_a_teacher_alone_predicts_nothing(tmp_path):
 def test_a_workdir_gives_its_best_checkpoint(tmp_path, ema):
     """The best by validation, not the last; the average where there is one; and how training read its images."""
     config = runs.config(tmp_path, {"ema": ema, "data.bands": (4, 1, 2, 3), "data.scale": (0, 3000)})
-    program = build(config)
+    program = build(Settings.of(config))
     kept = runs.random_state(program)
     if ema:
         kept = dataclasses.replace(kept, ema={k: v + 1 for k, v in kept.params.items()})
-    configs.write(tmp_path, config)
+    records.write(tmp_path, Settings.of(config))
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(3, kept, {}, {"mIoU": 60.0})
         later = jax.tree.map(np.zeros_like, kept)
         checkpoints.save(6, later, {}, {"mIoU": 50.0})
     model = ktda_jax.load_pretrained(tmp_path)
-    assert model.source["step"] == 3 and model.data["bands"] == [4, 1, 2, 3] and model.data["scale"] == [0, 3000]
+    assert model.source["step"] == 3 and model.data["bands"] == (4, 1, 2, 3) and model.data["scale"] == [0, 3000]
     image = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 4), np.uint8)
     params = kept.ema if ema else kept.params
     expected = flat.merge(program.graphdef, params, kept.batch_stats)(image).logits
@@ -93,7 +94,7 @@ def test_a_workdir_without_a_training(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="config.json does not describe a training of ours"):
         ktda_jax.load_pretrained(tmp_path)
-    configs.write(tmp_path, runs.config(tmp_path))
+    records.write(tmp_path, runs.settings(tmp_path))
     with pytest.raises(ValueError, match="no checkpoint in .*checkpoints; train first"):
         ktda_jax.load_pretrained(tmp_path)
     broken = json.loads((tmp_path / "config.json").read_text())

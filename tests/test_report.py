@@ -13,7 +13,8 @@ import runs
 
 import ktda_jax
 from ktda_jax import UserError, extract, report
-from ktda_jax import config as configs
+from ktda_jax.config import workdir as records
+from ktda_jax.config.settings import Settings
 from ktda_jax.data.check import check_split
 from ktda_jax.data.sources import FolderSource
 from ktda_jax.reports import features, page, panels
@@ -54,8 +55,8 @@ def tiles(tmp_path_factory):
 def begun(path, config, score: float):
     """A workdir as training leaves it, of weights that no training made: that would take most of these tests' time."""
     path.mkdir(parents=True)
-    configs.write(path, config)
-    kept = runs.random_state(build(config))
+    records.write(path, Settings.of(config))
+    kept = runs.random_state(build(Settings.of(config)))
     noise = np.random.default_rng(int(score))
     kept.params["decode_head/conv_seg/bias"] = noise.normal(size=runs.CLASSES).astype(np.float32)
     with Checkpoints(path / "checkpoints") as checkpoints:
@@ -74,7 +75,9 @@ def trained(tiles, tmp_path_factory):
     config = runs.config(tiles, SETTINGS)
     path = begun(tmp_path_factory.mktemp("runs") / "first", config, 12.5)
     loop.evaluate_workdir(config, path)
-    configs.write_run(path, config, {"val": check_split(open_source(config, "val")).fingerprint})
+    records.write_run(
+        path, Settings.of(config), {"val": check_split(open_source(Settings.of(config).data, "val")).fingerprint}
+    )
     return path
 
 
@@ -253,7 +256,7 @@ def test_precomputed_features_are_those_on_disk(trained, tmp_path):
     settings = {**SETTINGS, "teacher.mode": "precomputed", "teacher.features": str(tmp_path / "features")}
     config = runs.config(small, settings)
     shutil.copytree(trained, run)
-    configs.write(run, config)
+    records.write(run, Settings.of(config))
     extract.run(config)
     (found,) = gather([run], root=None, keep=1)
     assert "not the tiles that training scored" in found.scored  # its run.json speaks of others

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from ktda_jax import sharding
 from ktda_jax.benchmark import COMPILED
+from ktda_jax.config.settings import Settings
 from ktda_jax.data import pipeline
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.inputs import open_source
@@ -58,7 +59,7 @@ def test_an_eighth_of_the_published_model_lies_on_each_of_eight_devices():
     config.update_from_flattened_dict(
         {"mesh.data": 1, "mesh.fsdp": 8, "batch_size": 8, "eval_batch_size": 8, "ema": 0.9}
     )
-    program = build(config)
+    program = build(Settings.of(config))
     whole, share = 0, 0
     for x, s in zip(jax.tree.leaves(program.abstract), jax.tree.leaves(program.shardings), strict=True):
         whole += x.size * x.dtype.itemsize
@@ -107,9 +108,9 @@ def train(tiles, data, fsdp, steps=4):
     settings = {"mesh.data": data, "mesh.fsdp": fsdp, "batch_size": 8, "eval_batch_size": 8, "ema": 0.9}
     config = runs.config(tiles, settings)
     assert config.model.student.drop_path > 0 and config.model.dropout > 0
-    program = build(config)
+    program = build(Settings.of(config))
     batches = pipeline.train_iterator(
-        open_source(config, "train"), crop=config.data.crop, batch_size=8, seed=0, num_threads=1
+        open_source(Settings.of(config).data, "train"), crop=config.data.crop, batch_size=8, seed=0, num_threads=1
     )
     current, teacher = program.init(), program.teacher()
     first, terms = jax.device_get(current.params), []
@@ -175,7 +176,7 @@ def test_two_processes_are_one(tiles, tmp_path):
         assert ours.pop("split", None) == theirs.pop("split", None)
         assert theirs == pytest.approx(ours, rel=1e-5)
     config = runs.config(tiles, settings)
-    program = build(config)
+    program = build(Settings.of(config))
     states = []
     for name in ("one", "two"):
         with Checkpoints(tmp_path / name / "checkpoints") as checkpoints:

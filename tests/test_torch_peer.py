@@ -1,4 +1,4 @@
-"""benchmarks/torch_peer.py: the PyTorch model against the reference's numbers, the check, and the whole command."""
+"""benchmarks/torch_peer/: the PyTorch model against the reference's numbers, the check, and the whole command."""
 
 import json
 import os
@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import torch_compare  # noqa: E402
-import torch_model  # noqa: E402
-import torch_worker  # noqa: E402
+from benchmarks.torch_peer import compare as torch_compare  # noqa: E402
+from benchmarks.torch_peer import model as torch_model  # noqa: E402
+from benchmarks.torch_peer import worker as torch_worker  # noqa: E402
+from ktda_jax.config.model import model_of  # noqa: E402
+from ktda_jax.config.settings import Settings  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)  # these sizes are too small to share among threads
 CPU = torch.device("cpu")
@@ -102,7 +104,7 @@ def test_eight_steps_follow_the_reference(passes):
 def test_decay_is_upstreams():
     """Of every parameter of the base model, by name."""
     published = json.loads((golden.GOLDENS / "parameters_base.json").read_text())
-    config = torch_compare.model_config_of(runpy.run_path(str(ROOT / "configs" / "grass.py"))["get_config"]())
+    config = model_of(Settings.of(runpy.run_path(str(ROOT / "configs" / "grass.py"))["get_config"]()))
     with torch.device("meta"):
         model = torch_model.KTDA(config)
         training = torch_worker.Training(model, SPEC, passes=1)
@@ -157,7 +159,7 @@ def run(tmp_path_factory) -> Run:
     flags += ["--variants=once,tf32", f"--output={place / 'result.json'}", f"--folder={place / 'sides'}"]
     single = {"XLA_FLAGS": "", "OMP_NUM_THREADS": "1"}  # one device; and sizes too small to share among threads
     environment = os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{ROOT}"} | single
-    command = [sys.executable, "benchmarks/torch_peer.py", "--config=configs/grass.py:tiny", *flags]
+    command = [sys.executable, "benchmarks/torch_peer/run.py", "--config=configs/grass.py:tiny", *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return Run(done.stdout.splitlines(), json.loads((place / "result.json").read_text()), place / "sides")
@@ -186,7 +188,7 @@ def test_a_busy_machine_is_told():
 @pytest.mark.slow
 def test_the_report(run):
     report = run.report
-    assert report["command"].startswith("python benchmarks/torch_peer.py --config=configs/grass.py:tiny")
+    assert report["command"].startswith("python benchmarks/torch_peer/run.py --config=configs/grass.py:tiny")
     assert {"date", "machine", "device", "config", "crop"} <= report.keys()
     assert {"jax", "flax", "optax", "torch", "python"} <= report["versions"].keys()
     assert max(report["check"]["relative"][k] for k in torch_compare.TERMS) <= torch_compare.TOLERANCE

@@ -14,6 +14,7 @@ import pytest
 import runs
 
 from ktda_jax import UserError, sharding
+from ktda_jax.config.settings import Settings
 from ktda_jax.training import loop
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.program import Program, build
@@ -287,7 +288,7 @@ def real_batch(config):
 )
 def test_what_is_left_out_leaves_its_term_and_parameters_out(overrides, missing, modules):
     config = runs.config("unused", overrides)
-    program = build(config)
+    program = build(Settings.of(config))
     batch = jax.eval_shape(lambda: real_batch(config))
     _, terms = jax.eval_shape(program.train_step, program.abstract, batch, runs.random_teacher(config))
     assert terms.keys() == {"loss", "decode", "aux", "distill", "acc", "grad_norm", "lr"} - missing
@@ -298,7 +299,7 @@ def test_what_is_left_out_leaves_its_term_and_parameters_out(overrides, missing,
 def first_step(overrides, batch=None):
     """(state before, state after, terms) of one real step."""
     config = runs.config("unused", {"schedule.warmup": 0, **overrides})
-    program = build(config)
+    program = build(Settings.of(config))
     kept, teacher = runs.random_state(program), runs.random_teacher(config)
     before = sharding.place(kept, program.shardings)
     batch = sharding.to_global(program.mesh, batch or real_batch(config))

@@ -32,7 +32,9 @@ def check(data, num_classes: int) -> None:
         )
     if data.nodata is not None and not math.isfinite(data.nodata):
         raise UserError(f"config.data.nodata is {data.nodata}; leave it None: what is not finite never counts as data")
-    if data.source == "tfds" and any(data[k] is not None for k in ("bands", "scale", "nodata", "label_map")):
+    if data.source == "tfds" and any(
+        value is not None for value in (data.bands, data.scale, data.nodata, data.label_map)
+    ):
         raise UserError("config.data.bands, scale, nodata and label_map are for folders; a TFDS builder has done it")
     _check_label_map(data.label_map or (), num_classes)
 

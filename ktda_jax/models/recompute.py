@@ -19,9 +19,10 @@ def recompute(function: Callable[[Any, jax.Array], jax.Array], modules: Any, x: 
 
     Around (norm, linear) or (activation, linear) that costs next to nothing, since the product itself is not
     needed again; around a whole block it costs the block's forward pass. Output and x must share all axes but
-    the last. Where x is `SMALL` everything is kept.
+    the last. Where x is `SMALL`, or its size unknown (in an export, which has no backward pass), all is kept.
     """
-    if x.size * x.dtype.itemsize < SMALL:
+    known = all(isinstance(size, int) for size in x.shape)
+    if not known or x.size * x.dtype.itemsize < SMALL:
         return function(modules, x)
     graphdef, params = nnx.split(modules)
 

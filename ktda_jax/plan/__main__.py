@@ -24,7 +24,8 @@ import shlex
 import time
 from importlib import metadata
 
-from ktda_jax import config as configs
+from ktda_jax.config import checks
+from ktda_jax.config.workdir import write_json
 from ktda_jax.plan import compile, slices
 
 
@@ -35,8 +36,7 @@ def main(_: list[str]) -> None:
     cli.start()
     config, given = cli.config(), flags.FLAGS
     try:
-        configs.check(config)
-        configs.check_output(given.output, "output")
+        checks.check_output(given.output, "output")
         with config.unlocked():
             if given.batch:
                 config.batch_size = given.batch
@@ -53,7 +53,7 @@ def main(_: list[str]) -> None:
             "date": time.strftime("%Y-%m-%d"),
             "command": shlex.join(["python", "-m", "ktda_jax.plan", *sys.argv[1:]]),
         }
-        configs.write_json(pathlib.Path(given.output), report)
+        write_json(pathlib.Path(given.output), report)
 
 
 if __name__ == "__main__":

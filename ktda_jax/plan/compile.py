@@ -15,11 +15,12 @@ import jax
 from jax.experimental import topologies
 
 from ktda_jax import UserError
-from ktda_jax import config as configs
+from ktda_jax.config import checks
+from ktda_jax.config.model import compute_dtype, model_of
 from ktda_jax.models import flat
 from ktda_jax.plan import flops, slices
 from ktda_jax.plan.slices import ACCELERATOR, CHIPS, SLICES
-from ktda_jax.training.program import build, model_config_of
+from ktda_jax.training.program import build
 
 _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
@@ -41,8 +42,9 @@ def compile_for(config, topology: str) -> dict:
     devices = _devices(topology)
     if config.dtype == "auto":  # which would be that of this machine
         config.dtype = "bfloat16"
-    program = build(config, devices=devices)
-    mesh, model, crop = program.mesh, model_config_of(config), tuple(config.data.crop)
+    settings = checks.resolve(config)
+    program = build(settings, devices=devices)
+    mesh, model, crop = program.mesh, model_of(settings), settings.data.crop
     try:
         traced = program.train_step.trace(*program.arguments)
         compiled = traced.lower().compile()
@@ -51,24 +53,24 @@ def compile_for(config, topology: str) -> dict:
         if "RESOURCE_EXHAUSTED" in said:
             raise TooLarge(f"does not fit: {said.partition(': ')[2]}") from error
         raise UserError(f"cannot compile for {topology}: {said}") from error
-    memory, accumulate = compiled.memory_analysis(), config.grad_accum
+    memory, accumulate = compiled.memory_analysis(), settings.grad_accum
     parameters, fsdp = flat.count(program.abstract.params), mesh.shape["fsdp"]
     # XLA counts the bytes of a loop's body once. Around that of the micro-batches is only the optimiser, with four
     # float32 arrays to read and three to write for each parameter.
     touched, update = compiled.cost_analysis()["bytes accessed"], 28 * parameters / fsdp
     touched += (accumulate - 1) * max(touched - update, 0)
     touched += flops.repeated_bytes(traced.jaxpr.jaxpr, accumulate) / mesh.size
-    model_flops = flops.of_model(model, crop, distill=bool(program.arguments[2]))["training"] * config.batch_size
+    model_flops = flops.of_model(model, crop, distill=bool(program.arguments[2]))["training"] * settings.batch_size
     return {
-        "config": config.data.name,
+        "config": settings.data.name,
         "crop": crop,
         "topology": topology,
         "parameters": parameters,
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
-        "batch_size": config.batch_size,
+        "batch_size": settings.batch_size,
         "grad_accum": accumulate,
-        "remat": {"student": config.model.student.remat, "fmm": config.model.fmm.remat},
+        "remat": {"student": settings.model.student.remat, "fmm": settings.model.fmm.remat},
         "state_gb": memory.argument_size_in_bytes / 1e9,
         "new_outputs_gb": (memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e9,
         "temporary_gb": memory.temp_size_in_bytes / 1e9,
@@ -76,7 +78,7 @@ def compile_for(config, topology: str) -> dict:
         "model_tflop": model_flops / mesh.size / 1e12,
         "tflop": flops.of_jaxpr(traced.jaxpr.jaxpr) / mesh.size / 1e12,
         "touched_gb": touched / 1e9,
-        "gradient_gb": parameters / fsdp * configs.compute_dtype(config).itemsize / 1e9,
+        "gradient_gb": parameters / fsdp * compute_dtype(settings.dtype).itemsize / 1e9,
         "collective_gb": collective_bytes(compiled.as_text(), accumulate, mesh.size),
     }
 

@@ -10,7 +10,7 @@ has dozens of small ones), contention, and networks between slices. Measured ste
 import dataclasses
 import math
 
-from ktda_jax.config import flat
+from ktda_jax.config.settings import Settings, flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def next_settings(config, chips: int) -> list[dict]:
     most = {"grad_accum": max([config.grad_accum, *accumulated])}
     tries = [{"grad_accum": n} for n in accumulated if n & (n - 1) == 0 or n == share]
     tries += [remat, remat | most, fsdp, fsdp | remat | most]
-    current, new = flat(config), []
+    current, new = flat(Settings.of(config)), []
     for settings in tries:
         changed = {k: v for k, v in settings.items() if current[k] != v}
         if changed and changed not in new:

@@ -2,24 +2,22 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from ktda_jax import UserError
-from ktda_jax.config import classes_of
+from ktda_jax.config import workdir as records
+from ktda_jax.config.model import model_of
 from ktda_jax.data.images import read_image
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.models.layers import at_least_float32, resize
 from ktda_jax.models.vit import ViT
 from ktda_jax.training.checkpoint import Checkpoints
-from ktda_jax.training.program import model_config_of
 from ktda_jax.weights import folder, loading
 
 LARGEST = 2048  # pixels a side: attention over the whole image
@@ -102,12 +100,8 @@ def find(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_head
 
 def from_workdir(workdir: pathlib.Path) -> folder.Weights:
     """The best checkpoint of a training (the latest, if none was validated), with what its config says of the data."""
-    try:
-        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-        model = model_config_of(config)
-        info = classes_of(config)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{workdir}: its config.json does not describe a training of ours: {error}") from error
+    settings = records.read(workdir)
+    model, info = model_of(settings), settings.data.info
     _, params, stats = flat.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step = checkpoints.best_step()
@@ -115,10 +109,10 @@ def from_workdir(workdir: pathlib.Path) -> folder.Weights:
             raise UserError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
         params, stats = checkpoints.restore_model(step, params, stats)
     if model.encoder == "teacher":
-        params = {**params, **_encoder(workdir, config.weights.teacher, model)}
+        params = {**params, **_encoder(workdir, settings.weights.teacher, model)}
     return folder.Weights(
         kind="ktda", config=model, arrays={**params, **stats}, source={"workdir": str(workdir), "step": step},
-        classes=info.classes, palette=info.palette, data=config.data.to_dict(),
+        classes=info.classes, palette=info.palette, data=dataclasses.asdict(settings.data),
     )  # fmt: skip
 
 

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 
+from ktda_jax.data.teacher_features import TeacherFeatures
 from ktda_jax.models import flat
 from ktda_jax.reports.trained import Trained
 from ktda_jax.training import program
-from ktda_jax.training.inputs import open_features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +28,10 @@ class FeatureMaps:
     teacher: str  # which one, in words
 
 
-def why_not(config) -> str | None:
-    """Why there are no two maps to compare, if so."""
-    if not config.distill:
-        return "trained without distillation (config.distill=False), so there is no teacher to compare with"
-    return None
-
-
-def computed(trained: Trained, config, names: list[str], images: list[np.ndarray]) -> FeatureMaps:
-    """With the frozen teacher of the config; ValueError if its weights cannot be had."""
-    graphdef, _, place = program.frozen_teacher(config, trained.model, trained.dtype, trained.mesh)
-    which = config.weights.teacher or "random weights, as config.weights.teacher was not set"
+def computed(trained: Trained, path: str | None, seed: int, names: list[str], images: list[np.ndarray]) -> FeatureMaps:
+    """With the frozen teacher of config.weights.teacher, `path`, or of `seed`; UserError if it cannot be had."""
+    graphdef, _, place = program.frozen_teacher(path, seed, trained.model, trained.dtype, trained.mesh)
+    which = path or "random weights, as config.weights.teacher was not set"
     arrays = place()
 
     @jax.jit
@@ -53,9 +46,8 @@ def computed(trained: Trained, config, names: list[str], images: list[np.ndarray
     return FeatureMaps(names, images, _levels(pairs), which)
 
 
-def precomputed(trained: Trained, config, source, fingerprint: str, count: int) -> FeatureMaps:
-    """With the features on disk, which are those of the training split's tiles; UserError if they are not there."""
-    features = open_features(config, fingerprint)
+def precomputed(trained: Trained, features: TeacherFeatures, source, count: int) -> FeatureMaps:
+    """With the features on disk, which are those of the training split's tiles, `source`."""
 
     @jax.jit
     def run(params, stats, image):

@@ -1,5 +1,6 @@
 """From workdirs to all that a page shows: reads them, and runs their models where checkpoint and tiles can be had."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -7,10 +8,11 @@ import jax
 import numpy as np
 
 from ktda_jax import UserError
+from ktda_jax.config.model import teacher_identity
 from ktda_jax.data.check import SplitSummary, check_split
 from ktda_jax.reports import features, tiles, trained, workdir
 from ktda_jax.reports.workdir import Run
-from ktda_jax.training.inputs import open_source
+from ktda_jax.training.inputs import features_folder, open_features, open_source
 
 FEATURE_TILES = 3
 
@@ -38,13 +40,12 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
 
 def _look(run: Run, root: str | None, keep: int, leaders: dict, say) -> None:
     """Evaluates the run's split again; whatever cannot be had is said in one line in its place."""
-    config = run.config
     if root:
-        with config.unlocked():
-            config.data.root = root
+        run.settings = dataclasses.replace(run.settings, data=dataclasses.replace(run.settings.data, root=root))
+    settings = run.settings
     hint = ""
     try:
-        model = trained.load(run.path, config)
+        model = trained.load(run.path, settings.dtype)
         hint = "" if root else "; --root=... says where the data are now"
         source, summary = _open(run, run.split)
     except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
@@ -57,14 +58,22 @@ def _look(run: Run, root: str | None, keep: int, leaders: dict, say) -> None:
     leader = leaders.get(key)
     wanted = [tile.name for tile in leader.worst + leader.best] if leader else []
     try:
-        scored = tiles.score(model, source, config, keep=0 if leader else keep, names=set(wanted), say=say)
+        scored = tiles.score(
+            model,
+            source,
+            settings.data,
+            settings.eval_batch_size,
+            keep=0 if leader else keep,
+            names=set(wanted),
+            say=say,
+        )  # fmt: skip
     except (UserError, jax.errors.JaxRuntimeError) as error:
         for section in ("tiles", "features", "shares"):
             run.missing[section] = _line(error)
         return
     run.confusion = scored.confusion
     run.scored = f"the {len(source):,} tiles of {run.split} with the checkpoint of step {model.step:,}"
-    role = "test" if run.split == config.data.test_split != config.data.val_split else "val"
+    role = "test" if run.split == settings.data.test_split != settings.data.val_split else "val"
     if run.environment.get("data", {}).get(role, summary.fingerprint) != summary.fingerprint:
         run.scored += ", which are not the tiles that training scored"
     run.missing.pop("scores", None)
@@ -82,14 +91,14 @@ def _look(run: Run, root: str | None, keep: int, leaders: dict, say) -> None:
 
 
 def _open(run: Run, split: str) -> tuple[object, SplitSummary]:
-    source = open_source(run.config, split, build=False)
-    data = run.config.data
+    source = open_source(run.settings.data, split, build=False)
+    data = run.settings.data
     skip = data.on_corrupt if split == data.train_split else "stop"
     return source, check_split(source, on_corrupt=skip, num_threads=data.num_threads)
 
 
 def _count_shares(run: Run, model, opened: dict, say) -> None:
-    data = run.config.data
+    data = run.settings.data
     for split in dict.fromkeys(filter(None, (data.train_split, data.val_split, data.test_split))):
         try:
             if split not in opened:
@@ -100,7 +109,8 @@ def _count_shares(run: Run, model, opened: dict, say) -> None:
             else:
                 some = tiles.Some(source, tiles.PREDICTED, skip=bool(summary.unreadable))
                 say(f"predicting {len(some)} of the {len(source)} tiles of {split}")
-                predictions, predicted = tiles.score(model, some, run.config, say=say).confusion.sum(0), len(some)
+                predictions = tiles.score(model, some, data, run.settings.eval_batch_size, say=say).confusion.sum(0)
+                predicted = len(some)
         except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
             run.missing["shares"] = f"{split}: {_line(error)}"
             continue
@@ -110,24 +120,29 @@ def _count_shares(run: Run, model, opened: dict, say) -> None:
 
 
 def _compare_features(run: Run, model, opened: dict, say) -> None:
-    config, train = run.config, run.config.data.train_split
-    reason = features.why_not(config)
-    if reason is None and config.teacher.mode == "precomputed" and config.weights.teacher is None:
-        if train not in opened:
-            reason = f"the teacher's precomputed features need the tiles of {train}, which cannot be read"
+    settings, train = run.settings, run.settings.data.train_split
+    stored = settings.teacher.mode == "precomputed" and settings.weights.teacher is None
+    reason = None
+    if not settings.distill:
+        reason = "trained without distillation (config.distill=False), so there is no teacher to compare with"
+    elif stored and train not in opened:
+        reason = f"the teacher's precomputed features need the tiles of {train}, which cannot be read"
     if reason is not None:
         run.missing["features"] = reason
         return
     say("features of teacher and student")
     try:
-        if config.teacher.mode == "precomputed" and config.weights.teacher is None:
+        if stored:
             source, summary = opened[train]
-            run.features = features.precomputed(model, config, source, summary.fingerprint, FEATURE_TILES)
+            identity = teacher_identity(None, settings.seed, model.model)
+            folder = features_folder(settings.teacher, settings.data)
+            found = open_features(folder, identity, train, summary.fingerprint)
+            run.features = features.precomputed(model, found, source, FEATURE_TILES)
             return
         some = (run.worst[:2] + run.best[:1])[:FEATURE_TILES]
         names, images = [tile.name for tile in some], [tile.image for tile in some]
         if images:
-            run.features = features.computed(model, config, names, images)
+            run.features = features.computed(model, settings.weights.teacher, settings.seed, names, images)
         else:
             run.missing["features"] = run.missing["tiles"]
     except (UserError, OSError, jax.errors.JaxRuntimeError) as error:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from html import escape
 
-from ktda_jax import config as configs
+from ktda_jax.config.workdir import flatten
 from ktda_jax.figures.plots import LOSS_TERMS
 from ktda_jax.metrics import summarize
 from ktda_jax.reports import panels
@@ -142,11 +142,11 @@ def _config(runs: Sequence[Run]) -> str:
         if not rows:
             return missing
         return f"{missing}<details><summary>{len(rows)} settings</summary>{table(['setting', 'value'], rows)}</details>"
-    return _matrix(runs, "config", [run.settings for run in runs], only_different=True)
+    return _matrix(runs, "config", [run.values for run in runs], only_different=True)
 
 
 def _environment(runs: Sequence[Run]) -> str:
-    return _matrix(runs, "environment", [configs.flat(run.environment) for run in runs])
+    return _matrix(runs, "environment", [flatten(run.environment) for run in runs])
 
 
 def _matrix(runs: Sequence[Run], section: str, values: list[dict], only_different: bool = False) -> str:

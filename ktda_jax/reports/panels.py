@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from ktda_jax.data import reading
 from ktda_jax.metrics import summarize
 from ktda_jax.reports import charts, pictures
 from ktda_jax.reports.features import Level
@@ -140,7 +139,7 @@ def _side(runs: Sequence[Run]) -> int:
 
 def _tile(found: list[tuple[Run, Tile]], several: bool, side: int) -> str:
     leader, first = found[0]
-    image, name = shown(first, leader.config), escape(first.name, quote=True)
+    image, name = shown(first, leader.settings.data.rgb_positions), escape(first.name, quote=True)
     pieces = [
         _panel("image", "image", pictures.photo(image, side), name),
         _panel("label", "label", pictures.classes(first.label, leader.palette, side), name),
@@ -167,7 +166,7 @@ def features(run: Run) -> str:
         return ""
     maps, rows = run.features, []
     heads = "".join(f'<th scope="col">level {k + 1}</th>' for k in range(len(maps.levels[0])))
-    rgb = list(reading.bands_of(run.config.data)[1])
+    rgb = list(run.settings.data.rgb_positions)
     for name, image, levels in zip(maps.names, maps.images, maps.levels, strict=True):
         uri = pictures.photo(image[..., rgb], 256)
         picture = f'<img class="photo" alt="image of {escape(name, quote=True)}" src="{uri}">'

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection
 import jax
 import numpy as np
 
-from ktda_jax import UserError, sharding
-from ktda_jax.data import pipeline, reading
+from ktda_jax import UserError
+from ktda_jax.config.settings import Data, sharding
+from ktda_jax.data import pipeline
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.sources import read_tile
 from ktda_jax.metrics import summarize
@@ -50,7 +51,8 @@ class Scored:
 def score(
     trained: Trained,
     source,
-    config,
+    data: Data,
+    batch_size: int,
     *,
     keep: int = 0,
     names: Collection[str] = (),
@@ -58,9 +60,7 @@ def score(
 ) -> Scored:
     """Runs over all tiles, and keeps the `keep` best and worst by pixel accuracy, and those called `names`."""
     classes = trained.model.num_classes
-    batches = pipeline.eval_batches(
-        source, crop=tuple(config.data.crop), batch_size=config.eval_batch_size, num_threads=config.data.num_threads
-    )
+    batches = pipeline.eval_batches(source, crop=data.crop, batch_size=batch_size, num_threads=data.num_threads)
     total, worst, best, named = np.zeros((classes, classes), np.int64), [], [], {}
     said = time.monotonic()
 
@@ -118,12 +118,12 @@ def _count(label: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarra
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
-def shown(tile: Tile, config) -> np.ndarray:
+def shown(tile: Tile, rgb: tuple[int, int, int]) -> np.ndarray:
     """The tile's image for people, uint8 (H, W, 3) at the label's size."""
-    (height, width), rgb = tile.label.shape, list(reading.bands_of(config.data)[1])
+    height, width = tile.label.shape
     rows = np.arange(height) * tile.image.shape[0] // height
     columns = np.arange(width) * tile.image.shape[1] // width
-    return tile.image[rows][:, columns][..., rgb]
+    return tile.image[rows][:, columns][..., list(rgb)]
 
 
 class Some:

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ktda_jax import UserError, sharding
-from ktda_jax import config as configs
+from ktda_jax.config.model import compute_dtype
 from ktda_jax.models import flat
 from ktda_jax.models.flat import Arrays
 from ktda_jax.models.ktda import KTDA, KTDAConfig
@@ -29,11 +29,11 @@ class Trained:
     eval_step: Callable  # (params, stats, batch) -> confusion matrix, predictions
 
 
-def load(workdir: pathlib.Path, config) -> Trained:
-    """The best checkpoint so far; UserError or ValueError where there is none that fits."""
+def load(workdir: pathlib.Path, dtype: str) -> Trained:
+    """The best checkpoint so far; UserError where there is none that fits. dtype: config.dtype."""
     if not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):
         raise UserError("no checkpoint in the workdir yet")
-    dtype = configs.compute_dtype(config)
+    dtype = compute_dtype(dtype)
     found = segmenter.from_workdir(workdir)
     graphdef, params, stats = flat.abstract(lambda: KTDA(found.config, own_encoder=True, dtype=dtype, rngs=nnx.Rngs(0)))
     params, stats = ({k: found.arrays[k] for k in names} for names in (params, stats))

@@ -5,10 +5,11 @@ import json
 import pathlib
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from ktda_jax import UserError
-from ktda_jax import config as configs
+from ktda_jax.config import checks
+from ktda_jax.config.settings import Settings
+from ktda_jax.config.workdir import flatten
 from ktda_jax.figures.plots import read_curves
 from ktda_jax.reports.features import FeatureMaps
 from ktda_jax.reports.tiles import Shares, Tile
@@ -20,8 +21,8 @@ class Run:
 
     path: pathlib.Path
     name: str
-    config: ConfigDict | None = None
-    settings: dict = dataclasses.field(default_factory=dict)  # the config's, as saved: {'data.root': ...}
+    settings: Settings | None = None
+    values: dict = dataclasses.field(default_factory=dict)  # the settings as saved: {'data.root': ...}
     environment: dict = dataclasses.field(default_factory=dict)
     curves: dict[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
     classes: tuple[str, ...] = ()
@@ -43,7 +44,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        total = self.config and self.config.get("total_steps")
+        total = self.settings and self.settings.total_steps
         if not total:
             return f"step {self.step:,}" if self.step else "nothing reported yet"
         done = "finished" if self.step >= total else "not finished"
@@ -63,12 +64,12 @@ def read(path: pathlib.Path, name: str) -> Run:
     check(path)
     run, figures = Run(path, name), path / "figures"
     try:
-        run.config = ConfigDict(_json(path / "config.json"))
-        run.settings = configs.flat(run.config)
-        configs.check(run.config)
-        info = configs.classes_of(run.config)
+        saved = _json(path / "config.json")
+        run.values = flatten(saved)
+        run.settings = checks.resolve(saved)
+        info = run.settings.data.info
         run.classes, run.palette = info.classes, info.palette
-        run.split = run.config.data.test_split or run.config.data.val_split
+        run.split = run.settings.data.test_split or run.settings.data.val_split
     except FileNotFoundError:
         run.missing["config"] = "no config.json in the workdir"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

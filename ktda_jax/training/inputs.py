@@ -7,17 +7,16 @@ import jax
 from jax.experimental import multihost_utils
 
 from ktda_jax import UserError
-from ktda_jax import config as configs
+from ktda_jax.config.settings import Data, StoredTaps
 from ktda_jax.data import pipeline, reading
 from ktda_jax.data.check import check_split
 from ktda_jax.data.sources import FolderSource
 from ktda_jax.data.teacher_features import TeacherFeatures
-from ktda_jax.training.program import model_config_of, teacher_identity
 
 
-def open_source(config, split: str, *, build: bool = True):
+def open_source(data: Data, split: str, *, build: bool = True):
     """The tiles of a split, from TFDS array_records, which `build` makes where they can be, or from a folder."""
-    data, num_classes = config.data, len(configs.classes_of(config).classes)
+    num_classes = data.info.num_classes
     if data.source == "folder":
         if data.root is None:
             raise UserError("config.data.root is not set; give the folder that holds img_dir/ and ann_dir/")
@@ -32,35 +31,29 @@ def open_source(config, split: str, *, build: bool = True):
     return tfds_source.TfdsSource(data.name, split, data_dir=data.root, num_classes=num_classes)
 
 
-def eval_source(config, split: str):
+def eval_source(data: Data, split: str, batch_size: int):
     """Batches of a split for evaluation, and the checked split's fingerprint."""
-    source = open_source(config, split)
-    summary = check_split(source, num_threads=config.data.num_threads)
-    batches = pipeline.eval_batches(
-        source, crop=tuple(config.data.crop), batch_size=config.eval_batch_size, **processes(config)
-    )
+    source = open_source(data, split)
+    summary = check_split(source, num_threads=data.num_threads)
+    batches = pipeline.eval_batches(source, crop=data.crop, batch_size=batch_size, **processes(data.num_threads))
     return batches, summary.fingerprint
 
 
-def features_folder(config) -> pathlib.Path:
+def features_folder(stored: StoredTaps, data: Data) -> pathlib.Path:
     """Where the teacher's precomputed features of the training split are."""
-    return pathlib.Path(config.teacher.features or f"features/{config.data.name.replace('/', '_')}")
+    return pathlib.Path(stored.features or f"features/{data.name.replace('/', '_')}")
 
 
-def open_features(config, fingerprint: str) -> TeacherFeatures | None:
-    """The training split's teacher features if config.teacher wants them, checked against teacher and tiles."""
-    if not config.distill or config.teacher.mode != "precomputed":
-        return None
-    identity = teacher_identity(config, model_config_of(config))
+def open_features(folder: pathlib.Path, identity: dict[str, Any], split: str, fingerprint: str) -> TeacherFeatures:
+    """A split's teacher features, checked against teacher (`config.model.teacher_identity`) and tiles."""
     if identity["sha256"] is None:  # not named: then it is the one that made the features
-        identity |= {"seed": None, "sha256": None}
-    wanted = {"split": config.data.train_split, "tiles": fingerprint, **identity, "teacher": None}
-    return TeacherFeatures(features_folder(config), wanted)
+        identity = identity | {"seed": None, "sha256": None}
+    return TeacherFeatures(folder, {"split": split, "tiles": fingerprint, **identity, "teacher": None})
 
 
-def processes(config) -> dict[str, Any]:
+def processes(num_threads: int | None) -> dict[str, Any]:
     return dict(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        num_threads=config.data.num_threads,
+        num_threads=num_threads,
     )

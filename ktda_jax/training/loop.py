@@ -8,15 +8,18 @@ import jax
 import numpy as np
 
 from ktda_jax import UserError, sharding
-from ktda_jax import config as configs
-from ktda_jax.data import pipeline, reading
+from ktda_jax.config import checks
+from ktda_jax.config import workdir as records
+from ktda_jax.config.model import compute_dtype, model_of, teacher_identity
+from ktda_jax.config.settings import Settings
+from ktda_jax.data import pipeline
 from ktda_jax.data.check import check_split
 from ktda_jax.data.teacher_features import TeacherFeatures
 from ktda_jax.figures import plots
 from ktda_jax.models import flat
 from ktda_jax.training import evaluate
 from ktda_jax.training.checkpoint import Checkpoints
-from ktda_jax.training.inputs import eval_source, open_features, open_source, processes
+from ktda_jax.training.inputs import eval_source, features_folder, open_features, open_source, processes
 from ktda_jax.training.program import Compilation, Program, build
 from ktda_jax.training.stop import StopSignal
 from ktda_jax.training.writers import Writer
@@ -24,17 +27,16 @@ from ktda_jax.training.writers import Writer
 
 def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluation | None:
     """Trains, or resumes, then evaluates the best checkpoint; None if a signal stopped it before the end."""
-    workdir = pathlib.Path(workdir)
-    configs.check(config)
-    configs.compare(workdir, config)
-    program = build(config)
-    info, mesh = configs.classes_of(config), program.mesh
+    workdir, settings = pathlib.Path(workdir), checks.resolve(config)
+    records.compare(workdir, settings)
+    program = build(settings)
+    info, mesh = settings.data.info, program.mesh
 
     compilation = None
-    if _latest(workdir) < config.total_steps:
+    if _latest(workdir) < settings.total_steps:
         compilation = Compilation(program)
     try:
-        data = _open_data(config)
+        data = _open_data(settings)
     except BaseException:
         if compilation is not None:
             compilation.give_up()
@@ -46,14 +48,14 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
-    writer = Writer(workdir, total_steps=config.total_steps, enabled=first)
+    writer = Writer(workdir, total_steps=settings.total_steps, enabled=first)
     with Checkpoints(workdir / "checkpoints") as checkpoints, writer, StopSignal() as stop:
         start = checkpoints.latest_step() or 0
         if start:
-            configs.compare_data(workdir, fingerprints)
+            records.compare_data(workdir, fingerprints)
         if first:
-            configs.write(workdir, config)
-            configs.write_run(workdir, config, fingerprints)
+            records.write(workdir, settings)
+            records.write_run(workdir, settings, fingerprints)
         if start:
             current, position = checkpoints.restore(start, program.abstract, program.shardings)
             batches.set_state(position)
@@ -62,16 +64,16 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
         writer.resume(start)
         writer.message(
             f"{flat.count(program.abstract.params) / 1e6:.1f} M parameters to train, {data.tiles} training "
-            f"tiles, {mesh.size} {jax.default_backend()} device(s), compute in {configs.compute_dtype(config)}"
+            f"tiles, {mesh.size} {jax.default_backend()} device(s), compute in {compute_dtype(settings.dtype)}"
             + (f", resuming at step {start}" if start else "")
         )
         if features is not None:
             writer.message(f"teacher: features in {features.folder}, made by {features.source or 'a random teacher'}")
         encodes = program.encoder is not None
-        computed = encodes or (config.distill and features is None)
-        for part, needed in (("student", config.weights.model is None and not encodes), ("teacher", computed)):
-            if needed and config.weights[part] is None and not start:
-                writer.message(f"warning: the {part} starts from random weights; set config.weights.{part}")
+        computed = encodes or (settings.distill and features is None)
+        for part, needed in (("student", settings.weights.model is None and not encodes), ("teacher", computed)):
+            if needed and getattr(settings.weights, part) is None and not start:
+                writer.message(f"warning: the {part} starts from random weights; set settings.weights.{part}")
         teacher = program.teacher()
         pending, skipped = None, 0
 
@@ -81,13 +83,13 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
             terms = {k: float(v) for k, v in jax.device_get(terms).items()}
             terms = {"loss": terms.pop("loss"), **terms}  # first in the file, so first in the figure
             _check_finite(step, terms, checkpoints.latest_step())
-            if step % config.log_every == 0 or step == 1:
+            if step % settings.log_every == 0 or step == 1:
                 logged = {**terms, "skipped_tiles": skipped} if skipped else terms
                 writer.write(step, {f"train/{k}": v for k, v in logged.items()})
             writer.progress(step, {k: terms[k] for k in ("loss", "acc")})
 
         step = start
-        while step < config.total_steps:
+        while step < settings.total_steps:
             batch = next(batches)
             skipped += int(batch.pop("skipped", 0))
             batch = sharding.to_global(mesh, {k: batch[k] for k in ("image", "label", "teacher") if k in batch})
@@ -101,9 +103,9 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
                 report(pending)
             pending = (step, terms, skipped)
 
-            last = step == config.total_steps
-            validate = step % config.eval_every == 0 or last
-            save = validate or (config.checkpoint_every and step % config.checkpoint_every == 0)
+            last = step == settings.total_steps
+            validate = step % settings.eval_every == 0 or last
+            save = validate or (settings.checkpoint_every and step % settings.checkpoint_every == 0)
             stopping = stop.agreed(step)
             if validate or save or stopping:
                 report(pending)  # a state that is not finite is never saved
@@ -138,22 +140,24 @@ class _Data(NamedTuple):
     features: TeacherFeatures | None
 
 
-def _open_data(config) -> _Data:
+def _open_data(settings: Settings) -> _Data:
     """Makes the tiles where they can be made, and checks all of them."""
-    crop = tuple(config.data.crop)
-    source = open_source(config, config.data.train_split)
-    summary = check_split(source, crop=crop, on_corrupt=config.data.on_corrupt, num_threads=config.data.num_threads)
-    val_batches, val_fingerprint = eval_source(config, config.data.val_split)
+    data, size = settings.data, settings.eval_batch_size
+    source = open_source(data, data.train_split)
+    summary = check_split(source, crop=data.crop, on_corrupt=data.on_corrupt, num_threads=data.num_threads)
+    val_batches, val_fingerprint = eval_source(data, data.val_split, size)
     fingerprints = {"train": summary.fingerprint, "val": val_fingerprint}
-    if config.data.test_split not in (None, config.data.val_split):  # what is wrong with it must not wait for the end
-        fingerprints["test"] = eval_source(config, config.data.test_split)[1]
-    features = open_features(config, summary.fingerprint)
-    if features is not None:
+    if data.test_split not in (None, data.val_split):  # what is wrong with it must not wait for the end
+        fingerprints["test"] = eval_source(data, data.test_split, size)[1]
+    features = None
+    if settings.distill and settings.teacher.mode == "precomputed":
+        identity = teacher_identity(settings.weights.teacher, settings.seed, model_of(settings))
+        folder = features_folder(settings.teacher, data)
+        features = open_features(folder, identity, data.train_split, summary.fingerprint)
         fingerprints["teacher features"] = features.fingerprint
     batches = pipeline.train_iterator(
-        source, crop=crop, batch_size=config.batch_size, seed=config.seed, flip=config.data.flip,
-        photometric=config.data.photometric, on_corrupt=config.data.on_corrupt, features=features,
-        **processes(config),
+        source, crop=data.crop, batch_size=settings.batch_size, seed=settings.seed, flip=data.flip,
+        photometric=data.photometric, on_corrupt=data.on_corrupt, features=features, **processes(data.num_threads),
     )  # fmt: skip
     return _Data(batches, len(source), val_batches, fingerprints, features)
 
@@ -166,9 +170,8 @@ def _latest(workdir: pathlib.Path) -> int:
 
 def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | None = None) -> evaluate.Evaluation:
     """Evaluates the best checkpoint on the test split, or on validation without one; writes the figures."""
-    workdir = pathlib.Path(workdir)
-    configs.check(config)
-    split = config.data.test_split or config.data.val_split
+    workdir, settings = pathlib.Path(workdir), checks.resolve(config)
+    split = settings.data.test_split or settings.data.val_split
     trained = (workdir / "checkpoints").is_dir()
     if trained:
         decides = (
@@ -181,15 +184,15 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
             "data.scale",
             "data.nodata",
         )
-        if config.model.get("encoder") == "teacher":
+        if settings.encodes:
             decides += ("weights.teacher",)
-        configs.compare(workdir, config, only=decides)
-    if not trained and config.weights.model is None:
+        records.compare(workdir, settings, only=decides)
+    if not trained and settings.weights.model is None:
         raise UserError(
-            f"no checkpoints in {workdir}; train first, give --workdir of a trained run, or config.weights.model"
+            f"no checkpoints in {workdir}; train first, give --workdir of a trained run, or settings.weights.model"
         )
-    program = program or build(config, teacher=False, initial=not trained)
-    batches, _ = eval_source(config, split)
+    program = program or build(settings, teacher=False, initial=not trained)
+    batches, _ = eval_source(settings.data, split, settings.eval_batch_size)
     if trained:
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             step = checkpoints.best_step()
@@ -197,15 +200,15 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
                 raise UserError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
             current, _ = checkpoints.restore(step, program.abstract, program.shardings)
     else:
-        step, current = 0, program.init()  # the weights of config.weights.model as they came
-    info = configs.classes_of(config)
+        step, current = 0, program.init()  # the weights of settings.weights.model as they came
+    info = settings.data.info
     params = current.params if current.ema is None else current.ema
     result = evaluate.evaluate(
         program.eval_step, params, current.batch_stats, batches, program.mesh, num_classes=len(info.classes),
         frozen=None if program.encoder is None else program.teacher(),
     )  # fmt: skip
     if jax.process_index() == 0:
-        table = evaluate.write_report(result, workdir, split, info, reading.bands_of(config.data)[1])
+        table = evaluate.write_report(result, workdir, split, info, settings.data.rgb_positions)
         if (workdir / "metrics.jsonl").exists():
             plots.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
         _append_final(workdir, step, split, result)

@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import gc
-import hashlib
-import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +16,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ktda_jax import UserError, sharding
-from ktda_jax import config as configs
-from ktda_jax.data import libc, reading
+from ktda_jax.config.model import compute_dtype, model_of
+from ktda_jax.config.settings import Settings, Weights
+from ktda_jax.data import libc
 from ktda_jax.models import flat
 from ktda_jax.models.initial import HostRngs
 from ktda_jax.models.ktda import KTDA, KTDAConfig
@@ -52,7 +51,7 @@ def train_step(
     batch: dict,
     teacher: flat.Arrays,
     *,
-    config,
+    settings: Settings,
     graphdef,
     teacher_graphdef,
     optimizer,
@@ -63,7 +62,7 @@ def train_step(
 
     The teacher's taps are those of the batch (`teacher`, precomputed), or `teacher`'s for these images.
     """
-    key = jax.random.fold_in(jax.random.key(config.seed), current.step)
+    key = jax.random.fold_in(jax.random.key(settings.seed), current.step)
 
     def loss_fn(params, stats, rows, key):
         model = flat.merge(graphdef, params, stats)
@@ -71,14 +70,14 @@ def train_step(
         outputs = model(rows["image"], train=True, key=key, teacher=frozen)
         if "teacher" in rows:
             outputs = outputs._replace(teacher=model.config.scaled(rows["teacher"]))
-        loss, terms = losses.total_loss(outputs, rows["label"], config.loss)
+        loss, terms = losses.total_loss(outputs, rows["label"], settings.loss)
         return loss, (terms, flat.batch_stats(model))
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
-    if config.grad_accum == 1:
+    if settings.grad_accum == 1:
         grads, (terms, stats) = grad_fn(current.params, current.batch_stats, batch, key)
     else:
-        micro = functools.partial(_micro_batches, count=config.grad_accum, mesh=mesh)
+        micro = functools.partial(_micro_batches, count=settings.grad_accum, mesh=mesh)
 
         def accumulate(carry, rows):
             total, stats, index = carry
@@ -88,14 +87,14 @@ def train_step(
         zeros = jax.tree.map(jnp.zeros_like, current.params)
         carry = (zeros, current.batch_stats, jnp.zeros((), jnp.int32))
         (grads, stats, _), terms = jax.lax.scan(accumulate, carry, jax.tree.map(micro, batch))
-        grads = jax.tree.map(lambda g: g / config.grad_accum, grads)
+        grads = jax.tree.map(lambda g: g / settings.grad_accum, grads)
         terms = jax.tree.map(lambda t: t.mean(0), terms)
 
     updates, opt_state = optimizer.update(grads, current.opt_state, current.params)
     params = optax.apply_updates(current.params, updates)
     ema = current.ema
     if ema is not None:
-        ema = jax.tree.map(lambda e, p: config.ema * e + (1 - config.ema) * p, ema, params)
+        ema = jax.tree.map(lambda e, p: settings.ema * e + (1 - settings.ema) * p, ema, params)
     terms |= {"grad_norm": optax.tree.norm(grads), "lr": schedule(current.step)}
     return TrainState(current.step + 1, params, stats, opt_state, ema), terms
 
@@ -106,78 +105,70 @@ def _micro_batches(x: jax.Array, *, count: int, mesh: Mesh) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, sharding.BATCH)))
 
 
-def model_config_of(config) -> KTDAConfig:
-    """The model's settings, with classes and bands, which `config.data` says; ValueError for those that do not fit."""
-    bands, rgb = reading.bands_of(config.data)
-    student = {**config.model.student, "bands": bands}
-    classes = len(configs.classes_of(config).classes)
-    model = KTDAConfig.from_dict({**config.model, "student": student, "num_classes": classes, "rgb": rgb})
-    _check_grid(config, model)
-    return model
-
-
-def batch_shapes(config, model: KTDAConfig) -> dict:
+def batch_shapes(settings: Settings, model: KTDAConfig) -> dict:
     """A global training batch as ShapeDtypeStructs: image, label and, where precomputed, the teacher's taps."""
-    rows, crop = config.batch_size, tuple(config.data.crop)
+    rows, crop = settings.batch_size, tuple(settings.data.crop)
     shapes = {
         "image": jax.ShapeDtypeStruct((rows, *crop, model.student.bands), jnp.uint8),
         "label": jax.ShapeDtypeStruct((rows, *crop), jnp.uint8),
     }
-    if config.distill and config.teacher.mode == "precomputed":
+    if settings.distill and settings.teacher.mode == "precomputed":
         taps = (rows, *model.teacher.grid_of(*crop), model.teacher.width)
-        shapes["teacher"] = (jax.ShapeDtypeStruct(taps, jnp.dtype(config.teacher.dtype)),) * 4
+        shapes["teacher"] = (jax.ShapeDtypeStruct(taps, jnp.dtype(settings.teacher.dtype)),) * 4
     return shapes
 
 
 def build(
-    config, *, teacher: bool = True, initial: bool = True, devices: Sequence[jax.Device] | None = None
+    settings: Settings, *, teacher: bool = True, initial: bool = True, devices: Sequence[jax.Device] | None = None
 ) -> Program:
     """Checks the model settings, loads weights, and jits the steps; compiles nothing yet.
 
     Evaluation needs neither the `teacher` nor, with a checkpoint at hand, the `initial` weights. `devices` are those of
     a machine to compile for, where it is not this one.
     """
-    dtype = configs.compute_dtype(config)
+    dtype = compute_dtype(settings.dtype)
     param_dtype = jnp.promote_types(dtype, jnp.float32)
-    info = configs.classes_of(config)
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    sharding.check_batch_size(mesh, config.batch_size, "config.batch_size", config.grad_accum)
-    sharding.check_batch_size(mesh, config.eval_batch_size, "config.eval_batch_size")
-    model_config = model_config_of(config)
-    schedule = optim.warmup_poly(config.optimizer.lr, config.total_steps, **config.schedule)
-    options = {k: v for k, v in config.optimizer.items() if k != "lr"}
-    optimizer = optim.adamw(schedule, clip_norm=config.clip_norm, **options)
+    info = settings.data.info
+    mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
+    sharding.check_batch_size(mesh, settings.batch_size, "config.batch_size", settings.grad_accum)
+    sharding.check_batch_size(mesh, settings.eval_batch_size, "config.eval_batch_size")
+    model_config = model_of(settings)
+    options = dataclasses.asdict(settings.optimizer)
+    schedule = optim.warmup_poly(options.pop("lr"), settings.total_steps, **dataclasses.asdict(settings.schedule))
+    optimizer = optim.adamw(schedule, clip_norm=settings.clip_norm, **options)
     common = dict(dtype=dtype, param_dtype=param_dtype)
     graphdef, params, stats = flat.abstract(lambda: KTDA(model_config, **common, rngs=nnx.Rngs(0)))
-    loaded = _loaded(config, model_config, params, stats) if initial else {}
+    loaded = _loaded(settings.weights, model_config, params, stats) if initial else {}
     teacher_graphdef, teacher_shapes, teacher_arrays = None, {}, dict
     encodes = model_config.encoder == "teacher"
-    if encodes or (teacher and config.distill and config.teacher.mode == "computed"):
-        teacher_graphdef, teacher_shapes, teacher_arrays = frozen_teacher(config, model_config, dtype, mesh)
+    if encodes or (teacher and settings.distill and settings.teacher.mode == "computed"):
+        teacher_graphdef, teacher_shapes, teacher_arrays = frozen_teacher(
+            settings.weights.teacher, settings.seed, model_config, dtype, mesh
+        )
     encoder = teacher_graphdef if encodes else None
 
-    ema = None if config.ema is None else params
+    ema = None if settings.ema is None else params
     moments = jax.eval_shape(optimizer.init, params)
     abstract = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, stats, moments, ema)
     shardings = sharding.tree_shardings(mesh, abstract)
 
     def init() -> TrainState:
-        _, params, stats = flat.split(KTDA(model_config, **common, rngs=HostRngs(config.seed)))
+        _, params, stats = flat.split(KTDA(model_config, **common, rngs=HostRngs(settings.seed)))
         params |= {k: v for k, v in loaded.items() if k in params}
         stats |= {k: v for k, v in loaded.items() if k in stats}
         # The optimiser's moments and counters begin at 0.
         zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
-        ema = None if config.ema is None else params
+        ema = None if settings.ema is None else params
         return sharding.place(TrainState(zeros.step, params, stats, zeros.opt_state, ema), shardings)
 
     step = functools.partial(
-        train_step, config=config, graphdef=graphdef, teacher_graphdef=teacher_graphdef, optimizer=optimizer,
+        train_step, settings=settings, graphdef=graphdef, teacher_graphdef=teacher_graphdef, optimizer=optimizer,
         schedule=schedule, mesh=mesh,
     )  # fmt: skip
     options = compiler_options(mesh)
     placed = (shardings, sharding.replicated(mesh))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=placed, compiler_options=options)
-    batch = batch_shapes(config, model_config)
+    batch = batch_shapes(settings, model_config)
     batch = sharding.abstract(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
     return Program(
         mesh=mesh,
@@ -233,28 +224,8 @@ def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     return {"xla_backend_optimization_level": 1}
 
 
-def _check_grid(config, model: KTDAConfig) -> None:
-    """The FAM's output must have the teacher's grid to be compared with it."""
-    teacher_grid = model.teacher.grid_of(*config.data.crop)
-    if config.distill and model.grid is not None and model.grid != teacher_grid:
-        raise UserError(
-            f"config.model.grid is {model.grid}, but the teacher sees a {config.data.crop[0]}x"
-            f"{config.data.crop[1]} crop as {teacher_grid[0]}x{teacher_grid[1]} patches; set it to "
-            f"{teacher_grid}, or to None"
-        )
-    if model.fmm is not None and model.fmm.form == "transformer":
-        for width in model.channels:
-            if width % model.fmm.heads:
-                raise UserError(f"config.model.fmm.heads is {model.fmm.heads}, which does not divide {width}")
-    if model.teacher.width % model.teacher.heads:
-        raise UserError(
-            f"config.model.teacher.heads is {model.teacher.heads}, which does not divide {model.teacher.width}"
-        )
-
-
-def _loaded(config, model: KTDAConfig, params: flat.Arrays, stats: flat.Arrays) -> dict:
+def _loaded(chosen: Weights, model: KTDAConfig, params: flat.Arrays, stats: flat.Arrays) -> dict:
     """Parameters and statistics that do not start at random."""
-    chosen = config.weights
     if chosen.model is not None:
         if chosen.student is not None:
             raise UserError("config.weights.model brings its own student; leave config.weights.student out")
@@ -272,45 +243,22 @@ def _loaded(config, model: KTDAConfig, params: flat.Arrays, stats: flat.Arrays) 
 
 
 def frozen_teacher(
-    config, model: KTDAConfig, dtype: jnp.dtype, mesh: Mesh
+    path: str | None, seed: int, model: KTDAConfig, dtype: jnp.dtype, mesh: Mesh
 ) -> tuple[nnx.GraphDef, flat.Arrays, Callable[[], flat.Arrays]]:
     """The frozen teacher's structure, its arrays' shapes and shardings, and what puts them on the mesh.
 
-    Its file is read and checked now.
+    path: config.weights.teacher, which is read and checked now; without one the weights are random.
     """
     common = dict(dtype=dtype, param_dtype=jnp.promote_types(dtype, jnp.float32))
     graphdef, expected, _ = flat.abstract(lambda: ViT(model.teacher, **common, rngs=nnx.Rngs(0)))
     shardings = sharding.tree_shardings(mesh, expected)
     shapes = sharding.abstract(expected, shardings)
-    if config.weights.teacher is not None:
-        arrays = loading.load(config.weights.teacher, expected, "teacher", model.teacher)
+    if path is not None:
+        arrays = loading.load(path, expected, "teacher", model.teacher)
         return graphdef, shapes, lambda: sharding.place(arrays, shardings)
-    key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
+    key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
 
     def init() -> flat.Arrays:
         return flat.split(ViT(model.teacher, **common, rngs=nnx.Rngs(params=key)))[1]
 
     return graphdef, shapes, lambda: jax.jit(init, out_shardings=shardings, compiler_options=compiler_options(mesh))()
-
-
-def teacher_identity(config, model: KTDAConfig) -> dict[str, Any]:
-    """What decides the frozen teacher's features of an image, in JSON's terms: what `ktda_jax.extract` writes down.
-
-    Without config.weights.teacher the teacher is random, or, for features that exist, whatever made them.
-    """
-    digest, arrays = None, {}
-    if config.weights.teacher is not None:
-        _, expected, _ = flat.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
-        arrays = loading.load(config.weights.teacher, expected, "teacher", model.teacher)
-        digest = hashlib.sha256()
-        for path in sorted(arrays):
-            digest.update(f"{path} {arrays[path].shape}".encode())
-            digest.update(np.ascontiguousarray(arrays[path]))
-    identity = {
-        "teacher": config.weights.teacher,
-        "sha256": digest and digest.hexdigest(),
-        "seed": None if arrays else config.seed,
-        "rgb": model.rgb,
-        **dataclasses.asdict(model.teacher),
-    }
-    return json.loads(json.dumps(identity))

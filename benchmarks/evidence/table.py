@@ -1,4 +1,4 @@
-"""Results of benchmarks/evidence.py as a Markdown table and a figure.
+"""Results of run.py as a Markdown table and a figure.
 
 mIoU is that of one run's validation fold; a row gives mean and standard deviation over folds x seeds. `union` is the
 mIoU of one confusion matrix over all folds, mean over seeds: there every tile counts once.

@@ -1,8 +1,8 @@
-"""The published training step in PyTorch, and the process in which `torch_peer.py` checks and times it.
+"""The published training step in PyTorch, and the process in which `run.py` checks and times it.
 
-    python benchmarks/torch_worker.py --folder=DIR --variant=published
+    python benchmarks/torch_peer/worker.py --folder=DIR --variant=published
 
-DIR holds what `torch_peer.py` wrote: `spec.json`, `weights.npz` (upstream's names) and `batch.npz`; the result goes to
+DIR holds what `run.py` wrote: `spec.json`, `weights.npz` (upstream's names) and `batch.npz`; the result goes to
 `DIR/<variant>.json`. Imports neither JAX nor ktda_jax, whose memory would count.
 """
 
@@ -11,13 +11,17 @@ import contextlib
 import functools
 import json
 import pathlib
+import sys
 import types
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timing import resident_peak, summary, timed
-from torch_model import AUX_LEVEL, KTDA, resize
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # where `benchmarks` is, for a start by path
+
+from benchmarks.timing import resident_peak, summary, timed
+from benchmarks.torch_peer.model import AUX_LEVEL, KTDA, resize
 
 IGNORE = 255
 WARMUP_START = 1e-3  # mmengine's LinearLR start_factor as published

@@ -1,12 +1,12 @@
 """Does KTDA help? Ablations (configs/ablations.py) over folds, seeds and shares of the labels: one table, one figure.
 
-    python benchmarks/evidence.py --data=DIR --teacher=weights/dinov2s --output=results/evidence
-    python benchmarks/evidence.py ... --names=student,full,scaled,probe --labels=25,100 --seeds=0,1
-    python benchmarks/evidence.py ... --names=student,scaled,probe --choose    # hyper-parameters, once, before scoring
+    python benchmarks/evidence/run.py --data=DIR --teacher=weights/dinov2s --output=results/evidence
+    python benchmarks/evidence/run.py ... --names=student,full,scaled,probe --labels=25,100 --seeds=0,1
+    python benchmarks/evidence/run.py ... --names=student,scaled,probe --choose  # hyper-parameters, before scoring
 
 DIR holds tiles named BIOME_SCENE_NUMBER in img_dir/*/ and ann_dir/*/, whose splits are ignored: folds are made here
-(benchmarks/folds.py). Every run trains on the other folds and is scored once, at its last step, on its own: no
-checkpoint is selected by its score. The names `probe...` are linear probes (benchmarks/probe.py).
+(folds.py). Every run trains on the other folds and is scored once, at its last step, on its own: no checkpoint is
+selected by its score. The names `probe...` are linear probes (probe.py).
 
 A finished run is known by its result.json and a hash of all that decides it; the same command leaves it alone, and
 begins a run that was stopped again. `--choose` runs CANDIDATES (choice.py) for every scored fold on folds that are not
@@ -29,10 +29,12 @@ import sys
 import time
 from importlib import metadata
 
-import choice as choices
-import folds as fold_files
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # where `benchmarks` is, for a start by path
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from benchmarks.evidence import choice as choices
+from benchmarks.evidence import folds as fold_files
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 ABLATIONS = runpy.run_path(str(ROOT / "configs" / "ablations.py"))
 # Linear probes: of all four taps of the teacher, of each alone, and of the mean colour for comparison.
 PROBES = {"probe": slice(None), **{f"probe_tap{k}": slice(k, k + 1) for k in range(4)}, "probe_colour": None}
@@ -93,7 +95,8 @@ class Study:
 
     def measure(self, name: str, place: str, *, train: list, val: list, seed: int, overrides: dict) -> dict:
         """The result of one run, from its file if it is there."""
-        from ktda_jax import config as configs
+        from ktda_jax.config.settings import Settings, flat
+        from ktda_jax.config.workdir import flatten, write_json
 
         probes = name in PROBES
         config = self.config(name, overrides, seed)
@@ -103,7 +106,9 @@ class Study:
         if config.teacher.mode == "precomputed":
             size = "x".join(map(str, config.data.crop))
             config.teacher.features = str(self.output / "features" / f"{tiles}-{self.teacher[:10]}-{size}")
-        decides = {k: v for k, v in configs.flat(config).items() if not k.startswith((*configs.RUNTIME, "weights."))}
+        lasting = flat(Settings.of(config), runtime=False)
+        decides = {k: v for k, v in flatten(json.loads(config.to_json_best_effort())).items() if k in lasting}
+        decides = {k: v for k, v in decides.items() if not k.startswith("weights.")}
         if config.distill or config.model.encoder == "teacher" or probes:
             decides["teacher"] = self.teacher
         if probes:
@@ -129,7 +134,7 @@ class Study:
             "date": time.strftime("%Y-%m-%d"), "versions": {p: metadata.version(p) for p in ("jax", "flax", "numpy")},
             **found,
         }  # fmt: skip
-        configs.write_json(path, result)
+        write_json(path, result)
         if not self.args.keep_checkpoints:
             shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
         return result
@@ -137,12 +142,13 @@ class Study:
     def _probe(self, name: str, config, train: list, val: list, settings: dict) -> dict:
         import jax
         import numpy as np
-        import probe
 
+        from benchmarks.evidence import probe
+        from ktda_jax.config.model import model_of
+        from ktda_jax.config.settings import Settings
         from ktda_jax.plan import flops
-        from ktda_jax.training import program
 
-        model = program.model_config_of(config)
+        model = model_of(Settings.of(config))
         patch, classes = model.teacher.patch, len(self.classes)
         if name == "probe_colour":
             features, teacher = probe.colours(self.tiles, patch), 0
@@ -184,10 +190,12 @@ def _train(config, workdir: pathlib.Path) -> dict:
     from flax import nnx
 
     from ktda_jax import extract
+    from ktda_jax.config.model import model_of
+    from ktda_jax.config.settings import Settings
     from ktda_jax.models import flat
     from ktda_jax.models.ktda import KTDA
     from ktda_jax.plan import flops
-    from ktda_jax.training import loop, program
+    from ktda_jax.training import loop
 
     if config.distill and config.teacher.mode == "precomputed":
         extract.run(config)
@@ -197,7 +205,7 @@ def _train(config, workdir: pathlib.Path) -> dict:
     seconds = time.perf_counter() - start
     if result is None:
         raise Stopped
-    model = program.model_config_of(config)
+    model = model_of(Settings.of(config))
     operations = flops.of_model(model, tuple(config.data.crop), distill=False)
     params = flat.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))[1]
     found = {
@@ -274,7 +282,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.folds < 2 + args.choose or not 1 <= args.inner < args.folds:
         sys.exit(f"error: --folds={args.folds} --inner={args.inner}; give at least 2 folds, 3 to --choose, fewer inner")
     if not args.teacher.exists():
-        sys.exit(f"error: no --teacher={args.teacher}; make it as benchmarks/EVIDENCE.md says")
+        sys.exit(f"error: no --teacher={args.teacher}; make it as benchmarks/evidence/EVIDENCE.md says")
     settings = {}
     for setting in args.set:
         key, sign, value = setting.partition("=")
@@ -297,9 +305,7 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     from absl import logging
 
-    from ktda_jax.config import ConfigError, write_json
-    from ktda_jax.data.images import DataError
-    from ktda_jax.training.loop import TrainingError
+    from ktda_jax.config.workdir import write_json
 
     logging.set_verbosity(logging.WARNING)
     _prepare_jax(args.output)
@@ -318,10 +324,10 @@ def main(argv: list[str]) -> None:
         results = score(study, choice)
         if not results:
             sys.exit(f"error: no finished run in {args.output}")
-        import evidence_table
+        from benchmarks.evidence import table
 
-        evidence_table.write(results, args.output, study.classes, command=" ".join(["python", *sys.argv]))
-    except (ConfigError, DataError, TrainingError, ValueError, OSError) as error:
+        table.write(results, args.output, study.classes, command=" ".join(["python", *sys.argv]))
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except (Stopped, KeyboardInterrupt):
         sys.exit("error: stopped; the same command goes on")

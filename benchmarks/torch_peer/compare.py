@@ -1,4 +1,4 @@
-"""The sides of `torch_peer.py`: ours checked and timed, the children that do it, and the comparison itself."""
+"""The sides of `run.py`: ours checked and timed, the children that do it, and the comparison itself."""
 
 import copy
 import dataclasses
@@ -11,15 +11,16 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from timing import resident_peak, summary, timed
 
-from ktda_jax import config as configs
-from ktda_jax import sharding
-from ktda_jax.config import ConfigError
+from benchmarks.timing import resident_peak, summary, timed
+from ktda_jax import UserError, sharding
+from ktda_jax.config.model import compute_dtype, model_of
+from ktda_jax.config.settings import Settings
+from ktda_jax.config.settings import flat as flat_settings
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.models import flat
 from ktda_jax.models.vit import ViTConfig
-from ktda_jax.training.program import build, model_config_of
+from ktda_jax.training.program import build
 from ktda_jax.weights import mmseg
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -44,13 +45,9 @@ class ChildError(RuntimeError):
 
 
 def check_published(config) -> None:
-    """ConfigError where the PyTorch side would compute something else."""
-    values = configs.flat(config)
+    """UserError where the PyTorch side would compute something else."""
+    values, model = flat_settings(Settings.of(config)), model_of(Settings.of(config))
     wrong = [f"config.{k}={values[k]!r} (published: {v!r})" for k, v in PUBLISHED.items() if values[k] != v]
-    try:
-        model = model_config_of(config)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     for name in ("patch", "registers", "swiglu", "rope", "mean", "std"):
         value, default = getattr(model.teacher, name), ViTConfig.__dataclass_fields__[name].default
         if value != default:
@@ -60,12 +57,12 @@ def check_published(config) -> None:
     if not model.aux_channels:
         wrong.append("no auxiliary head")
     if wrong:
-        raise ConfigError(f"benchmarks/torch_model.py is the published model; it has not {', '.join(wrong)}")
+        raise UserError(f"benchmarks/torch_peer/model.py is the published model; it has not {', '.join(wrong)}")
 
 
 def write_inputs(config, folder: pathlib.Path, sizes: dict[str, int]) -> None:
     """`spec.json` and `batch.npz`, which both sides read. `sizes`: steps, warmup, forwards, forward_batch."""
-    rows, crop, classes = config.batch_size, tuple(config.data.crop), len(configs.classes_of(config).classes)
+    rows, crop, classes = config.batch_size, tuple(config.data.crop), Settings.of(config).data.info.num_classes
     rng = np.random.default_rng(config.seed)
     labels = rng.integers(0, classes, (rows, *crop), np.uint8)
     labels[:, : crop[0] // 8] = IGNORE
@@ -76,7 +73,7 @@ def write_inputs(config, folder: pathlib.Path, sizes: dict[str, int]) -> None:
         forward=rng.integers(0, 256, (sizes["forward_batch"], *crop, 3), np.uint8),
     )
     spec = {
-        "model": dataclasses.asdict(model_config_of(config)),
+        "model": dataclasses.asdict(model_of(Settings.of(config))),
         "loss": config.loss.to_dict(),
         "optimizer": config.optimizer.to_dict(),
         "schedule": {**config.schedule.to_dict(), "total_steps": config.total_steps},
@@ -103,7 +100,7 @@ def check_ours(config, folder: pathlib.Path) -> dict:
     batch = read_batch(folder)
     exact = None if jax.default_backend() == "cpu" else "highest"  # accelerators would take TF32 or less
     with jax.default_matmul_precision(exact):
-        program = build(config)
+        program = build(Settings.of(config))
         current, teacher = program.init(), program.teacher()
         sharp = {k: SHARPEN * v if k.endswith(SHARPENED) else v for k, v in current.params.items()}
         current = dataclasses.replace(current, params=sharp)
@@ -124,7 +121,7 @@ def measure_ours(config, folder: pathlib.Path) -> dict:
     """Times the compiled training step and a forward pass."""
     spec, batch = read_spec(folder), read_batch(folder)
     host = {k: batch[k] for k in ("image", "label")}
-    program = build(config)
+    program = build(Settings.of(config))
     current, teacher = program.init(), program.teacher()
     start = time.perf_counter()
     step = program.compile_step(current, sharding.to_global(program.mesh, host), teacher)
@@ -135,7 +132,7 @@ def measure_ours(config, folder: pathlib.Path) -> dict:
         current, terms = step(current, sharding.to_global(program.mesh, host), teacher)
         jax.block_until_ready((current, terms))
 
-    report = {"passes": 1, "precision": str(configs.compute_dtype(config)), "compile_s": compiled}
+    report = {"passes": 1, "precision": str(compute_dtype(config.dtype)), "compile_s": compiled}
     report["first_steps_s"] = timed(train, spec["warmup"])
     report["train"] = summary(timed(train, spec["steps"]), config.batch_size)
     statistics = jax.devices()[0].memory_stats() or {}  # None on CPU
@@ -156,9 +153,9 @@ def measure_ours(config, folder: pathlib.Path) -> dict:
 def child(name: str, folder: pathlib.Path) -> dict:
     """Runs one side, `check`, `ours`, `torch_check` or a variant, in a process of its own and reads its report."""
     if name in ("check", "ours"):
-        command = [sys.executable, str(HERE / "torch_peer.py"), *sys.argv[1:], f"--role={name}", f"--folder={folder}"]
+        command = [sys.executable, str(HERE / "run.py"), *sys.argv[1:], f"--role={name}", f"--folder={folder}"]
     else:
-        command = [sys.executable, str(HERE / "torch_worker.py"), f"--folder={folder}", f"--variant={name}"]
+        command = [sys.executable, str(HERE / "worker.py"), f"--folder={folder}", f"--variant={name}"]
     log = folder / f"{name}.log"
     with open(log, "w") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode

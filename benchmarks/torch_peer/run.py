@@ -1,7 +1,7 @@
 """Ours against the published method in PyTorch, on one device: training step, inference, memory, in the same run.
 
-    python benchmarks/torch_peer.py --config=configs/grass.py --config.batch_size=2
-    python benchmarks/torch_peer.py --config=configs/grass.py --variants=published,compiled --steps=20 --output=a.json
+    python benchmarks/torch_peer/run.py --config=configs/grass.py --config.batch_size=2
+    python benchmarks/torch_peer/run.py --config=configs/grass.py --variants=published,compiled --output=a.json
 
 First both compute the loss of the same weights and batch, in float32, without drop path and dropout; unless the terms
 agree nothing is timed. Then every side runs alone, in a process of its own, so that its memory is its own. Ours is the
@@ -31,7 +31,10 @@ from importlib import metadata
 import jax
 from absl import app, flags
 from ml_collections import config_flags
-from torch_compare import (
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # where `benchmarks` is, for a start by path
+
+from benchmarks.torch_peer.compare import (
     ChildError,
     check_ours,
     check_published,
@@ -41,9 +44,9 @@ from torch_compare import (
     table,
     write_inputs,
 )  # fmt: skip
-
-from ktda_jax import config as configs
-from ktda_jax.config import ConfigError
+from ktda_jax import UserError
+from ktda_jax.config import checks
+from ktda_jax.config.workdir import write_json
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Which model and batch size.")
 VARIANTS = flags.DEFINE_list(
@@ -69,9 +72,9 @@ def machine() -> dict:
 def main(_):
     config = CONFIG.value
     if config is None:
-        raise ConfigError("give --config=FILE, such as --config=configs/grass.py")
-    configs.check(config)
-    configs.check_output(OUTPUT.value, "output")
+        raise UserError("give --config=FILE, such as --config=configs/grass.py")
+    checks.resolve(config)
+    checks.check_output(OUTPUT.value, "output")
     # One device on either side; with more than one, PyTorch would need a launcher.
     config.mesh.data, config.mesh.fsdp, config.eval_batch_size = 1, 1, config.batch_size
     check_published(config)
@@ -89,7 +92,7 @@ def main(_):
 
     def save(report):
         if OUTPUT.value:
-            configs.write_json(pathlib.Path(OUTPUT.value), {**about, **report})
+            write_json(pathlib.Path(OUTPUT.value), {**about, **report})
 
     sizes = {
         "steps": STEPS.value,
@@ -108,5 +111,5 @@ def main(_):
 if __name__ == "__main__":
     try:
         app.run(main)
-    except (ConfigError, ChildError) as error:
+    except (UserError, ChildError) as error:
         raise SystemExit(f"error: {error}") from None

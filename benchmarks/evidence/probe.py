@@ -13,6 +13,8 @@ import numpy as np
 import scipy.optimize
 
 from ktda_jax import sharding
+from ktda_jax.config.model import model_of
+from ktda_jax.config.settings import Settings
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.images import read_image, read_label
 from ktda_jax.metrics import confusion_matrix
@@ -24,9 +26,10 @@ from ktda_jax.training import program
 
 def features(config, tiles: dict) -> dict[str, list[np.ndarray]]:
     """{name: four of float32 (h, w, C)}: the teacher's taps of whole tiles."""
-    model = program.model_config_of(config)
+    settings = Settings.of(config)
+    model = model_of(settings)
     mesh = sharding.make_mesh(1, 1)
-    graphdef, _, place = program.frozen_teacher(config, model, jnp.float32, mesh)
+    graphdef, _, place = program.frozen_teacher(settings.weights.teacher, settings.seed, model, jnp.float32, mesh)
     arrays = place()
 
     @jax.jit

@@ -1,11 +1,12 @@
-"""Hyper-parameters of benchmarks/evidence.py, chosen for every scored fold on folds that are not scored."""
+"""Hyper-parameters of the runs (run.py), chosen for every scored fold on folds that are not scored."""
 
 import itertools
 import json
 import pathlib
 
 import numpy as np
-from evidence_table import miou
+
+from benchmarks.evidence.table import miou
 
 CANDIDATES = {
     "student": [{"optimizer.lr": lr} for lr in (3e-4, 1e-3)],

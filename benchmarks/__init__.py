@@ -1,0 +1,1 @@
+"""What supports the project's claims (README.md). Nothing in ktda_jax imports this."""

@@ -1,0 +1,1 @@
+"""Does it help? Ablations and linear probes over folds of real tiles (EVIDENCE.md)."""

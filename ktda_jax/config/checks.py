@@ -1,0 +1,65 @@
+"""Settings held against each other: what no later check would name clearly, before anything is compiled."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from ktda_jax import UserError
+from ktda_jax.config.settings import KL_AXES, Settings
+from ktda_jax.data import reading
+
+
+def resolve(config: Mapping[str, Any]) -> Settings:
+    """The settings of a config, which fit together; UserError names the one that does not."""
+    settings = Settings.of(config)
+    check(settings)
+    return settings
+
+
+def check(settings: Settings) -> None:
+    data, loss, model = settings.data, settings.loss, settings.model
+    if len(data.crop) != 2 or min(data.crop) < 32:
+        raise UserError(f"config.data.crop is {tuple(data.crop)}; give (height, width) of at least 32 pixels")
+    classes = data.info.classes
+    if loss.class_weights is not None and len(loss.class_weights) != len(classes):
+        raise UserError(f"config.loss.class_weights has {len(loss.class_weights)} values for {len(classes)} classes")
+    _choose("dtype", settings.dtype, ("auto", "float32", "bfloat16"), also=("float64",))
+    _choose("loss.kl_axis", loss.kl_axis, KL_AXES)
+    _choose("data.source", data.source, ("tfds", "folder"))
+    _choose("data.on_corrupt", data.on_corrupt, ("stop", "skip"))
+    reading.check(data, len(classes))
+    _choose("teacher.mode", settings.teacher.mode, ("computed", "precomputed"))
+    _choose("teacher.dtype", settings.teacher.dtype, ("bfloat16", "float16"))
+    if settings.encodes and settings.distill:
+        raise UserError("config.model.encoder='teacher' leaves nothing to distil; set config.distill=False")
+    if settings.encodes and settings.weights.student is not None:
+        raise UserError("config.model.encoder='teacher' has no student; leave config.weights.student out")
+    if settings.distill and not model.fam:
+        raise UserError("config.distill needs the FAM; set config.model.fam=True or config.distill=False")
+
+
+def _choose(name: str, value: str, known: tuple[str, ...], *, also: tuple[str, ...] = ()) -> None:
+    if value not in (*known, *also):
+        listed = f"one of {', '.join(known)}" if name == "loss.kl_axis" else _or(known)
+        raise UserError(f"config.{name} is {value!r}; choose {listed}")
+
+
+def _or(known: tuple[str, ...]) -> str:
+    shown = [k if len(known) > 2 else repr(k) for k in known]
+    return f"{', '.join(shown[:-1])} or {shown[-1]}"
+
+
+def check_output(path: str | None, flag: str, *, folder: bool = False) -> None:
+    """Makes the place where a result will go, before the work; UserError if it cannot be written to."""
+    if path is None:
+        return
+    place = pathlib.Path(path) if folder else pathlib.Path(path).parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if not folder and pathlib.Path(path).is_dir():
+            raise UserError(f"--{flag}={path} is a folder; give a file")
+        if not os.access(place, os.W_OK):
+            raise UserError(f"cannot write to --{flag}={path}: no permission for {place}")
+    except OSError as error:
+        raise UserError(f"cannot write to --{flag}={path}: {error.strerror}") from error

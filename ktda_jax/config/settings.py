@@ -1,0 +1,328 @@
+"""Every setting: its meaning, unit, range and source. `Settings.of` makes them, once, from what a config file says.
+
+The values themselves stand in configs/ alone. What `absent` says is what a config or a workdir without the key means:
+the behaviour before the setting existed.
+"""
+
+import dataclasses
+import functools
+import json
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ktda_jax import UserError
+from ktda_jax.data import reading
+from ktda_jax.data.datasets import DatasetInfo, dataset_info
+
+VERSION = 1  # of config.json; raised when an old one needs more than `absent` to be understood
+REQUIRED = object()
+PUBLISHED = "Zhang et al., ICME 2025, and their code"
+
+Fits = tuple[Callable[[Any], bool], str]  # whether a value can be, and what to give instead
+SHARE = (lambda x: 0 <= x < 1, "a number from 0 to below 1")
+POSITIVE = (lambda x: x > 0, "a number above 0")
+NOT_NEGATIVE = (lambda x: x >= 0, "at least 0")
+SIZE = (lambda x: x >= 1, "at least 1")
+KL_AXES = ("width", "channel", "position")  # that the softmax of the distillation may run along
+
+
+def setting(
+    meaning: str, *, unit: str = "", source: str = "", fits: Fits | None = None, absent: Any = REQUIRED,
+    runtime: bool = False,
+) -> Any:  # fmt: skip
+    """A field. `runtime`: may differ between two runs of one workdir: how it runs, not what it computes."""
+    return dataclasses.field(
+        metadata=dict(meaning=meaning, unit=unit, source=source, fits=fits, absent=absent, runtime=runtime)
+    )
+
+
+def section(meaning: str, *, runtime: bool = False) -> Any:
+    return dataclasses.field(metadata=dict(meaning=meaning, runtime=runtime))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How devices share the work: data x fsdp of them."""
+
+    data: int = setting("devices that each take other images; -1: all that are left")
+    fsdp: int = setting("devices that parameters are split over, too")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Which tiles, and how they are read and augmented."""
+
+    source: str = setting("folder, or tfds: records that data_builders/ has built")
+    name: str = setting("data set, which gives classes and palette (data/datasets.py); for tfds also which records")
+    root: str | None = setting("folder with img_dir/ and ann_dir/; for tfds its data_dir", runtime=True)
+    manual_dir: str | None = setting("tfds: where the published folders or archives are", runtime=True)
+    train_split: str = setting("split that is trained on")
+    val_split: str = setting("split that selects the best checkpoint")
+    test_split: str | None = setting("split evaluated at the end; None: val_split", runtime=True)
+    classes: tuple[str, ...] | None = setting("names of your own classes; None: the data set's", absent=None)
+    palette: tuple | None = setting("their colours", unit="(red, green, blue) of 0 to 255", absent=None)
+    bands: tuple[int, ...] | None = setting("bands of multi-band files; None: 8-bit RGB", unit="from 1", absent=None)
+    rgb: tuple[int, ...] | None = setting(
+        "which of them teacher and figures see as red, green, blue; None: the first three", absent=None
+    )
+    scale: tuple | None = setting("(low, high), or a pair per band: what becomes 0 and 255", absent=None)
+    nodata: float | None = setting("value of pixels without data; None: as the file declares", absent=None)
+    label_map: tuple | None = setting("((stored value or (r, g, b), class), ...); None: as stored", absent=None)
+    crop: tuple[int, int] = setting("height and width trained on, and evaluated at", unit="px", source=PUBLISHED)
+    flip: float = setting(
+        "probability of a mirror image", source=PUBLISHED, fits=(lambda x: 0 <= x <= 1, "a probability")
+    )
+    photometric: bool = setting("distort brightness, contrast, saturation and hue", source=PUBLISHED)
+    on_corrupt: str = setting("what a broken training tile does: stop, or skip it and count", runtime=True)
+    num_threads: int | None = setting("that read tiles; None: by the cores", fits=NOT_NEGATIVE, runtime=True)
+
+    @property
+    def info(self) -> DatasetInfo:
+        """Class names and palette: the config's own, or those of the data set it names."""
+        try:
+            if not self.classes:
+                return dataset_info(self.name)
+            palette = tuple(tuple(c) for c in self.palette or ())
+            return DatasetInfo(self.name, tuple(self.classes), palette, tile_size=max(self.crop), splits=())
+        except UserError as error:
+            raise UserError(f"config.data: {error}") from error
+
+    @property
+    def num_bands(self) -> int:
+        return reading.bands_of(self)[0]
+
+    @property
+    def rgb_positions(self) -> tuple[int, int, int]:
+        """Of red, green and blue among the bands."""
+        return reading.bands_of(self)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """The ConvNeXt; what is None here is the preset's (models/convnext.py)."""
+
+    preset: str | None = setting("laptop, tiny, small, base, large, v2_atto, ...", source=PUBLISHED, absent=None)
+    depths: tuple[int, ...] | None = setting("blocks by stage", absent=None)
+    channels: tuple[int, ...] | None = setting("channels by stage", absent=None)
+    drop_path: float = setting(
+        "stochastic depth of the last block; rises from 0", source=PUBLISHED, fits=SHARE, absent=0.0
+    )
+    layer_scale: float | None = setting("initial layer scale of V1 blocks; None: 1", absent=None)
+    v2: bool | None = setting("ConvNeXt-V2 blocks", absent=None)
+    remat: bool = setting("recompute blocks in the backward pass: less memory, more time", absent=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The ViT, which sets the FAM's width and grid; what is None here is the preset's (models/vit.py)."""
+
+    preset: str | None = setting("laptop, small, base, base_reg, dinov3_base, ...", source=PUBLISHED, absent=None)
+    width: int | None = setting("channels", fits=SIZE, absent=None)
+    depth: int | None = setting(
+        "layers", fits=(lambda x: x >= 4, "at least 4: four of its layers are taken"), absent=None
+    )
+    heads: int | None = setting("attention heads", fits=SIZE, absent=None)
+    image_size: tuple[int, int] | None = setting("for which the position embedding is stored", unit="px", absent=None)
+    taps: tuple | None = setting(
+        "layers whose outputs are distilled, from 1, one per student level; None in it: that level is not; None: the "
+        "last of each quarter", source=PUBLISHED, absent=None,
+    )  # fmt: skip
+    patch: int | None = setting("side of a patch", unit="px", absent=None)
+    registers: int | None = setting("register tokens", absent=None)
+    swiglu: bool | None = setting("gated feed-forward", absent=None)
+    mlp_ratio: float | None = setting("hidden width of the feed-forward over the width", absent=None)
+    rope: bool | None = setting("rotary positions (DINOv3)", absent=None)
+    antialias: bool | None = setting("resize the position embedding antialiased", absent=None)
+    mean: tuple[float, ...] | None = setting("of the images it was trained on", unit="0 to 255", absent=None)
+    std: tuple[float, ...] | None = setting("their standard deviation", unit="0 to 255", absent=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class FMM:
+    """The feature modulation module."""
+
+    enabled: bool = setting("whether there is one", absent=True)
+    form: str = setting("transformer, or mlp", source=PUBLISHED, absent="transformer")
+    blocks: int = setting("on every level", source=PUBLISHED, fits=SIZE, absent=4)
+    heads: int = setting("attention heads (transformer)", source=PUBLISHED, fits=SIZE, absent=8)
+    mlp_ratio: float = setting("hidden width over the width (transformer)", source=PUBLISHED, fits=POSITIVE, absent=4.0)
+    remat: bool = setting("recompute blocks in the backward pass: less memory, more time", absent=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Student, teacher and decoders."""
+
+    student: Student = section("the network that is trained")
+    teacher: Teacher = section("the frozen transformer it learns from")
+    fmm: FMM = section("the feature modulation module")
+    encoder: str | None = setting("None: the student; teacher: the frozen one under the same decoder", absent=None)
+    tap_scales: tuple[float, ...] | None = setting(
+        "what the teacher's taps are multiplied by; None: 1", source=PUBLISHED, absent=None
+    )
+    fam: bool = setting("whether there is a feature alignment module", source=PUBLISHED, absent=True)
+    grid: tuple[int, int] | None = setting("rows and columns of the FAM's output; None: the teacher's", absent=None)
+    neck_channels: int | None = setting("of all behind the FAM; None: the teacher's width", fits=SIZE, absent=None)
+    head_channels: int = setting("of the UPerNet decoder", source=PUBLISHED, fits=SIZE, absent=512)
+    aux_channels: int = setting(
+        "of the auxiliary head; 0: none", source=PUBLISHED, absent=256,
+        fits=(lambda x: x >= 0, "at least 0; 0 leaves the auxiliary head out"),
+    )  # fmt: skip
+    dropout: float = setting("of channels before the classifiers", source=PUBLISHED, fits=SHARE, absent=0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTaps:
+    """Where the teacher's outputs come from (config.teacher)."""
+
+    mode: str = setting("computed in every training step, or precomputed by ktda_jax.extract", absent="computed")
+    features: str | None = setting("folder of precomputed ones; None: features/<data.name>", absent=None, runtime=True)
+    dtype: str = setting("in which they are stored: bfloat16 or float16", absent="bfloat16", runtime=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What does not start at random: folders of ktda_jax.convert, published files, or hf://ORG/NAME."""
+
+    student: str | None = setting("pretrained student")
+    teacher: str | None = setting("pretrained teacher")
+    model: str | None = setting("a whole KTDA model, to go on from or to evaluate", absent=None)
+    new_classifier: bool = setting("of `model`: leave its classifiers out, for other classes", absent=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Cross entropy of both heads, and distillation."""
+
+    alpha: float = setting(
+        "share of KL against MSE", source=PUBLISHED, fits=(lambda x: 0 <= x <= 1, "a share from 0 to 1")
+    )
+    temperature: float = setting("of the KL", source=PUBLISHED, fits=POSITIVE)
+    kl_axis: str = setting("along which the KL's softmax runs: width, channel or position", source=PUBLISHED)
+    aux_weight: float = setting("of the auxiliary head's cross entropy", source=PUBLISHED, fits=NOT_NEGATIVE)
+    class_weights: tuple[float, ...] | None = setting(
+        "of the classes in the cross entropy; None: 1",
+        fits=(lambda x: min(x) >= 0 and max(x) > 0, "numbers from 0, not all 0"),
+    )
+    avg_non_ignore: bool = setting("mean over labelled pixels instead of all", source=PUBLISHED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW."""
+
+    lr: float = setting("learning rate after the warm-up", source=PUBLISHED, fits=POSITIVE)
+    b1: float = setting("decay of the first moment", source=PUBLISHED, fits=SHARE)
+    b2: float = setting("decay of the second moment", source=PUBLISHED, fits=SHARE)
+    weight_decay: float = setting("of all but norms", source=PUBLISHED, fits=NOT_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Of the learning rate: linear warm-up times polynomial decay to 0."""
+
+    warmup: int = setting("length of the warm-up", unit="steps", source=PUBLISHED, fits=NOT_NEGATIVE)
+    poly_begin: int | None = setting("where the decay begins; None: where the warm-up ends", unit="steps")
+    power: float = setting("of the decay", source=PUBLISHED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All of them, checked one by one; `checks.check` holds them against each other."""
+
+    seed: int = setting(
+        "from which everything random comes", fits=(lambda x: 0 <= x < 2**31, "a number from 0 to 2147483647")
+    )
+    total_steps: int = setting("optimiser steps", source=PUBLISHED, fits=SIZE)
+    batch_size: int = setting("images of a step, over all devices", source=PUBLISHED, fits=SIZE)
+    eval_batch_size: int = setting("images evaluated at once, over all devices", fits=SIZE)
+    grad_accum: int = setting("micro-batches of a step: less memory, the same batch", fits=SIZE)
+    dtype: str = setting("of the computation: auto (bfloat16 on accelerators), float32 or bfloat16")
+    clip_norm: float | None = setting("largest norm of the gradient; None: any", fits=POSITIVE)
+    ema: float | None = setting(
+        "decay of averaged parameters for evaluation; None: none",
+        fits=(lambda x: 0 < x < 1, "a decay between 0 and 1, such as 0.999"),
+    )
+    log_every: int = setting("between logged losses", unit="steps", fits=SIZE, runtime=True)
+    eval_every: int = setting("between evaluations", unit="steps", source=PUBLISHED, fits=SIZE)
+    checkpoint_every: int | None = setting("between further checkpoints; None: none", unit="steps", runtime=True)
+    distill: bool = setting("whether the student learns from the teacher", source=PUBLISHED)
+    mesh: Mesh = section("how devices share the work", runtime=True)
+    data: Data = section("the tiles")
+    model: Model = section("the networks")
+    teacher: StoredTaps = section("where the teacher's outputs come from")
+    weights: Weights = section("what does not start at random")
+    loss: Loss = section("what is minimised")
+    optimizer: Optimizer = section("by what")
+    schedule: Schedule = section("at which rate")
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Settings":
+        """From a ConfigDict or what config.json holds; UserError names what is unknown, missing or out of range."""
+        config = json.loads(config.to_json_best_effort()) if hasattr(config, "to_json_best_effort") else dict(config)
+        version = config.pop("version", 0)
+        if version > VERSION:
+            raise UserError(f"settings of version {version}, but this program knows {VERSION}; take a newer one")
+        return _build(cls, config, "config")
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the frozen teacher is the model's encoder."""
+        return self.model.encoder == "teacher"
+
+
+def _build(cls, values: Mapping[str, Any], where: str):
+    """A dataclass of settings from a mapping."""
+    fields, kinds = _fields(cls), typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{where}.{key} is not a setting; known: {', '.join(fields)}")
+    built = {}
+    for name, field in fields.items():
+        if dataclasses.is_dataclass(kinds[name]):
+            built[name] = _build(kinds[name], values.get(name) or {}, f"{where}.{name}")
+            continue
+        meta = field.metadata
+        value = values.get(name, meta["absent"])
+        if value is REQUIRED:
+            raise UserError(f"{where}.{name} is missing; {meta['meaning']}")
+        if value is None and meta["absent"] is not REQUIRED and not _may_be_none(kinds[name]):
+            value = meta["absent"]
+        if value is None and not _may_be_none(kinds[name]):
+            raise UserError(f"{where}.{name} is None; {meta['meaning']}")
+        value = _tuples(value)
+        if value is not None and meta["fits"] is not None and not meta["fits"][0](value):
+            raise UserError(f"{where}.{name} is {value}; give {meta['fits'][1]}")
+        built[name] = value
+    return cls(**built)
+
+
+@functools.cache
+def _fields(cls) -> dict[str, dataclasses.Field]:
+    return {field.name: field for field in dataclasses.fields(cls)}
+
+
+def _may_be_none(kind) -> bool:
+    return isinstance(kind, types.UnionType) and type(None) in typing.get_args(kind)
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def flat(settings: Settings, *, runtime: bool = True) -> dict[str, Any]:
+    """{'data.crop': [256, 256], ...} as JSON has it; without the `runtime` ones where they do not matter."""
+
+    def walk(section, prefix):
+        for name, field in _fields(type(section)).items():
+            if not runtime and field.metadata["runtime"]:
+                continue
+            value = getattr(section, name)
+            if dataclasses.is_dataclass(value):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    return json.loads(json.dumps(dict(walk(settings, ""))))

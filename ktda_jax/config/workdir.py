@@ -1,0 +1,117 @@
+"""A workdir's record of its training, `config.json` and `run.json`: written, read again, and compared with settings."""
+
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from ktda_jax import UserError
+from ktda_jax.config.settings import VERSION, Settings, flat
+
+CONFIG, RUN = "config.json", "run.json"
+
+
+def write(workdir: pathlib.Path, settings: Settings) -> None:
+    """The settings by section, as a config has them; `read` gives them back."""
+    nested: dict[str, Any] = {"version": VERSION}
+    for key, value in flat(settings).items():
+        *sections, name = key.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    write_json(workdir / CONFIG, nested)
+
+
+def read(workdir: pathlib.Path) -> Settings:
+    """The settings that a training was begun with, by any version; UserError names the file."""
+    path = workdir / CONFIG
+    try:
+        saved = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} does not describe a training of ours: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); use another --workdir") from error
+    try:
+        return Settings.of(saved)
+    except (UserError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} does not describe a training of ours: {error}") from error
+
+
+def compare(workdir: pathlib.Path, settings: Settings, only: tuple[str, ...] = ("",)) -> None:
+    """Refuses a workdir that another computation has begun: one with a checkpoint and other settings.
+
+    `only`: beginnings of the settings that count.
+    """
+    if not (workdir / CONFIG).exists() or not any(p.name.isdigit() for p in workdir.glob("checkpoints/*")):
+        return
+    saved, ours = flat(read(workdir), runtime=False), flat(settings, runtime=False)
+    different = [
+        f"{key} (saved {saved[key]!r}, now {ours[key]!r})"
+        for key in sorted(ours)
+        if saved[key] != ours[key] and key.startswith(only)
+    ]
+    if different:
+        more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+        raise UserError(
+            f"workdir {workdir} was begun with another config: {', '.join(different[:4])}{more}; "
+            "use another --workdir, or the saved settings"
+        )
+
+
+def compare_data(workdir: pathlib.Path, fingerprints: Mapping[str, str]) -> None:
+    """Refuses to go on with other tiles than those a run has begun with."""
+    try:
+        saved = json.loads((workdir / RUN).read_text())["data"]
+    except (OSError, ValueError, KeyError):
+        return  # nothing to compare with
+    changed = [split for split in fingerprints if saved.get(split, fingerprints[split]) != fingerprints[split]]
+    if changed:
+        raise UserError(
+            f"the {' and '.join(changed)} data are not those that {workdir} was begun with; use another --workdir, "
+            "or the former data"
+        )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'data.crop': ...} of nested mappings."""
+    found = {}
+    for key, value in values.items():
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
+def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    """Writes aside and renames, so that a reader never sees half a file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+
+
+def write_run(workdir: pathlib.Path, settings: Settings, fingerprints: Mapping[str, str]) -> None:
+    """What a later reader needs to know about how the numbers came about."""
+    import jax
+
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ktda-jax")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    weights = settings.weights
+    write_json(
+        workdir / RUN,
+        {
+            "versions": versions,
+            "python": sys.version.split()[0],
+            "devices": [str(d) for d in jax.devices()],
+            "processes": jax.process_count(),
+            "seed": settings.seed,
+            "weights": {name: getattr(weights, name) for name in ("student", "teacher", "model", "new_classifier")},
+            "data": dict(fingerprints),
+        },
+    )
