@@ -30,6 +30,8 @@ import runpy
 
 from ml_collections import ConfigDict, config_dict
 
+from ktda_jax.config.base import arguments
+
 cloud = runpy.run_path(str(pathlib.Path(__file__).with_name("cloud.py")))
 
 PLAIN = {"model.fam": False, "model.fmm.enabled": False, "distill": False}
@@ -56,8 +58,7 @@ def get_config(argument: str = "full") -> ConfigDict:
     name, *flags = argument.split(",")
     if name not in ABLATIONS:
         raise ValueError(f"ablation {name!r} is unknown; known: {', '.join(ABLATIONS)}")
-    if unknown := set(flags) - {"small", "base"}:
-        raise ValueError(f"config argument {', '.join(sorted(unknown))!r} is unknown; known: NAME, small, base")
+    flags = arguments(",".join(flags), "small", "base")
     config = cloud["get_config"]()
     if "base" in flags or "small" in flags:
         short(config)

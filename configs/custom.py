@@ -8,12 +8,9 @@ Arguments: custom.py:tiny  a model and schedule for a laptop
 Hardware, time, score: yours. With few tiles, 2,000 to 10,000 steps are a sensible first try.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
 
-grass = runpy.run_path(str(pathlib.Path(__file__).with_name("grass.py")))
+from ktda_jax.config.base import arguments, base, shrink
 
 CLASSES = {  # name: colour in figures and maps, in the order of the class numbers
     "background": (60, 60, 60),
@@ -33,7 +30,8 @@ NODATA = None  # pixels of this value are ignored. None: where the file says so,
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    config = grass["get_config"](argument.replace("tiny", ""))
+    flags = arguments(argument, "tiny")
+    config = base()
     data = config.data
     data.name = "custom"
     data.classes, data.palette = tuple(CLASSES), tuple(CLASSES.values())
@@ -42,6 +40,6 @@ def get_config(argument: str = "") -> ConfigDict:
     data.bands, data.rgb, data.scale, data.nodata = BANDS, RGB, SCALE, NODATA
     config.total_steps, config.eval_every = 5_000, 250
     config.schedule.warmup = 250
-    if "tiny" in argument:
-        grass["shrink"](config)
+    if "tiny" in flags:
+        shrink(config)
     return config

@@ -8,22 +8,20 @@ Time:      1 min 2 s on two CPU cores with 180 GFLOP/s (python -m ktda_jax.bench
 Score:     validation mIoU 52.46, aAcc 68.44, measured; the best constant prediction has mIoU 5.36.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
 
-grass = runpy.run_path(str(pathlib.Path(__file__).with_name("grass.py")))
+from ktda_jax.config.base import arguments, base, shrink
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    config = grass["get_config"](argument.replace("tiny", ""))
-    grass["shrink"](config)
+    flags = arguments(argument, "tiny")
+    config = base()
+    shrink(config)
     config.total_steps, config.eval_every, config.log_every = 300, 100, 10
     config.batch_size, config.eval_batch_size = 4, 8
     config.data.source, config.data.name, config.data.root = "tfds", "meadow", "data/tfds"
     config.data.crop = config.model.teacher.image_size = (96, 96)  # of tiles of 128 px
-    config.model.student.depths, config.model.neck_channels, config.model.head_channels = (1, 1, 1, 1), 32, 48
-    if "tiny" in argument:
+    config.model.student.depths, config.model.neck_channels, config.model.head_channels = (1, 1, 1, 0), 32, 48
+    if "tiny" in flags:
         config.total_steps, config.eval_every, config.schedule.warmup = 8, 4, 2
     return config

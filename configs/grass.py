@@ -10,100 +10,16 @@ Tiny:      93.49 training mIoU on the three real sample tiles (val_split=train),
 Score:     published mIoU 50.86, aAcc 74.26, with pretrained student and teacher; not reproduced by us yet.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
+
+from ktda_jax.config.base import arguments, base, shrink
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    flags = set(filter(None, argument.split(",")))
-    if unknown := flags - {"tiny", "upstream"}:
-        raise ValueError(f"config argument {', '.join(unknown)!r} is unknown; known: tiny, upstream")
-    config = ConfigDict()
-    config.seed = 42
-    config.total_steps = 23_000
-    config.batch_size = 4  # over all devices
-    config.eval_batch_size = 4
-    config.grad_accum = 1  # micro-batches per step: less memory, the same batch
-    config.dtype = "auto"  # compute; bfloat16 on accelerators, float32 on CPU. Parameters are float32
-    config.clip_norm = config_dict.placeholder(float)  # of the global gradient
-    config.ema = config_dict.placeholder(float)  # decay of averaged parameters for evaluation, 0.999 say
-    config.log_every = 50
-    config.eval_every = 230
-    config.checkpoint_every = config_dict.placeholder(int)  # besides every evaluation
-    config.mesh = dict(data=-1, fsdp=1)  # -1: all devices; fsdp > 1 also splits the parameters
-
-    config.data = dict(
-        source="folder",  # or tfds, built by data_builders/
-        name="grass",  # gives the classes and the palette (ktda_jax/data/datasets.py)
-        root=config_dict.placeholder(str),  # folder; for tfds its data_dir
-        manual_dir=config_dict.placeholder(str),  # tfds: where the published folders are
-        train_split="train",
-        val_split="val",  # selects the best checkpoint
-        test_split=config_dict.placeholder(str),  # evaluated at the end; None: val_split
-        bands=config_dict.placeholder(tuple),  # of multi-band files, counted from 1; None: 8-bit RGB
-        rgb=config_dict.placeholder(tuple),  # those that the teacher and the figures see; None: the first three
-        scale=config_dict.placeholder(tuple),  # (low, high), or one pair per band: what becomes 0 and 255
-        nodata=config_dict.placeholder(float),  # value of pixels without data; None: as the file declares
-        label_map=config_dict.placeholder(tuple),  # ((stored value or (r, g, b), class), ...); None: as stored
-        crop=(256, 256),
-        flip=0.5,
-        photometric=True,
-        on_corrupt="stop",  # or skip: take the next tile and count
-        num_threads=config_dict.placeholder(int),
-    )
-    config.model = dict(
-        student=dict(preset="base", depths=config_dict.placeholder(tuple), channels=config_dict.placeholder(tuple),
-                     drop_path=0.4, remat=False),
-        teacher=dict(preset="base", width=config_dict.placeholder(int), depth=config_dict.placeholder(int),
-                     heads=config_dict.placeholder(int), image_size=(256, 256)),
-        encoder=config_dict.placeholder(str),  # None: the student; or teacher: the frozen one under the same decoder
-        tap_scales=config_dict.placeholder(tuple),  # of the teacher's four taps; None: 1, as published
-        fam=True,
-        fmm=dict(enabled=True, form="transformer", blocks=4, heads=8, mlp_ratio=4.0, remat=False),
-        grid=config_dict.placeholder(tuple),  # of the FAM's output; None: the teacher's
-        neck_channels=config_dict.placeholder(int),  # of all behind the FAM; None: the teacher's width, as published
-        head_channels=512,
-        aux_channels=256,  # 0: no auxiliary head
-        dropout=0.1,
-    )  # fmt: skip
-    config.distill = True
-    config.teacher = dict(
-        mode="computed",  # in every training step; or precomputed, by python -m ktda_jax.extract
-        features=config_dict.placeholder(str),  # folder of precomputed ones; None: features/<data.name>
-        dtype="bfloat16",  # in which they are stored; or float16
-    )
-    config.weights = dict(  # folders of ktda_jax.convert, or source files, or hf://ORG/NAME
-        student=config_dict.placeholder(str),
-        teacher=config_dict.placeholder(str),
-        model=config_dict.placeholder(str),  # a whole KTDA model, to go on from or to evaluate
-        new_classifier=False,  # of `model`: leave its classifiers out, for other classes
-    )
-    config.loss = dict(
-        alpha=0.5,  # of KL against MSE
-        temperature=1.0,
-        kl_axis="width",  # as published; or channel, position
-        aux_weight=0.4,
-        class_weights=config_dict.placeholder(tuple),
-        avg_non_ignore=False,  # as published: ignored pixels count in the mean's denominator
-    )
-    config.optimizer = dict(lr=6e-4, b1=0.9, b2=0.999, weight_decay=0.01)
-    config.schedule = dict(warmup=1150, poly_begin=config_dict.placeholder(int), power=0.9)
+    flags = arguments(argument, "tiny", "upstream")
+    config = base()
     if "tiny" in flags:
         shrink(config)
         # middle-high is 1.6 % of the sample tiles; unweighted, 300 steps do not find it at all (IoU 0.00).
         config.loss.class_weights = (1.0, 1.0, 1.0, 8.0, 1.0)
     return config
-
-
-def shrink(config: ConfigDict) -> None:
-    """A model of the same shape, about 3 M parameters, and a schedule of minutes on two CPU cores."""
-    config.total_steps, config.eval_every, config.log_every = 300, 100, 10
-    config.schedule.warmup = 20
-    if config.schedule.poly_begin is not None:
-        config.schedule.poly_begin = 10
-    student, teacher, fmm = config.model.student, config.model.teacher, config.model.fmm
-    student.preset, student.drop_path = "laptop", 0.0
-    teacher.preset = "laptop"
-    fmm.blocks, fmm.heads = 1, 1
-    config.model.head_channels, config.model.aux_channels = 64, 32
-    # A few hundred steps are too few to learn past colour distortion, drop path and the KL term of a random teacher.
-    config.optimizer.lr, config.data.photometric, config.loss.alpha = 2e-3, False, 0.0

@@ -39,6 +39,7 @@ from ktda_jax.data.teacher_features import (
     FeatureWriter,
     check,
     read_manifest,
+    stored_layers,
 )
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDAConfig, normalize
@@ -80,7 +81,8 @@ def run(config) -> pathlib.Path:
     rows = dict(crop=None, batch_size=settings.eval_batch_size, **processes(data.num_threads))
     batches = pipeline.eval_batches(source, **rows)
     records, per_shard = _records(batches, model, jax.process_count())
-    size = sum(2 * 4 * h * w * model.teacher.width * DTYPES[stored.dtype].itemsize for *_, h, w in records)
+    itemsize = DTYPES[stored.dtype].itemsize * len(stored_layers(model.teacher.tapped))
+    size = sum(2 * h * w * model.teacher.width * itemsize for *_, h, w in records)
     _say(f"{len(source)} tiles and their mirror images, {size / 1e9:.2f} GB of {stored.dtype} before compression")
 
     step = _step(graphdef, model, dtype, DTYPES[stored.dtype], mesh)
@@ -146,12 +148,14 @@ def _records(batches: pipeline.EvalBatches, model: KTDAConfig, count: int) -> tu
 
 
 def _step(graphdef, model: KTDAConfig, dtype, stored: np.dtype, mesh):
-    """(teacher, images (B, H, W, bands)) -> taps of the images and of their mirror images, (B, 4, h, w, C) each."""
+    """(teacher, images (B, H, W, bands)) -> taps of the images and of their mirror images, (B, n, h, w, C) each."""
 
     def taps(teacher, images):
         seen = normalize(images[..., np.array(model.rgb)], dtype, model.teacher.mean, model.teacher.std)
-        vit = flat.merge(graphdef, teacher, {})
-        return tuple(jnp.stack(vit(x), 1).astype(stored) for x in (seen, seen[:, :, ::-1]))
+        vit, tapped = flat.merge(graphdef, teacher, {}), model.teacher.tapped
+        levels = [tapped.index(layer) for layer in stored_layers(tapped)]
+        both = [vit(x) for x in (seen, seen[:, :, ::-1])]
+        return tuple(jnp.stack([found[k] for k in levels], 1).astype(stored) for found in both)
 
     return jax.jit(taps, out_shardings=(sharding.batch_sharding(mesh),) * 2)
 

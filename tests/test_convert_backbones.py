@@ -185,7 +185,7 @@ def test_teacher(case, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     found = sources.load(str(tmp_path / "model.safetensors"), source, teacher_heads=4)
     prefix = 1 + found.config.registers
-    assert found.kind == "teacher" and found.config.taps == (0, 1, 2, 3)
+    assert found.kind == "teacher" and found.config.tapped == (0, 1, 2, 3)
     patch = model.config.patch_size
     for height, width in ((4 * patch, 4 * patch), (3 * patch, 7 * patch)):  # its own size and another
         x = random(2, height, width, 3).astype(np.float32)

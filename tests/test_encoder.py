@@ -39,7 +39,7 @@ def test_only_the_decoder_trains(tmp_path):
     def loss(params, stats, frozen):
         teacher = flat.merge(vit, frozen, {})
         outputs = flat.merge(program.graphdef, params, stats)(images, train=True, teacher=teacher)
-        assert outputs.logits.shape == (2, 20, 20, runs.CLASSES) and outputs.teacher is None
+        assert outputs.logits.shape == (2, 20, 20, runs.CLASSES) and outputs.taps is None
         return losses.total_loss(outputs, labels, config.loss)[0], outputs.logits
 
     step = jax.jit(jax.grad(loss, has_aux=True))
@@ -112,7 +112,7 @@ def test_a_step_with_tap_scales_is_one_on_multiplied_taps(tmp_path):
     found = []
     for given, multiplied in ((SCALES, (1,) * 4), (None, SCALES)):
         program = build(runs.settings(tmp_path, {"model.tap_scales": given, "teacher.mode": "precomputed"}))
-        rows = {**batch, "teacher": [s * t for s, t in zip(multiplied, taps, strict=True)]}
+        rows = {**batch, "taps": [s * t for s, t in zip(multiplied, taps, strict=True)]}
         found.append(float(program.train_step(runs.random_state(program), rows, {})[1]["distill"]))
     assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0] > 0
 

@@ -65,7 +65,7 @@ def first_terms(config):
             source, crop=config.data.crop, batch_size=config.batch_size, seed=0, photometric=False, features=features
         )
     )
-    batch = sharding.to_global(program.mesh, {k: batch[k] for k in ("image", "label", "teacher") if k in batch})
+    batch = sharding.to_global(program.mesh, {k: batch[k] for k in ("image", "label", "taps") if k in batch})
     arguments = jax.device_put(runs.random_state(program), program.shardings), batch, program.teacher()
     _, terms = program.train_step(*arguments)
     return jax.device_get(terms)
@@ -83,6 +83,19 @@ def test_precomputed_distillation_is_the_computed_one(config, tmp_path):
         assert precomputed["distill"] == pytest.approx(computed["distill"], rel=limit)
         assert precomputed["decode"] == pytest.approx(computed["decode"], rel=1e-6)
         assert precomputed["grad_norm"] == pytest.approx(computed["grad_norm"], rel=10 * limit)
+
+
+def test_chosen_layers_are_stored_once(config, tmp_path):
+    """A level without a layer, and one layer for two levels; other choices are refused."""
+    chosen = dict(model__teacher__taps=(2, 2, None, 4), model__student__depths=(0, 0, 0, 0), model__aux_channels=0)
+    computed = first_terms(config(**chosen))
+    extract.run(stored := config(**chosen, teacher__mode="precomputed", teacher__dtype="float16"))
+    precomputed = first_terms(stored)
+    assert precomputed["distill"] == pytest.approx(computed["distill"], rel=1e-4)
+    features = opened(stored)
+    assert features.levels == [0, 0, None, 1] and len(features.read(0, False)) == 2
+    with pytest.raises(UserError, match=r"are of other layers \(\[1, 1, None, 3\], wanted \[0, 1, 2, 3\]\)"):
+        opened(config(teacher__mode="precomputed"))
 
 
 def read_all(features):

@@ -71,6 +71,14 @@ def test_half_precision_maps_are_compared_in_float32():
     assert losses.distillation([s], [t], alpha=0.5).dtype == jnp.float32
 
 
+def test_levels_without_a_tap_do_not_count():
+    student = [jnp.full((1, 2, 2, 3), float(k)) for k in range(4)]
+    taps = [None, jnp.zeros((1, 2, 2, 3)), None, jnp.zeros((1, 2, 2, 3))]
+    assert float(losses.distillation(student, taps, alpha=0.0)) == (1 + 9) / 2 / 2  # upstream halves the MSE
+    gradient = jax.grad(lambda s: losses.distillation(s, taps))(student)
+    assert not gradient[0].any() and not gradient[2].any() and gradient[3].any()
+
+
 def test_maps_of_different_size_are_refused_by_name():
     s, t = jnp.zeros((1, 19, 19, 8)), jnp.zeros((1, 37, 37, 8))
     with pytest.raises(ValueError, match=r"FAM's output is 19x19x8 .* teacher's features are 37x37x8"):

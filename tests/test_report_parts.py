@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
+import runs
 
 from ktda_jax.reports import charts, features, panels
 from ktda_jax.reports.tiles import Tile
@@ -46,9 +46,9 @@ def test_many_large_tiles_stay_below_ten_megabytes():
     rng, size = np.random.default_rng(0), (600, 600)
     label, image = rng.integers(0, 5, size).astype(np.uint8), rng.integers(0, 256, (*size, 3)).astype(np.uint8)
     tile = Tile("noise", 0, image, label, label[::-1], 20.0, 10.0)
-    config = ConfigDict({"data": {"bands": None, "rgb": None}})
+    settings = runs.settings(pathlib.Path("unused"))
     palette = ((0, 0, 0), (50, 0, 0), (0, 50, 0), (0, 0, 50), (9, 9, 9))
-    run = Run(pathlib.Path("x"), "x", config, classes=tuple("abcde"), palette=palette, split="val")
+    run = Run(pathlib.Path("x"), "x", settings, classes=tuple("abcde"), palette=palette, split="val")
     run.worst = run.best = [tile] * 4
     assert panels._side([run]) == 512
     assert 1e6 < panels.PICTURES / 4 * len(panels._tile([(run, tile)], False, 512)) < 1e7

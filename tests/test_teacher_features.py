@@ -12,7 +12,7 @@ from ktda_jax.data.pipeline import train_iterator
 from ktda_jax.data.teacher_features import DTYPES, FeatureWriter, TeacherFeatures
 
 MADE_FROM = {"teacher": "dinov2", "tiles": "a" * 64, "sha256": "b" * 64, "split": "train", "patch": 14, "width": 8}
-MADE_FROM |= {"rgb": [0, 1, 2]}
+MADE_FROM |= {"rgb": [0, 1, 2], "depth": 12}
 
 
 def taps(tile: int, mirrored: bool, size=(3, 5)):
@@ -125,7 +125,7 @@ class Tiles:
 class Corners:
     """A teacher that sees of every patch its upper left pixel, at four brightnesses."""
 
-    patch = PATCH
+    patch, levels = PATCH, [0, 1, 2, 3]
 
     def __init__(self, tiles):
         self.tiles = tiles
@@ -150,9 +150,9 @@ def test_crops_and_flips_take_their_window_of_the_features(size):
     places = set()
     for _ in range(12):
         batch = next(iterator)
-        assert [taps.shape for taps in batch["teacher"]] == [(4, 5, 4, 3)] * 4  # ceil(64 / 14), ceil(50 / 14)
+        assert [taps.shape for taps in batch["taps"]] == [(4, 5, 4, 3)] * 4  # ceil(64 / 14), ceil(50 / 14)
         for row, image in enumerate(batch["image"]):
-            seen = np.stack([taps[row] for taps in batch["teacher"]])
+            seen = np.stack([taps[row] for taps in batch["taps"]])
             np.testing.assert_array_equal(seen, corners(image))
             np.testing.assert_array_equal(batch["label"][row], image[..., 0] % 3)
             places.add(image[0, 0].tobytes())
@@ -185,7 +185,7 @@ def test_a_stand_in_brings_its_own_features():
     batch = next(iterator)
     assert batch["skipped"] == 1
     for row, image in enumerate(batch["image"]):
-        np.testing.assert_array_equal(batch["teacher"][0][row], corners(image)[0])
+        np.testing.assert_array_equal(batch["taps"][0][row], corners(image)[0])
 
 
 def test_features_of_fewer_tiles_are_refused(folder):

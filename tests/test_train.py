@@ -126,11 +126,12 @@ def test_other_teacher_features_are_refused_on_resume(toy, tiles, tmp_path, monk
         features = type("Features", (), {"fingerprint": fingerprint, "folder": f"f{number}", "source": None})
         monkeypatch.setattr(loop, "open_features", lambda *_, features=features: features)
         toy()
+        config = runs.config(tiles, {"teacher.mode": "precomputed"})
         if message is None:
-            loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
+            loop.train_and_evaluate(config, tmp_path / "run")
         else:
             with pytest.raises(UserError, match=message):
-                loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
+                loop.train_and_evaluate(config, tmp_path / "run")
 
 
 def _without_features(pipeline, *arguments, features, original=loop.pipeline.train_iterator, **options):

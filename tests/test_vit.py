@@ -1,5 +1,7 @@
 """The teacher against transformers' DINOv2, in float64 with random weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import transformers
 from flax import nnx
 from torch_weights import adopt, compiled, error, nchw, nhwc, random, randomize
 
+from ktda_jax import UserError
 from ktda_jax.models import flat, vit
 from ktda_jax.models.vit import ViT, ViTConfig
 
@@ -102,7 +105,7 @@ BASE = dict(width=32, depth=4, heads=4, image_size=(56, 56))
 def test_equals_transformers(config):
     ours, theirs = models(config)
     x = random(2, 56, 56, 3)
-    expected = torch_taps(theirs, x, config.taps, prefix=1 + config.registers)
+    expected = torch_taps(theirs, x, config.tapped, prefix=1 + config.registers)
     for a, b in zip(ours(jnp.asarray(x)), expected, strict=True):
         assert error(a, b) < 1e-10
 
@@ -126,6 +129,27 @@ def test_taps_are_the_last_layers_of_each_quarter(depth, taps, monkeypatch):
     monkeypatch.setattr(model, "norm", lambda x: 1000 + x)
     outputs = model(jnp.zeros((1, 28, 28, 3)))
     assert [float(f.max()) for f in outputs] == [k + 1 for k in taps[:3]] + [1000 + depth]
+
+
+def test_taps_may_be_chosen():
+    """Repeated, left out, and the layers behind the last one not run; only the very last is normed."""
+    every = ViTConfig(**BASE)
+    ours = ViT(every, rngs=nnx.Rngs(0))
+    x = jnp.asarray(random(1, 28, 28, 3), jnp.float32)
+    usual = ours(x)  # of four layers, each
+    assert every.depth == 4 and every.tapped == (0, 1, 2, 3)
+    ours.config = dataclasses.replace(every, taps=(3, 1, None, 3))
+    ours.layers.pop()
+    third, first, none, again = ours(x)
+    assert none is None and third is again
+    np.testing.assert_array_equal(third, usual[2])
+    np.testing.assert_array_equal(first, usual[0])
+
+
+@pytest.mark.parametrize("taps", [(1, 2, 3), (0, 1, 2, 3), (1, 2, 3, 5), (None,) * 4, (1, 2, 3, "4")], ids=str)
+def test_taps_that_are_no_layers(taps):
+    with pytest.raises(UserError, match=r"config.model.teacher.taps is .*; give four layers from 1 to 4"):
+        ViTConfig(**BASE, taps=taps)
 
 
 @pytest.mark.parametrize("size", [(84, 84), (28, 70)], ids=str)
@@ -175,7 +199,7 @@ def test_precision_of_narrow_types(dtype, tolerance):
     config = ViTConfig(**BASE)
     ours, theirs = models(config, dtype)
     x = random(2, 56, 56, 3)
-    for a, b in zip(ours(jnp.asarray(x, dtype)), torch_taps(theirs, x, config.taps), strict=True):
+    for a, b in zip(ours(jnp.asarray(x, dtype)), torch_taps(theirs, x, config.tapped), strict=True):
         assert a.dtype == dtype
         assert error(a, b) < tolerance
 

@@ -48,7 +48,7 @@ def check_published(config) -> None:
     """UserError where the PyTorch side would compute something else."""
     values, model = flat_settings(Settings.of(config)), model_of(Settings.of(config))
     wrong = [f"config.{k}={values[k]!r} (published: {v!r})" for k, v in PUBLISHED.items() if values[k] != v]
-    for name in ("patch", "registers", "swiglu", "rope", "mean", "std"):
+    for name in ("taps", "patch", "registers", "swiglu", "rope", "mean", "std"):
         value, default = getattr(model.teacher, name), ViTConfig.__dataclass_fields__[name].default
         if value != default:
             wrong.append(f"a teacher with {name} {value}")

@@ -75,5 +75,6 @@ def teacher_identity(path: str | None, seed: int, model: KTDAConfig) -> dict[str
         "seed": None if arrays else seed,
         "rgb": model.rgb,
         **dataclasses.asdict(model.teacher),
+        "taps": model.teacher.tapped,
     }
     return json.loads(json.dumps(identity))

@@ -204,13 +204,13 @@ class _TrainRows:
                 raise UserError(f"tile {tile['name']}: {error}") from error
             image, label = augment.random_flip(image, label, rng, self._flip)
         else:
-            image, label, row["teacher"] = self._aligned(tile, index, rng)
+            image, label, row["taps"] = self._aligned(tile, index, rng)
         if self._photometric:
             image = augment.photometric_distortion(image, rng)
         return {"image": image, "label": label, **row}
 
     def _aligned(self, tile: dict, index: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        """Crop and flip at the teacher's patches: image, label and the taps (4, h, w, C) of just this window."""
+        """Crop and flip at the teacher's patches: image, label and the tap (h, w, C) of each level, or None."""
         patch, (height, width) = self._features.patch, self._crop
         top, left, mirrored = augment.draw_aligned(tile["label"].shape, self._crop, patch, rng, self._flip)
         image, label = tile["image"], tile["label"]
@@ -220,7 +220,7 @@ class _TrainRows:
         first, second = top // patch, left // patch
         taps = self._features.read(index, mirrored)
         taps = taps[:, first : first - (-height // patch), second : second - (-width // patch)]
-        return image[window], label[window], taps
+        return image[window], label[window], [None if k is None else taps[k] for k in self._features.levels]
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         """The order of one epoch; a whole permutation takes less than decoding one tile."""
@@ -253,8 +253,9 @@ def _stack(rows: list[dict]) -> dict:
         "mask": np.ones(len(rows), bool),
         "skipped": sum(int(row["skipped"]) for row in rows),
     }
-    if "teacher" in rows[0]:
-        batch["teacher"] = tuple(np.stack(taps) for taps in zip(*(row["teacher"] for row in rows), strict=True))
+    if "taps" in rows[0]:
+        levels = zip(*(row["taps"] for row in rows), strict=True)
+        batch["taps"] = tuple(None if level[0] is None else np.stack(level) for level in levels)
     return batch
 
 

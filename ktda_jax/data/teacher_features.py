@@ -1,14 +1,15 @@
 """The frozen teacher's features of a split on disk, so that training need not run the teacher (ktda_jax.extract).
 
 A folder of array_record files, `manifest.json`, and `records.npy`, which says where a tile is. Every tile has two
-records, of the tile and of its mirror image: the four taps of the whole tile, (4, h, w, C). The manifest says what they
-were made from; whoever reads them says what is wanted, and anything else is refused.
+records, of the tile and of its mirror image: the taps of the whole tile, (n, h, w, C), of n layers. The manifest says
+what they were made from; whoever reads them says what is wanted, and anything else is refused.
 """
 
 import hashlib
 import json
 import pathlib
 import threading
+from collections.abc import Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -30,7 +31,7 @@ class FeatureWriter:
         self._dtype, self._writer = DTYPES[dtype], ArrayRecordWriter(str(path), "group_size:1")
 
     def write(self, name: str, taps: np.ndarray, mirrored: np.ndarray) -> None:
-        """Of one tile and of its mirror image: (4, h, w, C) each, in the stored dtype."""
+        """Of one tile and of its mirror image: (n, h, w, C) each, in the stored dtype."""
         for values in (taps, mirrored):
             if not np.isfinite(values).all():
                 raise UserError(
@@ -56,6 +57,9 @@ class TeacherFeatures:
         check(self.folder, manifest, wanted)
         self.patch = manifest["made_from"]["patch"]
         self.source = manifest["made_from"]["teacher"]
+        tapped = _tapped(manifest["made_from"])
+        self._layers = stored_layers(tapped)
+        self.levels = [None if index is None else self._layers.index(index) for index in tapped]  # which of the n
         self._dtype, self._width = DTYPES[manifest["dtype"]], manifest["made_from"]["width"]
         told = {k: manifest[k] for k in ("made_from", "dtype", "computed_in")}
         self.fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()  # wherever they lie
@@ -72,11 +76,11 @@ class TeacherFeatures:
         return len(self._records)
 
     def read(self, index: int, mirrored: bool) -> np.ndarray:
-        """The taps (4, h, w, C) of tile `index`, or of its mirror image."""
+        """The taps (n, h, w, C) of tile `index`, or of its mirror image."""
         shard, place, height, width = self._records[index].tolist()
         try:
             data = self._shards()[shard][2 * place + mirrored]
-            return np.frombuffer(data, self._dtype).reshape(4, height, width, self._width)
+            return np.frombuffer(data, self._dtype).reshape(len(self._layers), height, width, self._width)
         except Exception as error:
             raise UserError(f"cannot read the teacher features of tile {index} in {self.folder}: {AGAIN}") from error
 
@@ -95,6 +99,16 @@ class TeacherFeatures:
         self.__dict__.update(state, _lock=threading.Lock(), _open=None)
 
 
+def stored_layers(tapped: Sequence[int | None]) -> list[int]:
+    """The layers of which features are stored, each once, for those of all levels."""
+    return sorted({index for index in tapped if index is not None})
+
+
+def _tapped(made_from: Mapping) -> list[int | None]:
+    """The layer of each level; features made before there was a choice are of the last layer of each quarter."""
+    return made_from.get("taps") or [(k + 1) * made_from["depth"] // 4 - 1 for k in range(4)]
+
+
 AGAIN = "extract them again by python -m ktda_jax.extract with this config, into a new config.teacher.features"
 _NAMED = {  # of `made_from`
     "tiles": "other tiles",
@@ -102,12 +116,13 @@ _NAMED = {  # of `made_from`
     "sha256": "another teacher's weights",
     "image_size": "a teacher set to another image size",
     "rgb": "other bands",
+    "taps": "other layers",
 }
 
 
 def check(folder: pathlib.Path, manifest: dict, wanted: dict) -> None:
     """UserError unless the features were made from what is wanted."""
-    made = manifest["made_from"]
+    made = {**manifest["made_from"], "taps": _tapped(manifest["made_from"])}
     for key, value in wanted.items():
         if value is None or made.get(key) == value:
             continue

@@ -50,6 +50,11 @@ class KTDAConfig:
             raise UserError(f"config.model.encoder is {self.encoder!r}; choose 'student' or 'teacher'")
         if self.encoder == "teacher" and self.fam:
             raise UserError("config.model.encoder='teacher' leaves nothing to align; set config.model.fam=False")
+        if self.encoder == "teacher" and None in self.teacher.tapped:
+            raise UserError(
+                f"config.model.teacher.taps is {self.teacher.taps}; with config.model.encoder='teacher' every level "
+                "needs a layer"
+            )
         for name in ("depths", "channels"):
             values = getattr(self.student, name)
             if len(values) != 4:
@@ -67,9 +72,11 @@ class KTDAConfig:
             return (self.neck_channels or self.teacher.width,) * 4
         return tuple(self.student.channels)
 
-    def scaled(self, taps: Sequence[jax.Array]) -> list[jax.Array]:
+    def scaled(self, taps: Sequence[jax.Array | None]) -> list[jax.Array | None]:
         """The teacher's taps times `tap_scales`. Unscaled, the last, alone normalised, outweighs the others."""
-        return list(taps) if self.tap_scales is None else [s * t for s, t in zip(self.tap_scales, taps, strict=True)]
+        if self.tap_scales is None:
+            return list(taps)
+        return [None if tap is None else scale * tap for scale, tap in zip(self.tap_scales, taps, strict=True)]
 
     @classmethod
     def from_dict(cls, config) -> "KTDAConfig":
@@ -106,7 +113,7 @@ class Outputs(NamedTuple):
     logits: jax.Array  # (B, h, w, classes) at head resolution
     aux_logits: jax.Array | None  # (B, h / 4, w / 4, classes)
     student: list[jax.Array] | None  # FAM outputs, four of (B, gh, gw, C)
-    teacher: list[jax.Array] | None  # the same shapes, when a teacher was given
+    taps: list[jax.Array | None] | None  # the teacher's, of the same shapes, when one was given
 
 
 def normalize(images: jax.Array, dtype, mean=MEAN, std=STD) -> jax.Array:

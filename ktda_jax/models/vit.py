@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ktda_jax import UserError
 from ktda_jax.models.attention import attention
 from ktda_jax.models.initial import trunc_normal
 from ktda_jax.models.layers import at_least_float32, gelu, layer_norm, resize
@@ -52,11 +53,25 @@ class ViTConfig:
     antialias: bool = False  # how the position embedding is resized
     mean: tuple[float, ...] = MEAN  # of the images it was trained on
     std: tuple[float, ...] = STD
+    taps: tuple[int | None, ...] | None = None  # layers to give out, from 1, by level; None: see `tapped`
+
+    def __post_init__(self):
+        taps = self.taps
+        if taps is not None and not (len(taps) == 4 and any(taps) and all(self._is_layer(t) for t in taps)):
+            raise UserError(
+                f"config.model.teacher.taps is {taps}; give four layers from 1 to {self.depth}, one per level of the "
+                "student, None where a level is not distilled"
+            )
+
+    def _is_layer(self, tap) -> bool:
+        return tap is None or (isinstance(tap, int) and 1 <= tap <= self.depth)
 
     @property
-    def taps(self) -> tuple[int, ...]:
-        """Indices of the four layers whose outputs are taken: the last of each quarter (2, 5, 8, 11 of 12)."""
-        return tuple((k + 1) * self.depth // 4 - 1 for k in range(4))
+    def tapped(self) -> tuple[int | None, ...]:
+        """By level the index of the layer it is taken from: the last of each quarter (2, 5, 8, 11 of 12), or `taps`."""
+        if self.taps is None:
+            return tuple((k + 1) * self.depth // 4 - 1 for k in range(4))
+        return tuple(None if tap is None else tap - 1 for tap in self.taps)
 
     @property
     def eps(self) -> float:
@@ -183,8 +198,8 @@ class ViT(nnx.Module):
         self.norm = layer_norm(width, config.eps, **common)
         self.config, self.dtype = config, dtype
 
-    def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """x: (B, H, W, 3) normalised -> four (B, h, w, C), h = ceil(H / patch)."""
+    def __call__(self, x: jax.Array) -> list[jax.Array | None]:
+        """x: (B, H, W, 3) normalised -> four (B, h, w, C), h = ceil(H / patch); None where `taps` says so."""
         config = self.config
         batch, height, width, _ = x.shape
         grid = config.grid_of(height, width)
@@ -206,10 +221,12 @@ class ViT(nnx.Module):
             angles = rotary_angles(grid, config.width // config.heads, prefix.shape[1])[:, None]
             wide = at_least_float32(x).dtype
             rotary = jnp.asarray(np.cos(angles), wide), jnp.asarray(np.sin(angles), wide)
-        taps, outputs = config.taps, []
-        for index, layer in enumerate(self.layers):
+        outputs = {None: None}
+        last = max(index for index in config.tapped if index is not None)
+        for index in range(last + 1):
+            layer = self.layers[index]
             x = layer(x) if rotary is None else layer(x, rotary)
-            if index in taps:
+            if index in config.tapped:
                 tokens = self.norm(x) if index == config.depth - 1 else x
-                outputs.append(tokens[:, prefix.shape[1] :].reshape(batch, *grid, config.width))
-        return outputs
+                outputs[index] = tokens[:, prefix.shape[1] :].reshape(batch, *grid, config.width)
+        return [outputs.get(index) for index in config.tapped]

@@ -37,12 +37,12 @@ def computed(trained: Trained, path: str | None, seed: int, names: list[str], im
     @jax.jit
     def run(params, stats, teacher, image):
         outputs = flat.merge(trained.graphdef, params, stats)(image, teacher=flat.merge(graphdef, teacher, {}))
-        return outputs.student, outputs.teacher
+        return outputs.student, outputs.taps
 
     pairs = []
     for image in images:
         student, teacher = jax.device_get(run(trained.params, trained.stats, arrays, image[None]))
-        pairs.append([(t[0], s[0]) for t, s in zip(teacher, student, strict=True)])
+        pairs.append([(t[0], s[0]) for t, s in zip(teacher, student, strict=True) if t is not None])
     return FeatureMaps(names, images, _levels(pairs), which)
 
 
@@ -55,9 +55,10 @@ def precomputed(trained: Trained, features: TeacherFeatures, source, count: int)
 
     pairs, names, images = [], [], []
     for index in np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist():
-        tile, teacher = source[index], trained.model.scaled(features.read(index, False))
+        tile, stored = source[index], features.read(index, False)
+        teacher = trained.model.scaled([None if k is None else stored[k] for k in features.levels])
         student = jax.device_get(run(trained.params, trained.stats, tile["image"][None]))
-        pairs.append([(t, s[0]) for t, s in zip(teacher, student, strict=True)])
+        pairs.append([(t, s[0]) for t, s in zip(teacher, student, strict=True) if t is not None])
         names.append(tile["name"])
         images.append(tile["image"])
     which = f"precomputed, made by {features.source or 'a random teacher'}; tiles of the training split"

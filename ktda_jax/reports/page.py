@@ -138,7 +138,7 @@ def _config(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         run = runs[0]
         missing = f'<p class="missing">{escape(run.missing["config"])}</p>' if "config" in run.missing else ""
-        rows = [[cell(f"<code>{escape(k)}</code>", k), cell(_value(v))] for k, v in sorted(run.settings.items())]
+        rows = [[cell(f"<code>{escape(k)}</code>", k), cell(_value(v))] for k, v in sorted(run.values.items())]
         if not rows:
             return missing
         return f"{missing}<details><summary>{len(rows)} settings</summary>{table(['setting', 'value'], rows)}</details>"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection
 import jax
 import numpy as np
 
-from ktda_jax import UserError
-from ktda_jax.config.settings import Data, sharding
+from ktda_jax import UserError, sharding
+from ktda_jax.config.settings import Data
 from ktda_jax.data import pipeline
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.sources import read_tile

@@ -92,7 +92,7 @@ def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluati
         while step < settings.total_steps:
             batch = next(batches)
             skipped += int(batch.pop("skipped", 0))
-            batch = sharding.to_global(mesh, {k: batch[k] for k in ("image", "label", "teacher") if k in batch})
+            batch = sharding.to_global(mesh, {k: batch[k] for k in ("image", "label", "taps") if k in batch})
             if step == start and compilation is not None:
                 writer.message("compiling the training step")
                 compilation.wait()

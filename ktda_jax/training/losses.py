@@ -50,12 +50,12 @@ def kl_divergence(student: jax.Array, teacher: jax.Array, *, temperature: float,
 
 
 def distillation(
-    student: Sequence[jax.Array], teacher: Sequence[jax.Array], *, alpha: float = 0.5, temperature: float = 1.0,
+    student: Sequence[jax.Array], taps: Sequence[jax.Array | None], *, alpha: float = 0.5, temperature: float = 1.0,
     axis: str = "width",
 ) -> jax.Array:  # fmt: skip
-    """FAM outputs against the teacher's taps, (B, h, w, C) per level -> scalar, averaged over levels."""
-    total = 0.0
-    for s, t in zip(student, teacher, strict=True):
+    """FAM outputs against the teacher's taps, (B, h, w, C) per level -> scalar, averaged over the levels with a tap."""
+    pairs, total = [(s, t) for s, t in zip(student, taps, strict=True) if t is not None], 0.0
+    for s, t in pairs:
         if s.shape != t.shape:
             raise UserError(
                 f"the FAM's output is {s.shape[1]}x{s.shape[2]}x{s.shape[3]} but the teacher's features are "
@@ -66,7 +66,7 @@ def distillation(
         total += (1 - alpha) * jnp.square(s - t).mean()
         if alpha != 0:
             total += alpha * temperature**2 * kl_divergence(s, t, temperature=temperature, axis=axis)
-    total = total / len(student)
+    total = total / len(pairs)
     return total / 2 if alpha == 0 else total  # upstream halves the pure-MSE form
 
 
@@ -78,9 +78,9 @@ def total_loss(outputs: Outputs, labels: jax.Array, config: Loss) -> tuple[jax.A
     if outputs.aux_logits is not None:
         aux = resize(at_least_float32(outputs.aux_logits), labels.shape[1:3])
         terms["aux"] = config.aux_weight * cross_entropy(aux, labels, **options)
-    if outputs.teacher is not None:
+    if outputs.taps is not None:
         terms["distill"] = distillation(
-            outputs.student, outputs.teacher, alpha=config.alpha, temperature=config.temperature,
+            outputs.student, outputs.taps, alpha=config.alpha, temperature=config.temperature,
             axis=config.kl_axis,
         )  # fmt: skip
     loss = sum(terms.values())

@@ -60,7 +60,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step. batch: `image` (B, H, W, bands), `label` (B, H, W), the rows of all devices.
 
-    The teacher's taps are those of the batch (`teacher`, precomputed), or `teacher`'s for these images.
+    The teacher's taps are those of the batch (`taps`, precomputed), or `teacher`'s for these images.
     """
     key = jax.random.fold_in(jax.random.key(settings.seed), current.step)
 
@@ -68,8 +68,8 @@ def train_step(
         model = flat.merge(graphdef, params, stats)
         frozen = None if teacher_graphdef is None else flat.merge(teacher_graphdef, teacher, {})
         outputs = model(rows["image"], train=True, key=key, teacher=frozen)
-        if "teacher" in rows:
-            outputs = outputs._replace(teacher=model.config.scaled(rows["teacher"]))
+        if "taps" in rows:
+            outputs = outputs._replace(taps=model.config.scaled(rows["taps"]))
         loss, terms = losses.total_loss(outputs, rows["label"], settings.loss)
         return loss, (terms, flat.batch_stats(model))
 
@@ -114,7 +114,8 @@ def batch_shapes(settings: Settings, model: KTDAConfig) -> dict:
     }
     if settings.distill and settings.teacher.mode == "precomputed":
         taps = (rows, *model.teacher.grid_of(*crop), model.teacher.width)
-        shapes["teacher"] = (jax.ShapeDtypeStruct(taps, jnp.dtype(settings.teacher.dtype)),) * 4
+        tap = jax.ShapeDtypeStruct(taps, jnp.dtype(settings.teacher.dtype))
+        shapes["taps"] = tuple(None if index is None else tap for index in model.teacher.tapped)
     return shapes
 
 

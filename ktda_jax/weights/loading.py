@@ -20,7 +20,7 @@ from ktda_jax.weights.files import expand
 from ktda_jax.weights.folder import ASSUMED, Weights
 
 # Settings of training and of one input size; all others decide what the weights compute.
-_FREE = ("image_size", "drop_path", "layer_scale", "remat")
+_FREE = ("image_size", "taps", "drop_path", "layer_scale", "remat")
 
 
 def read(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_heads: int | None = None) -> Weights:
