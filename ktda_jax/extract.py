@@ -42,7 +42,7 @@ from ktda_jax.data.teacher_features import (
     stored_layers,
 )
 from ktda_jax.models import flat
-from ktda_jax.models.ktda import KTDAConfig, normalize
+from ktda_jax.models.ktda import KTDAConfig, teacher_images
 from ktda_jax.training.inputs import features_folder, open_source, processes
 from ktda_jax.training.program import frozen_teacher
 
@@ -151,7 +151,7 @@ def _step(graphdef, model: KTDAConfig, dtype, stored: np.dtype, mesh):
     """(teacher, images (B, H, W, bands)) -> taps of the images and of their mirror images, (B, n, h, w, C) each."""
 
     def taps(teacher, images):
-        seen = normalize(images[..., np.array(model.rgb)], dtype, model.teacher.mean, model.teacher.std)
+        seen = teacher_images(images, model.rgb, model.teacher, dtype)
         vit, tapped = flat.merge(graphdef, teacher, {}), model.teacher.tapped
         levels = [tapped.index(layer) for layer in stored_layers(tapped)]
         both = [vit(x) for x in (seen, seen[:, :, ::-1])]

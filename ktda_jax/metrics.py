@@ -40,6 +40,13 @@ def confusion_matrix(
     return counts[:bins].reshape(num_classes, num_classes)
 
 
+def count(label: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
+    """The same of one tile on the host: int64."""
+    counted = (label != IGNORE) & (label < num_classes)
+    cells = label[counted].astype(np.int64) * num_classes + prediction[counted]
+    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Metrics:
     """Scores in percent, unrounded; NaN where a score has no pixels to stand on.

@@ -23,6 +23,7 @@ from ktda_jax.models.convnext import ConvNeXt, ConvNeXtConfig
 from ktda_jax.models.fam import FAM
 from ktda_jax.models.fmm import FMM, FMMConfig
 from ktda_jax.models.heads import FCNHead, UPerHead
+from ktda_jax.models.layers import at_least_float32, resize
 from ktda_jax.models.neck import MultiLevelNeck
 from ktda_jax.models.vit import MEAN, STD, ViT, ViTConfig
 
@@ -122,6 +123,17 @@ def normalize(images: jax.Array, dtype, mean=MEAN, std=STD) -> jax.Array:
     return ((images.astype(wide) - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)).astype(dtype)
 
 
+def teacher_images(images: jax.Array, rgb: tuple[int, int, int], teacher: ViTConfig, dtype) -> jax.Array:
+    """What a teacher sees of images (B, H, W, bands) 0..255: red, green and blue, normalised as in its training."""
+    seen = images if (images.shape[-1], rgb) == (3, (0, 1, 2)) else images[..., np.array(rgb)]
+    return normalize(seen, dtype, teacher.mean, teacher.std)
+
+
+def full_size(logits: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """The head's logits (B, h, w, C) resized to an image's or label's size, float32 or wider."""
+    return resize(at_least_float32(logits), size)
+
+
 def band_statistics(bands: int, rgb: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation, float64 (bands,): ImageNet's for red, green and blue, and for other bands their average."""
     statistics = []
@@ -170,8 +182,7 @@ class KTDA(nnx.Module):
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         taps, aligned, teacher = None, None, teacher or self.teacher
         if teacher is not None:
-            seen = images if (bands, rgb) == (3, (0, 1, 2)) else images[..., np.array(rgb)]
-            seen = normalize(seen, self.dtype, teacher.config.mean, teacher.config.std)
+            seen = teacher_images(images, rgb, teacher.config, self.dtype)
             taps = self.config.scaled(jax.lax.stop_gradient(teacher(seen)))
         if self.student is not None:
             x = normalize(images, self.dtype, *band_statistics(bands, rgb))

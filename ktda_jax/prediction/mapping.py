@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from ktda_jax import UserError
+from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.raster import Reading, Scene, open_scene
 from ktda_jax.prediction import pipeline
 from ktda_jax.prediction.files import Outputs
@@ -85,7 +86,7 @@ def map_scenes(
                 open_writer.close()
                 progress.clear()
                 if not writer.any_data:
-                    say(f"warning: {scene.path} holds no data at all; its map is all {255}")
+                    say(f"warning: {scene.path} holds no data at all; its map is all {IGNORE}")
                 elif strip.row.uniform is not None:
                     hint = f" with --scale={scene.reading.scale}; is its unit another?" if scene.reading.scale else ""
                     say(f"warning: {scene.path}: all its values become {strip.row.uniform}{hint}")

@@ -14,8 +14,8 @@ from ktda_jax.config import workdir as records
 from ktda_jax.config.model import model_of
 from ktda_jax.data.images import read_image
 from ktda_jax.models import flat
-from ktda_jax.models.ktda import KTDA, KTDAConfig
-from ktda_jax.models.layers import at_least_float32, resize
+from ktda_jax.models.ktda import KTDA, KTDAConfig, full_size
+from ktda_jax.models.layers import at_least_float32
 from ktda_jax.models.vit import ViT
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.weights import folder, loading
@@ -79,7 +79,7 @@ class Segmenter:
 def infer(graphdef, params, stats, images):
     """images: uint8 (B, H, W, bands) -> logits (B, h, w, classes), labels uint8 (B, H, W), probabilities float32."""
     logits = at_least_float32(flat.merge(graphdef, params, stats)(images).logits)
-    full = resize(logits, images.shape[1:3])
+    full = full_size(logits, images.shape[1:3])
     return logits, jnp.argmax(full, -1).astype(jnp.uint8), jax.nn.softmax(full, -1)
 
 

@@ -10,9 +10,8 @@ import numpy as np
 from ktda_jax import UserError, sharding
 from ktda_jax.config.settings import Data
 from ktda_jax.data import pipeline
-from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.sources import read_tile
-from ktda_jax.metrics import summarize
+from ktda_jax.metrics import count, summarize
 from ktda_jax.reports.trained import Trained
 
 PREDICTED = 64  # tiles of a split that is not evaluated, for the shares of its predictions
@@ -67,7 +66,7 @@ def score(
     def take(batch, predictions):
         for row in np.flatnonzero(batch["mask"]):
             prediction = predictions[row]
-            confusion = _count(batch["label"][row], prediction, classes)
+            confusion = count(batch["label"][row], prediction, classes)
             total[...] += confusion
             labelled, name, index = confusion.sum(), batch["name"][row], int(batch["index"][row])
             if not labelled or not (keep or names):
@@ -109,13 +108,6 @@ def _insert(kept: list, key: tuple, make: Callable[[], Tile], count: int) -> Non
         kept.append((key, make()))
         kept.sort(key=lambda pair: pair[0])
         del kept[count:]
-
-
-def _count(label: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
-    """Confusion matrix (C, C) int64 of one tile."""
-    counted = (label != IGNORE) & (label < classes)
-    cells = label[counted].astype(np.int64) * classes + prediction[counted]
-    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
 def shown(tile: Tile, rgb: tuple[int, int, int]) -> np.ndarray:

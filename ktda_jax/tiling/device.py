@@ -10,7 +10,8 @@ import numpy as np
 
 from ktda_jax import sharding
 from ktda_jax.models import flat
-from ktda_jax.models.layers import at_least_float32, resize
+from ktda_jax.models.ktda import full_size
+from ktda_jax.models.layers import resize
 
 # Test-time augmentation: the mirror images at scale 1, and two other scales upright: 6.1 times the work.
 FLIPS = ((), (2,), (1,), (1, 2))  # axes of (B, H, W, C)
@@ -29,11 +30,11 @@ class Model:
 
 
 def of_segmenter(segmenter, *, tta: bool = False) -> Model:
-    """A `pretrained.Segmenter` as the pipeline wants it."""
+    """A `prediction.segmenter.Segmenter` as the pipeline wants it."""
 
     def apply(arrays, images):
-        logits = at_least_float32(flat.merge(segmenter.graphdef, *arrays)(images).logits)
-        return jax.nn.softmax(resize(logits, images.shape[1:3]), -1)
+        logits = flat.merge(segmenter.graphdef, *arrays)(images).logits
+        return jax.nn.softmax(full_size(logits, images.shape[1:3]), -1)
 
     config = segmenter.config
     arrays = segmenter.params, segmenter.stats

@@ -12,11 +12,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ktda_jax import sharding
-from ktda_jax.data.datasets import IGNORE, DatasetInfo
+from ktda_jax.data.datasets import DatasetInfo
 from ktda_jax.figures import plots, sheets
-from ktda_jax.metrics import Metrics, best_constant, confusion_matrix, format_table, summarize
+from ktda_jax.metrics import Metrics, best_constant, confusion_matrix, count, format_table, summarize
 from ktda_jax.models.flat import Arrays, merge
-from ktda_jax.models.layers import at_least_float32, resize
+from ktda_jax.models.ktda import full_size
 
 SAMPLES = 6  # tiles kept for the figure
 
@@ -47,8 +47,7 @@ def make_eval_step(
     ) -> tuple[jax.Array, jax.Array]:
         needed = {} if encoder is None else {"teacher": merge(encoder, frozen, {})}
         logits = merge(graphdef, params, stats)(batch["image"], **needed).logits
-        logits = resize(at_least_float32(logits), batch["label"].shape[1:3])
-        predictions = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
+        predictions = jnp.argmax(full_size(logits, batch["label"].shape[1:3]), axis=-1).astype(jnp.uint8)
         return confusion_matrix(batch["label"], predictions, num_classes, batch["mask"]), predictions
 
     out = (sharding.replicated(mesh), sharding.batch_sharding(mesh))
@@ -120,10 +119,7 @@ def write_report(
 
 
 def _tile_score(sample: dict, num_classes: int) -> float:
-    label, prediction = sample["label"].astype(np.int64), sample["prediction"].astype(np.int64)
-    cells = (label * num_classes + prediction)[label != IGNORE]
-    counts = np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
-    return summarize(counts).summary["mIoU"]
+    return summarize(count(sample["label"], sample["prediction"], num_classes)).summary["mIoU"]
 
 
 def _same_size(sample: dict) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,115 +22,141 @@ from ktda_jax.training import evaluate
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.inputs import eval_source, features_folder, open_features, open_source, processes
 from ktda_jax.training.program import Compilation, Program, build
+from ktda_jax.training.state import TrainState
 from ktda_jax.training.stop import StopSignal
 from ktda_jax.training.writers import Writer
 
 
-def train_and_evaluate(config, workdir: str | pathlib.Path) -> evaluate.Evaluation | None:
-    """Trains, or resumes, then evaluates the best checkpoint; None if a signal stopped it before the end."""
+def train_and_evaluate(config: Mapping[str, Any], workdir: str | pathlib.Path) -> evaluate.Evaluation | None:
+    """Trains, or resumes, then evaluates the best checkpoint; None if a signal stopped it before the end.
+
+    config: a ConfigDict, or nested mappings as config.json has them. UserError says in a line what is wrong.
+    """
     workdir, settings = pathlib.Path(workdir), checks.resolve(config)
     records.compare(workdir, settings)
     program = build(settings)
-    info, mesh = settings.data.info, program.mesh
-
-    compilation = None
-    if _latest(workdir) < settings.total_steps:
-        compilation = Compilation(program)
+    compilation = Compilation(program) if _latest(workdir) < settings.total_steps else None
     try:
         data = _open_data(settings)
     except BaseException:
         if compilation is not None:
             compilation.give_up()
         raise
-    batches, fingerprints, features = data.batches, data.fingerprints, data.features
-
-    first = jax.process_index() == 0
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
-    writer = Writer(workdir, total_steps=settings.total_steps, enabled=first)
+    writer = Writer(workdir, total_steps=settings.total_steps, enabled=jax.process_index() == 0)
     with Checkpoints(workdir / "checkpoints") as checkpoints, writer, StopSignal() as stop:
-        start = checkpoints.latest_step() or 0
-        if start:
-            records.compare_data(workdir, fingerprints)
-        if first:
-            records.write(workdir, settings)
-            records.write_run(workdir, settings, fingerprints)
-        if start:
-            current, position = checkpoints.restore(start, program.abstract, program.shardings)
-            batches.set_state(position)
-        else:
-            current = program.init()
+        start, current = _begin(workdir, settings, program, data, checkpoints)
         writer.resume(start)
-        writer.message(
-            f"{flat.count(program.abstract.params) / 1e6:.1f} M parameters to train, {data.tiles} training "
-            f"tiles, {mesh.size} {jax.default_backend()} device(s), compute in {compute_dtype(settings.dtype)}"
-            + (f", resuming at step {start}" if start else "")
-        )
-        if features is not None:
-            writer.message(f"teacher: features in {features.folder}, made by {features.source or 'a random teacher'}")
-        encodes = program.encoder is not None
-        computed = encodes or (settings.distill and features is None)
-        for part, needed in (("student", settings.weights.model is None and not encodes), ("teacher", computed)):
-            if needed and getattr(settings.weights, part) is None and not start:
-                writer.message(f"warning: the {part} starts from random weights; set settings.weights.{part}")
-        teacher = program.teacher()
-        pending, skipped = None, 0
-
-        def report(pending):
-            """Fetches a step's metrics, once the next step is on its way; aborts if they are not finite."""
-            step, terms, skipped = pending
-            terms = {k: float(v) for k, v in jax.device_get(terms).items()}
-            terms = {"loss": terms.pop("loss"), **terms}  # first in the file, so first in the figure
-            _check_finite(step, terms, checkpoints.latest_step())
-            if step % settings.log_every == 0 or step == 1:
-                logged = {**terms, "skipped_tiles": skipped} if skipped else terms
-                writer.write(step, {f"train/{k}": v for k, v in logged.items()})
-            writer.progress(step, {k: terms[k] for k in ("loss", "acc")})
-
-        step = start
-        while step < settings.total_steps:
-            batch = next(batches)
-            skipped += int(batch.pop("skipped", 0))
-            batch = sharding.to_global(mesh, {k: batch[k] for k in ("image", "label", "taps") if k in batch})
-            if step == start and compilation is not None:
-                writer.message("compiling the training step")
-                compilation.wait()
-            with jax.transfer_guard("disallow"):
-                current, terms = program.train_step(current, batch, teacher)
-            step += 1
-            if pending is not None:
-                report(pending)
-            pending = (step, terms, skipped)
-
-            last = step == settings.total_steps
-            validate = step % settings.eval_every == 0 or last
-            save = validate or (settings.checkpoint_every and step % settings.checkpoint_every == 0)
-            stopping = stop.agreed(step)
-            if validate or save or stopping:
-                report(pending)  # a state that is not finite is never saved
-                pending, scores = None, None
-                writer.pause()
-                if validate:
-                    params = current.params if current.ema is None else current.ema
-                    result = evaluate.evaluate(
-                        program.eval_step, params, current.batch_stats, data.val_batches, mesh,
-                        num_classes=len(info.classes), frozen=teacher if encodes else None,
-                    )  # fmt: skip
-                    scores = result.metrics.summary
-                    writer.write(step, {f"val/{k}": v for k, v in scores.items()})
-                    writer.message(f"step {step}: val mIoU {scores['mIoU']:.2f}, aAcc {scores['aAcc']:.2f}")
-                # The score of a set without labelled pixels is NaN, which no comparison can rank.
-                if scores is not None and not np.isfinite(scores["mIoU"]):
-                    scores = None
-                # Evaluate, save, and only then draw the next batch: the position belongs to this step.
-                checkpoints.save(step, current, batches.get_state(), scores and {"mIoU": scores["mIoU"]})
-            if stopping and not last:
-                checkpoints.wait()
-                writer.message(f"stopped by a signal at step {step}; run the same command to go on")
-                return None
+        _tell(writer, settings, program, data, start)
+        if not _train(settings, program, data, start, current, compilation, checkpoints, writer, stop):
+            return None
     return evaluate_workdir(config, workdir, program=program)
+
+
+def _begin(
+    workdir: pathlib.Path, settings: Settings, program: Program, data: "_Data", checkpoints: Checkpoints
+) -> tuple[int, TrainState]:
+    """The step and state to go on from, and the workdir's record of the training."""
+    start = checkpoints.latest_step() or 0
+    if start:
+        records.compare_data(workdir, data.fingerprints)
+    if jax.process_index() == 0:
+        records.write(workdir, settings)
+        records.write_run(workdir, settings, data.fingerprints)
+    if not start:
+        return 0, program.init()
+    current, position = checkpoints.restore(start, program.abstract, program.shardings)
+    data.batches.set_state(position)
+    return start, current
+
+
+def _tell(writer: Writer, settings: Settings, program: Program, data: "_Data", start: int) -> None:
+    """What will be trained, where, and from what."""
+    writer.message(
+        f"{flat.count(program.abstract.params) / 1e6:.1f} M parameters to train, {data.tiles} training tiles, "
+        f"{program.mesh.size} {jax.default_backend()} device(s), compute in {compute_dtype(settings.dtype)}"
+        + (f", resuming at step {start}" if start else "")
+    )
+    weights, features = settings.weights, data.features
+    if features is not None:
+        writer.message(f"teacher: features in {features.folder}, made by {features.source or 'a random teacher'}")
+    if start:
+        return
+    if weights.student is None and weights.model is None and not settings.encodes:
+        writer.message("warning: the student starts from random weights; set config.weights.student")
+    if weights.teacher is None and (settings.encodes or (settings.distill and features is None)):
+        writer.message("warning: the teacher starts from random weights; set config.weights.teacher")
+
+
+def _train(settings, program, data, start, current, compilation, checkpoints, writer, stop) -> bool:
+    """The steps from `start` to the last; False if a signal stopped them before."""
+    teacher, losses, skipped = program.teacher(), _Losses(settings.log_every, writer, checkpoints), 0
+    for step in range(start + 1, settings.total_steps + 1):
+        batch = next(data.batches)
+        skipped += int(batch.pop("skipped", 0))
+        batch = sharding.to_global(program.mesh, {k: batch[k] for k in ("image", "label", "taps") if k in batch})
+        if step == start + 1 and compilation is not None:
+            writer.message("compiling the training step")
+            compilation.wait()
+        with jax.transfer_guard("disallow"):
+            current, terms = program.train_step(current, batch, teacher)
+        losses.push(step, terms, skipped)
+
+        last = step == settings.total_steps
+        validate = step % settings.eval_every == 0 or last
+        save = validate or (settings.checkpoint_every and step % settings.checkpoint_every == 0)
+        stopping = stop.agreed(step)
+        if validate or save or stopping:
+            losses.flush()  # a state that is not finite is never saved
+            writer.pause()
+            score = _validate(step, settings, program, data, current, teacher, writer) if validate else None
+            # Evaluate, save, and only then draw the next batch: the position belongs to this step.
+            checkpoints.save(step, current, data.batches.get_state(), None if score is None else {"mIoU": score})
+        if stopping and not last:
+            checkpoints.wait()
+            writer.message(f"stopped by a signal at step {step}; run the same command to go on")
+            return False
+    return True
+
+
+class _Losses:
+    """A step's losses, fetched once the next step is on its way."""
+
+    def __init__(self, log_every: int, writer: Writer, checkpoints: Checkpoints):
+        self._log_every, self._writer, self._checkpoints, self._pending = log_every, writer, checkpoints, None
+
+    def push(self, step: int, terms: dict[str, jax.Array], skipped: int) -> None:
+        self.flush()
+        self._pending = step, terms, skipped
+
+    def flush(self) -> None:
+        """UserError if they are not finite."""
+        if self._pending is None:
+            return
+        (step, terms, skipped), self._pending = self._pending, None
+        terms = {k: float(v) for k, v in jax.device_get(terms).items()}
+        terms = {"loss": terms.pop("loss"), **terms}  # first in the file, so first in the figure
+        _check_finite(step, terms, self._checkpoints.latest_step())
+        if step % self._log_every == 0 or step == 1:
+            logged = {**terms, "skipped_tiles": skipped} if skipped else terms
+            self._writer.write(step, {f"train/{k}": v for k, v in logged.items()})
+        self._writer.progress(step, {k: terms[k] for k in ("loss", "acc")})
+
+
+def _validate(step, settings, program, data, current, teacher, writer) -> float | None:
+    """The validation mIoU; None where no pixel is labelled: NaN cannot be ranked."""
+    result = evaluate.evaluate(
+        program.eval_step, current.params if current.ema is None else current.ema, current.batch_stats,
+        data.val_batches, program.mesh, num_classes=settings.data.info.num_classes,
+        frozen=teacher if settings.encodes else None,
+    )  # fmt: skip
+    scores = result.metrics.summary
+    writer.write(step, {f"val/{k}": v for k, v in scores.items()})
+    writer.message(f"step {step}: val mIoU {scores['mIoU']:.2f}, aAcc {scores['aAcc']:.2f}")
+    return scores["mIoU"] if np.isfinite(scores["mIoU"]) else None
 
 
 class _Data(NamedTuple):
@@ -168,7 +195,9 @@ def _latest(workdir: pathlib.Path) -> int:
     return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.is_dir() else 0
 
 
-def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | None = None) -> evaluate.Evaluation:
+def evaluate_workdir(
+    config: Mapping[str, Any], workdir: str | pathlib.Path, *, program: Program | None = None
+) -> evaluate.Evaluation:
     """Evaluates the best checkpoint on the test split, or on validation without one; writes the figures."""
     workdir, settings = pathlib.Path(workdir), checks.resolve(config)
     split = settings.data.test_split or settings.data.val_split
@@ -189,7 +218,7 @@ def evaluate_workdir(config, workdir: str | pathlib.Path, *, program: Program | 
         records.compare(workdir, settings, only=decides)
     if not trained and settings.weights.model is None:
         raise UserError(
-            f"no checkpoints in {workdir}; train first, give --workdir of a trained run, or settings.weights.model"
+            f"no checkpoints in {workdir}; train first, give --workdir of a trained run, or config.weights.model"
         )
     program = program or build(settings, teacher=False, initial=not trained)
     batches, _ = eval_source(settings.data, split, settings.eval_batch_size)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from ktda_jax import UserError
 from ktda_jax.config.settings import Loss
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.models.ktda import Outputs
-from ktda_jax.models.layers import at_least_float32, resize
+from ktda_jax.models.ktda import Outputs, full_size
+from ktda_jax.models.layers import at_least_float32
 
 EPS = float(jnp.finfo(jnp.float32).eps)  # mmsegmentation adds it to the denominator, which also saves 0 / 0
 KL_AXES = {"width": (2,), "channel": (3,), "position": (1, 2)}  # axes of (B, H, W, C) the softmax runs over
@@ -73,10 +73,10 @@ def distillation(
 def total_loss(outputs: Outputs, labels: jax.Array, config: Loss) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`decode + aux_weight * aux + distill` and its terms; labels: (B, H, W), `config`: config.loss."""
     options = dict(class_weights=config.class_weights, avg_non_ignore=config.avg_non_ignore)
-    logits = resize(at_least_float32(outputs.logits), labels.shape[1:3])
+    logits = full_size(outputs.logits, labels.shape[1:3])
     terms = {"decode": cross_entropy(logits, labels, **options)}
     if outputs.aux_logits is not None:
-        aux = resize(at_least_float32(outputs.aux_logits), labels.shape[1:3])
+        aux = full_size(outputs.aux_logits, labels.shape[1:3])
         terms["aux"] = config.aux_weight * cross_entropy(aux, labels, **options)
     if outputs.taps is not None:
         terms["distill"] = distillation(
