@@ -83,5 +83,3 @@ def test_maps_of_different_size_are_refused_by_name():
     s, t = jnp.zeros((1, 19, 19, 8)), jnp.zeros((1, 37, 37, 8))
     with pytest.raises(ValueError, match=r"FAM's output is 19x19x8 .* teacher's features are 37x37x8"):
         losses.distillation([s], [t])
-    with pytest.raises(ValueError, match="kl_axis is 'height'; choose one of width, channel, position"):
-        losses.distillation([s], [s], axis="height")
