@@ -83,7 +83,7 @@ def test_a_workdir_gives_its_best_checkpoint(tmp_path, ema):
         later = jax.tree.map(np.zeros_like, kept)
         checkpoints.save(6, later, {}, {"mIoU": 50.0})
     model = ktda_jax.load_pretrained(tmp_path)
-    assert model.source["step"] == 3 and model.data["bands"] == (4, 1, 2, 3) and model.data["scale"] == [0, 3000]
+    assert model.source["step"] == 3 and model.data["bands"] == (4, 1, 2, 3) and model.data["scale"] == (0, 3000)
     image = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 4), np.uint8)
     params = kept.ema if ema else kept.params
     expected = flat.merge(program.graphdef, params, kept.batch_stats)(image).logits

@@ -38,8 +38,9 @@ def setting(
     )
 
 
-def section(meaning: str, *, runtime: bool = False) -> Any:
-    return dataclasses.field(metadata=dict(meaning=meaning, runtime=runtime))
+def section(meaning: str, *, runtime: bool = False, optional: bool = False) -> Any:
+    """`optional`: a config or a workdir may lack it."""
+    return dataclasses.field(metadata=dict(meaning=meaning, runtime=runtime, optional=optional))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Model:
 
     student: Student = section("the network that is trained")
     teacher: Teacher = section("the frozen transformer it learns from")
-    fmm: FMM = section("the feature modulation module")
+    fmm: FMM = section("the feature modulation module", optional=True)
     encoder: str | None = setting("None: the student; teacher: the frozen one under the same decoder", absent=None)
     tap_scales: tuple[float, ...] | None = setting(
         "what the teacher's taps are multiplied by; None: 1", source=PUBLISHED, absent=None
@@ -252,7 +253,7 @@ class Settings:
     mesh: Mesh = section("how devices share the work", runtime=True)
     data: Data = section("the tiles")
     model: Model = section("the networks")
-    teacher: StoredTaps = section("where the teacher's outputs come from")
+    teacher: StoredTaps = section("where the teacher's outputs come from", optional=True)
     weights: Weights = section("what does not start at random")
     loss: Loss = section("what is minimised")
     optimizer: Optimizer = section("by what")
@@ -282,7 +283,10 @@ def _build(cls, values: Mapping[str, Any], where: str):
     built = {}
     for name, field in fields.items():
         if dataclasses.is_dataclass(kinds[name]):
-            built[name] = _build(kinds[name], values.get(name) or {}, f"{where}.{name}")
+            inner = values.get(name, {} if field.metadata["optional"] else None)
+            if not isinstance(inner, Mapping):
+                raise UserError(f"{where}.{name} is {inner!r}; give its settings: {field.metadata['meaning']}")
+            built[name] = _build(kinds[name], inner, f"{where}.{name}")
             continue
         meta = field.metadata
         value = values.get(name, meta["absent"])
