@@ -40,6 +40,7 @@ from importlib import metadata
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from ktda_jax import sharding
 from ktda_jax.config import checks
@@ -58,7 +59,7 @@ PEAKS = {
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-def run(config, *, steps=3, warmup=1, forwards=3, forward_batch=1, peak=None, trace=None) -> dict:
+def run(config: ConfigDict, *, steps=3, warmup=1, forwards=3, forward_batch=1, peak=None, trace=None) -> dict:
     """The measurements by name; times in seconds, memory in GB (1e9), operations in TFLOP."""
     settings = checks.resolve(config)
     program, model = build(settings), model_of(settings)

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from ktda_jax import UserError, sharding
 from ktda_jax.config import checks
@@ -47,7 +48,7 @@ from ktda_jax.training.inputs import features_folder, open_source, processes
 from ktda_jax.training.program import frozen_teacher
 
 
-def run(config) -> pathlib.Path:
+def run(config: ConfigDict) -> pathlib.Path:
     """Extracts, unless the features are there; returns their folder. UserError if it cannot be done.
 
     Every tile must be readable, whatever config.data.on_corrupt says.

@@ -20,6 +20,7 @@ import contextlib
 import pathlib
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from ktda_jax import UserError
 from ktda_jax.config import checks
@@ -35,7 +36,7 @@ from ktda_jax.training.inputs import open_source
 AUGMENTED = 3  # draws of the augmentation beside each
 
 
-def run(config, output: pathlib.Path, samples: int) -> list[str]:
+def run(config: ConfigDict, output: pathlib.Path, samples: int) -> list[str]:
     """Inspects all splits; returns what is wrong with them."""
     settings = checks.resolve(config)
     data, info = settings.data, settings.data.info

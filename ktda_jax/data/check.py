@@ -9,7 +9,7 @@ from absl import logging
 
 from ktda_jax import UserError
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.sources import cpu_threads, read_tile, some, tile_name
+from ktda_jax.data.sources import Source, cpu_threads, read_tile, some, tile_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ _PROBLEMS = {  # what is wrong with {bad} of {total} tiles -> what to do
 
 
 def check_split(
-    source,
+    source: Source,
     *,
     crop: int | tuple[int, int] | None = None,
     num_classes: int | None = None,

@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 
 from ktda_jax import UserError
-from ktda_jax.data.sources import cpu_threads, read_tile
+from ktda_jax.data.sources import Source, cpu_threads, read_tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class SplitCounts:
     unreadable: list[str]
 
 
-def count(source, *, num_threads: int | None = None) -> SplitCounts:
+def count(source: Source, *, num_threads: int | None = None) -> SplitCounts:
     """Reads every tile once."""
 
     def examine(index: int):

@@ -8,6 +8,7 @@ share them, or on whether the run was interrupted.
 import functools
 import threading
 from collections.abc import Iterator
+from typing import TypedDict
 
 import cv2
 import grain
@@ -17,14 +18,27 @@ from absl import logging
 from ktda_jax import UserError
 from ktda_jax.data import augment, libc
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.sources import cpu_threads, label_sizes, read_tile, tile_name
+from ktda_jax.data.sources import Source, cpu_threads, label_sizes, read_tile, tile_name
 from ktda_jax.data.teacher_features import TeacherFeatures
 
 ON_CORRUPT = ("stop", "skip")
 
 
+class Batch(TypedDict, total=False):
+    """Rows of this process; which of the keys there are, train_iterator and eval_batches say."""
+
+    image: np.ndarray  # uint8 (b, H, W, bands)
+    label: np.ndarray  # uint8 (b, h, w), 255 = ignore
+    mask: np.ndarray  # bool (b,), false for padding rows
+    taps: tuple[np.ndarray | None, ...]  # of the teacher, by level: (b, h, w, C)
+    skipped: int  # tiles that could not be read, in whose place others stand
+    name: list[str]
+    index: np.ndarray  # int64 (b,), into the source
+    original: np.ndarray  # int32 (b, 2): height and width of the label
+
+
 def train_iterator(
-    source,
+    source: Source,
     *,
     crop: int | tuple[int, int],
     batch_size: int,
@@ -128,7 +142,7 @@ class EvalBatches:
 
 
 def eval_batches(
-    source,
+    source: Source,
     *,
     crop: int | tuple[int, int] | None,
     batch_size: int,
@@ -246,7 +260,7 @@ class _TrainRows:
             logging.warning("skipping tile %s: %s", tile_name(self._source, index), error)
 
 
-def _stack(rows: list[dict]) -> dict:
+def _stack(rows: list[dict]) -> Batch:
     batch = {
         "image": np.stack([row["image"] for row in rows]),
         "label": np.stack([row["label"] for row in rows]),

@@ -1,13 +1,10 @@
-"""Tiles on disk: the published folder layout as a random access source.
-
-A source is anything with `len(source)`, `source[i] -> {'image', 'label', 'name'}`, `num_classes` and a stable
-`repr`. Grain reads from it by index, from many threads at once, so `__getitem__` keeps no state.
-"""
+"""What a source of tiles is; and tiles on disk, the published folder layout, as one."""
 
 import concurrent.futures
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Protocol, TypedDict
 
 import numpy as np
 from absl import logging
@@ -19,6 +16,22 @@ from ktda_jax.data.images import Colour, read_bands, read_image, read_label, unr
 
 IMAGE_EXTENSIONS = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 LABEL_EXTENSIONS = (".png", ".tif", ".tiff")
+
+
+class Tile(TypedDict):
+    image: np.ndarray  # uint8 (H, W, bands)
+    label: np.ndarray  # uint8 (H, W) of class numbers, 255 = ignore
+    name: str
+
+
+class Source(Protocol):
+    """Tiles by index. Grain reads from many threads at once, so `__getitem__` keeps no state; `repr` is stable."""
+
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Tile: ...
 
 
 class FolderSource:
@@ -153,7 +166,7 @@ def tile_name(source, index: int) -> str:
     return source.describe(index) if hasattr(source, "describe") else f"tile {index} of {source!r}"
 
 
-def read_tile(source, index: int) -> dict:
+def read_tile(source: Source, index: int) -> Tile:
     """`source[index]`, with any failure as a UserError that names the tile."""
     try:
         return source[index]

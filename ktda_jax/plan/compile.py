@@ -13,6 +13,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile 
 
 import jax
 from jax.experimental import topologies
+from ml_collections import ConfigDict
 
 from ktda_jax import UserError
 from ktda_jax.config import checks
@@ -34,7 +35,7 @@ class TooLarge(RuntimeError):
     """The compiler found no way to hold the program in a chip's memory; what it said."""
 
 
-def compile_for(config, topology: str) -> dict:
+def compile_for(config: ConfigDict, topology: str) -> dict:
     """Compiles the training step for `topology` (such as v5e:4x4): per chip, bytes by kind, operations, collectives.
 
     TooLarge where the compiler gives up; UserError for what cannot be compiled at all.
@@ -184,7 +185,7 @@ def text_of(report: dict) -> str:
     return "\n".join(lines)
 
 
-def search(config, topology: str) -> dict:
+def search(config: ConfigDict, topology: str) -> dict:
     """`compile_for` with the first settings that fit, which it prints as flags; TooLarge where none does."""
     kind, _, shape = topology.partition(":")
     _devices(topology)  # complains of it, if need be

@@ -10,11 +10,11 @@ from ktda_jax import UserError
 from ktda_jax.config.settings import Data, StoredTaps
 from ktda_jax.data import pipeline, reading
 from ktda_jax.data.check import check_split
-from ktda_jax.data.sources import FolderSource
+from ktda_jax.data.sources import FolderSource, Source
 from ktda_jax.data.teacher_features import TeacherFeatures
 
 
-def open_source(data: Data, split: str, *, build: bool = True):
+def open_source(data: Data, split: str, *, build: bool = True) -> Source:
     """The tiles of a split, from TFDS array_records, which `build` makes where they can be, or from a folder."""
     num_classes = data.info.num_classes
     if data.source == "folder":
