@@ -27,11 +27,11 @@ def depthwise_conv(x, kernel, *, implementation=None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _depthwise(implementation, x, kernel):
-    return _dispatch(implementation, _shifts, _conv, x, kernel)
+    return _dispatch(implementation, _shifted_sum, _conv, x, kernel)
 
 
 def _forward(implementation, x, kernel):
-    return _depthwise(implementation, x, kernel), (x, kernel)
+    return _dispatch(implementation, _shifts, _conv, x, kernel), (x, kernel)
 
 
 def _backward(implementation, residuals, dy):
@@ -77,12 +77,13 @@ def _pad(x, kernel, extra=0):
 
 @jax.jit
 def _shifts(x, kernel):
-    # Behind a condition that always holds, which XLA does not know: else it fuses all these products into each of
-    # several readers, such as a norm's mean and variance, which takes longer to compile and to run.
+    # For training, behind a condition that always holds, which XLA does not know: else it fuses all these products into
+    # each of several readers, such as a norm's gradients, which takes longer to compile and to run.
     first = kernel[0, 0, 0, 0]
     return lax.cond(first == first, _shifted_sum, lambda x, kernel: jnp.full_like(x, jnp.nan), x, kernel)
 
 
+@jax.jit
 def _shifted_sum(x, kernel):
     height, width = x.shape[1:3]
     kh, kw = kernel.shape[:2]
