@@ -78,7 +78,7 @@ def short(config: ConfigDict) -> None:
 
 
 def small(config: ConfigDict) -> None:
-    """For two CPU cores: 128 px squares, which evidence.py cuts and whose teacher features it precomputes."""
+    """For two CPU cores: 128 px squares, which evidence/run.py cuts and whose teacher features it precomputes."""
     config.eval_batch_size = 24
     config.data.crop = config.model.teacher.image_size = (128, 128)
     config.teacher.mode = "precomputed"  # the teacher then sees the tiles without the colour distortion

@@ -25,7 +25,7 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     flags.DEFINE_string("trace", None, "Folder for a profiler trace of three training steps.")
     flags.DEFINE_string("output", None, "JSON file of the results.")
     flags.DEFINE_bool("machine", False, "Only the speed of a product and of a copy on this machine; takes no config.")
-    alone = any(argument.lstrip("-").partition("=")[0] == "machine" for argument in sys.argv[1:])
+    alone = any(argument.lstrip("-") in ("machine", "machine=true") for argument in sys.argv[1:])
     PARSE = cli.parsed(cli.parser() if alone else cli.parse_config)  # before the imports below, which take seconds
 
 import functools
@@ -194,7 +194,11 @@ def main(_: list[str]) -> None:
     cli.start()
     config, given = cli.config(), flags.FLAGS
     if given.machine:
-        return print(table(machine()))
+        speed = machine()
+        if given.output:
+            checks.check_output(given.output, "output")
+            write_json(pathlib.Path(given.output), speed)
+        return print(table(speed))
     with config.unlocked():
         config.eval_batch_size = config.batch_size  # evaluation is not run; let it divide by the devices
     checks.check_output(given.output, "output")

@@ -1,4 +1,4 @@
-"""What the verbs' command lines share: flags, a config from a file, other processes, errors in one line; and `ktda`.
+"""What the verbs' command lines share: flags, configs, other processes, errors in one line (--traceback); `ktda`.
 
 JAX is imported by none of it until `start`, so that --help and errors of flags are quick.
 """
@@ -95,10 +95,7 @@ def parse_config(argv: list[str]) -> list[str]:
         sys.exit("error: give a config: --config=configs/grass.py")
     if given("coordinator") not in (None, "auto") and None in (given("num_processes"), given("process_id")):
         sys.exit("error: --coordinator=HOST:PORT needs --num_processes and --process_id too")
-    try:
-        checks.resolve(config())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    in_one_line(checks.resolve, config())
     return rest
 
 
@@ -134,9 +131,19 @@ def in_one_line(main, argv):
     except UserError as error:
         if given("traceback"):
             raise
-        sys.exit(f"error: {error}")
+        _leave(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("error: stopped from the keyboard")
+        _leave("error: stopped from the keyboard")
+
+
+def _leave(message: str) -> None:
+    """Ends the process with status 1, without waiting for XLA, should it be compiling in its thread."""
+    if any(thread.name.startswith("compilation") for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.write(message + "\n")
+        sys.stderr.flush()
+        os._exit(1)
+    sys.exit(message)
 
 
 def stop_cleanly() -> None:

@@ -69,6 +69,7 @@ from ktda_jax.models.convnext import Block
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.vit import Attention
 from ktda_jax.prediction import segmenter
+from ktda_jax.weights.files import expand
 from ktda_jax.weights.folder import Weights, check_free
 
 FORMATS = ("stablehlo", "onnx")
@@ -81,7 +82,7 @@ def run(
     checkpoint: str, output: str | pathlib.Path, *, format: str, size: tuple[int, int] | None = None,
     dtype: str = "float32",
 ) -> dict:  # fmt: skip
-    """Writes `output` and `output`.json, and returns what the latter says; ValueError or OSError if it cannot be done.
+    """Writes `output` and `output`.json, and returns what the latter says; UserError or OSError if it cannot be done.
 
     size: (height, width) in pixels; None: the crop of the training.
     """
@@ -91,7 +92,7 @@ def run(
         raise UserError(f"--dtype is {dtype!r}; choose {' or '.join(DTYPES)}")
     if (format, dtype) == ("onnx", "bfloat16"):
         raise UserError("--dtype=bfloat16 is for stablehlo; most ONNX runtimes convolve in float32 alone")
-    output = pathlib.Path(output).expanduser()
+    output = expand(output)
     beside = output.with_name(output.name + ".json")
     check_free(output)
     check_free(beside)

@@ -139,7 +139,7 @@ def _sheet(path: pathlib.Path, source, data: Data, seed: int, samples: int) -> N
                 seen, truth = augment.random_flip(seen, truth, rng, data.flip)
                 seen = augment.photometric_distortion(seen, rng) if data.photometric else seen
                 row.append(seen[..., rgb])
-        except (UserError, ValueError):  # already reported
+        except UserError:  # already reported
             continue
         rows.append(row)
         names.append(tile["name"])

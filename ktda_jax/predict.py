@@ -34,7 +34,6 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     hint = "put a pattern such as --input='*.tif' in quotes"
     PARSE = cli.parsed(cli.parser("checkpoint", "input", "output", hint=hint))  # before the imports below: seconds
 
-import pathlib
 import signal
 from collections.abc import Sequence
 
@@ -47,6 +46,7 @@ from ktda_jax.data.reading import is_scale
 from ktda_jax.prediction import files, mapping, polygons, segmenter
 from ktda_jax.prediction.outputs import Legend
 from ktda_jax.tiling import device
+from ktda_jax.weights.files import expand
 
 
 def run(
@@ -55,12 +55,12 @@ def run(
     nodata: float | None = None, cog=False, probabilities=False, confidence=False, polygonize=False, overlay=False,
     skip_existing=False, tta=False,
 ) -> dict[str, float]:  # fmt: skip
-    """Maps what the flags of the same names say. ValueError, also UserError, says in one line what is wrong."""
+    """Maps what the flags of the same names say. UserError says in one line what is wrong."""
     inputs = files.expand(input)
     rasterio_for(inputs[0])
     if polygonize:
         polygons.check_installed()
-    one = len(inputs) == 1 and inputs[0] == pathlib.Path(input).expanduser()
+    one = len(inputs) == 1 and inputs[0] == expand(input)
     outputs = files.name_outputs(
         inputs, output, one=one, probabilities=probabilities, confidence=confidence, overlay=overlay,
         polygonize=polygonize, cog=cog,
@@ -110,7 +110,7 @@ def run(
 
 
 def _reading(trained: Reading, count: int, bands, scale, nodata) -> Reading:
-    """That of the training, changed as the flags say. ValueError names the flag."""
+    """That of the training, changed as the flags say. UserError names the flag."""
     if bands is not None and (len(bands) != count or len(set(bands)) < count or min(bands) < 1):
         raise UserError(f"--bands={_list(bands)}: the model takes {count} different bands, counted from 1")
     if scale is not None:

@@ -61,7 +61,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, name: str, accumulate: int = 1) -> None:
-    """ValueError unless every device gets whole rows of every micro-batch."""
+    """UserError unless every device gets whole rows of every micro-batch."""
     rows = mesh.size * accumulate
     if batch_size < 1 or batch_size % rows:
         micro = f" x {accumulate} accumulation steps" if accumulate > 1 else ""

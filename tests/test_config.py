@@ -5,6 +5,7 @@ import pathlib
 import runpy
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import runs
 
@@ -27,6 +28,18 @@ def tiny(**overrides):
         ("batch_size", 0, "config.batch_size is 0; give at least 1"),
         ("grad_accum", -1, "config.grad_accum is -1; give at least 1"),
         ("data.crop", (64, 16), r"config.data.crop is \(64, 16\); give \(height, width\) of at least 32"),
+        ("data.crop", ("a", "b"), r"config.data.crop is \('a', 'b'\); give whole numbers: height and width"),
+        ("data.crop", (48.5, 48), r"config.data.crop is \(48.5, 48\); give whole numbers"),
+        ("loss.class_weights", (), r"config.loss.class_weights is \(\); give numbers from 0, not all 0"),
+        ("model.teacher.image_size", (0, 0), r"config.model.teacher.image_size is \(0, 0\); give whole numbers of at"),
+        (
+            "model.student.channels",
+            (0, 8, 8, 8),
+            r"config.model.student.channels is \(0, 8, 8, 8\); give whole numbers",
+        ),
+        ("model.teacher.taps", (True, 1, 2, 3), r"config.model.teacher.taps is \(True, 1, 2, 3\)"),
+        ("optimizer.lr", float("inf"), "config.optimizer.lr is inf; give a number above 0"),
+        ("checkpoint_every", -3, "config.checkpoint_every is -3; give at least 1"),
         ("data.source", "zip", "config.data.source is 'zip'; choose 'tfds' or 'folder'"),
         ("data.name", "gras", "unknown data set 'gras': known are grass, l8_biome, meadow"),
         ("loss.class_weights", (1.0, 2.0), "config.loss.class_weights has 2 values for 5 classes"),
@@ -52,7 +65,7 @@ def tiny(**overrides):
         ("data.label_map", ((1.5, 0),), "config.data.label_map maps 1.5; give a whole number, or a colour"),
         ("data.label_map", (((300, 0, 0), 0),), r"config.data.label_map maps \(300, 0, 0\); give a whole number, or"),
         ("data.label_map", ((0, "background"),), "config.data.label_map turns 0 into 'background'; give a class"),
-        ("data.bands", (1, "b"), r"config.data.bands is \(1, 'b'\); give different band numbers"),
+        ("data.bands", (1, "b"), r"config.data.bands is \(1, 'b'\); give whole numbers or None"),
         ("data.scale", (0, "a"), r"config.data.scale is \(0, 'a'\); give \(low, high\)"),
         ("data.nodata", float("nan"), "config.data.nodata is nan; leave it None"),
         ("data.label_map", (128, 0), r"config.data.label_map is \(128, 0\); give \(\(stored value, class\), ...\)"),
@@ -155,3 +168,26 @@ def test_a_broken_saved_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is not JSON .*; use another --workdir"):
         records.compare(tmp_path, Settings.of(tiny()))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_size", "4", "config.batch_size is '4'; give a whole number: images of a step"),
+        ("distill", "False", "config.distill is 'False'; give True or False"),
+        ("data", 5, "config.data is 5; give its settings: the tiles"),
+        ("sed", 1, "config.sed is not a setting; known: seed, "),
+    ],
+)
+def test_what_no_flag_can_say_is_refused_in_a_mapping(key, value, message):
+    with pytest.raises(UserError, match=message):
+        Settings.of({**tiny().to_dict(), key: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = {**tiny().to_dict(), "clip_norm": np.float32(0.5), "batch_size": np.int64(4)}
+    config["data"] = {**config["data"], "scale": np.array([0.0, 4000.0], np.float32)}
+    settings = checks.resolve(config)
+    assert (
+        settings.data.scale == (0.0, 4000.0) and type(settings.clip_norm) is float and type(settings.batch_size) is int
+    )

@@ -261,7 +261,9 @@ def test_precomputed_features_are_those_on_disk(trained, tmp_path):
     (found,) = gather([run], root=None, keep=1)
     assert "not the tiles that training scored" in found.scored  # its run.json speaks of others
     assert found.features.names == ["t0", "t1", "t2"] and "precomputed, made by a random" in found.features.teacher
-    computed = features.computed(load(run, config.dtype), None, config.seed, found.features.names, found.features.images)
+    computed = features.computed(
+        load(run, config.dtype), None, config.seed, found.features.names, found.features.images
+    )
     for ours, theirs in zip(computed.levels, found.features.levels, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert a.cosine == pytest.approx(b.cosine, abs=1e-3)

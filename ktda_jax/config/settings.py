@@ -1,16 +1,20 @@
 """Every setting: its meaning, unit, range and source. `Settings.of` makes them, once, from what a config file says.
 
-The values themselves stand in configs/ alone. What `absent` says is what a config or a workdir without the key means:
-the behaviour before the setting existed.
+The values themselves stand in base.py and configs/. What `absent` says is what a config or a workdir without the key
+means: the behaviour before the setting existed.
 """
 
 import dataclasses
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
 
 from ktda_jax import UserError
 from ktda_jax.data import reading
@@ -22,9 +26,10 @@ PUBLISHED = "Zhang et al., ICME 2025, and their code"
 
 Fits = tuple[Callable[[Any], bool], str]  # whether a value can be, and what to give instead
 SHARE = (lambda x: 0 <= x < 1, "a number from 0 to below 1")
-POSITIVE = (lambda x: x > 0, "a number above 0")
-NOT_NEGATIVE = (lambda x: x >= 0, "at least 0")
+POSITIVE = (lambda x: 0 < x < math.inf, "a number above 0")
+NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "at least 0")
 SIZE = (lambda x: x >= 1, "at least 1")
+SIZES = (lambda x: bool(x) and min(x) >= 1, "whole numbers of at least 1")
 KL_AXES = ("width", "channel", "position")  # that the softmax of the distillation may run along
 
 
@@ -105,8 +110,10 @@ class Student:
     """The ConvNeXt; what is None here is the preset's (models/convnext.py)."""
 
     preset: str | None = setting("laptop, tiny, small, base, large, v2_atto, ...", source=PUBLISHED, absent=None)
-    depths: tuple[int, ...] | None = setting("blocks by stage", absent=None)
-    channels: tuple[int, ...] | None = setting("channels by stage", absent=None)
+    depths: tuple[int, ...] | None = setting(
+        "blocks by stage", fits=(lambda x: min(x, default=0) >= 0, "numbers of blocks"), absent=None
+    )
+    channels: tuple[int, ...] | None = setting("channels by stage", fits=SIZES, absent=None)
     drop_path: float = setting(
         "stochastic depth of the last block; rises from 0", source=PUBLISHED, fits=SHARE, absent=0.0
     )
@@ -122,22 +129,29 @@ class Teacher:
     preset: str | None = setting("laptop, small, base, base_reg, dinov3_base, ...", source=PUBLISHED, absent=None)
     width: int | None = setting("channels", fits=SIZE, absent=None)
     depth: int | None = setting(
-        "layers", fits=(lambda x: x >= 4, "at least 4: four of its layers are taken"), absent=None
+        "layers", fits=(lambda x: x >= 4, "at least 4, one for each level of the student"), absent=None
     )
     heads: int | None = setting("attention heads", fits=SIZE, absent=None)
-    image_size: tuple[int, int] | None = setting("for which the position embedding is stored", unit="px", absent=None)
-    taps: tuple | None = setting(
+    image_size: tuple[int, int] | None = setting(
+        "for which the position embedding is stored", unit="px", fits=SIZES, absent=None
+    )
+    taps: tuple[int | None, ...] | None = setting(
         "layers whose outputs are distilled, from 1, one per student level; None in it: that level is not; None: the "
         "last of each quarter", source=PUBLISHED, absent=None,
     )  # fmt: skip
-    patch: int | None = setting("side of a patch", unit="px", absent=None)
-    registers: int | None = setting("register tokens", absent=None)
+    patch: int | None = setting("side of a patch", unit="px", fits=SIZE, absent=None)
+    registers: int | None = setting("register tokens", fits=NOT_NEGATIVE, absent=None)
     swiglu: bool | None = setting("gated feed-forward", absent=None)
-    mlp_ratio: float | None = setting("hidden width of the feed-forward over the width", absent=None)
+    mlp_ratio: float | None = setting("hidden width of the feed-forward over the width", fits=POSITIVE, absent=None)
     rope: bool | None = setting("rotary positions (DINOv3)", absent=None)
     antialias: bool | None = setting("resize the position embedding antialiased", absent=None)
     mean: tuple[float, ...] | None = setting("of the images it was trained on", unit="0 to 255", absent=None)
-    std: tuple[float, ...] | None = setting("their standard deviation", unit="0 to 255", absent=None)
+    std: tuple[float, ...] | None = setting(
+        "their standard deviation",
+        unit="0 to 255",
+        fits=(lambda x: bool(x) and min(x) > 0, "numbers above 0"),
+        absent=None,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +178,9 @@ class Model:
         "what the teacher's taps are multiplied by; None: 1", source=PUBLISHED, absent=None
     )
     fam: bool = setting("whether there is a feature alignment module", source=PUBLISHED, absent=True)
-    grid: tuple[int, int] | None = setting("rows and columns of the FAM's output; None: the teacher's", absent=None)
+    grid: tuple[int, int] | None = setting(
+        "rows and columns of the FAM's output; None: the teacher's", fits=SIZES, absent=None
+    )
     neck_channels: int | None = setting("of all behind the FAM; None: the teacher's width", fits=SIZE, absent=None)
     head_channels: int = setting("of the UPerNet decoder", source=PUBLISHED, fits=SIZE, absent=512)
     aux_channels: int = setting(
@@ -205,7 +221,7 @@ class Loss:
     aux_weight: float = setting("of the auxiliary head's cross entropy", source=PUBLISHED, fits=NOT_NEGATIVE)
     class_weights: tuple[float, ...] | None = setting(
         "of the classes in the cross entropy; None: 1",
-        fits=(lambda x: min(x) >= 0 and max(x) > 0, "numbers from 0, not all 0"),
+        fits=(lambda x: min(x, default=-1) >= 0 and max(x) > 0, "numbers from 0, not all 0"),
     )
     avg_non_ignore: bool = setting("mean over labelled pixels instead of all", source=PUBLISHED)
 
@@ -226,7 +242,7 @@ class Schedule:
 
     warmup: int = setting("length of the warm-up", unit="steps", source=PUBLISHED, fits=NOT_NEGATIVE)
     poly_begin: int | None = setting("where the decay begins; None: where the warm-up ends", unit="steps")
-    power: float = setting("of the decay", source=PUBLISHED)
+    power: float = setting("of the decay", source=PUBLISHED, fits=NOT_NEGATIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +264,9 @@ class Settings:
     )
     log_every: int = setting("between logged losses", unit="steps", fits=SIZE, runtime=True)
     eval_every: int = setting("between evaluations", unit="steps", source=PUBLISHED, fits=SIZE)
-    checkpoint_every: int | None = setting("between further checkpoints; None: none", unit="steps", runtime=True)
+    checkpoint_every: int | None = setting(
+        "between further checkpoints; None: none", unit="steps", fits=SIZE, runtime=True
+    )
     distill: bool = setting("whether the student learns from the teacher", source=PUBLISHED)
     mesh: Mesh = section("how devices share the work", runtime=True)
     data: Data = section("the tiles")
@@ -260,13 +278,18 @@ class Settings:
     schedule: Schedule = section("at which rate")
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Settings":
-        """From a ConfigDict or what config.json holds; UserError names what is unknown, missing or out of range."""
-        config = json.loads(config.to_json_best_effort()) if hasattr(config, "to_json_best_effort") else dict(config)
+    def of(cls, config: Mapping[str, Any], *, strict: bool = True) -> "Settings":
+        """From a ConfigDict or what config.json holds; UserError names what is missing, no such value or out of range.
+
+        `strict`: also what is unknown.
+        """
+        if not isinstance(config, Mapping | ConfigDict):
+            raise UserError(f"the config is {config!r}; give its settings by name")
+        config = _plain(config.to_dict() if isinstance(config, ConfigDict) else config)
         version = config.pop("version", 0)
-        if version > VERSION:
+        if not isinstance(version, int) or version > VERSION:
             raise UserError(f"settings of version {version}, but this program knows {VERSION}; take a newer one")
-        return _build(cls, config, "config")
+        return _build(cls, config, "config", strict)
 
     @property
     def encodes(self) -> bool:
@@ -274,11 +297,11 @@ class Settings:
         return self.model.encoder == "teacher"
 
 
-def _build(cls, values: Mapping[str, Any], where: str):
+def _build(cls, values: Mapping[str, Any], where: str, strict: bool):
     """A dataclass of settings from a mapping."""
     fields, kinds = _fields(cls), typing.get_type_hints(cls)
     for key in values:
-        if key not in fields:
+        if key not in fields and strict:
             raise UserError(f"{where}.{key} is not a setting; known: {', '.join(fields)}")
     built = {}
     for name, field in fields.items():
@@ -286,7 +309,7 @@ def _build(cls, values: Mapping[str, Any], where: str):
             inner = values.get(name, {} if field.metadata["optional"] else None)
             if not isinstance(inner, Mapping):
                 raise UserError(f"{where}.{name} is {inner!r}; give its settings: {field.metadata['meaning']}")
-            built[name] = _build(kinds[name], inner, f"{where}.{name}")
+            built[name] = _build(kinds[name], inner, f"{where}.{name}", strict)
             continue
         meta = field.metadata
         value = values.get(name, meta["absent"])
@@ -296,7 +319,8 @@ def _build(cls, values: Mapping[str, Any], where: str):
             value = meta["absent"]
         if value is None and not _may_be_none(kinds[name]):
             raise UserError(f"{where}.{name} is None; {meta['meaning']}")
-        value = _tuples(value)
+        if not _is_a(value, kinds[name]):
+            raise UserError(f"{where}.{name} is {value!r}; give {_in_words(kinds[name])}: {meta['meaning']}")
         if value is not None and meta["fits"] is not None and not meta["fits"][0](value):
             raise UserError(f"{where}.{name} is {value}; give {meta['fits'][1]}")
         built[name] = value
@@ -312,8 +336,35 @@ def _may_be_none(kind) -> bool:
     return isinstance(kind, types.UnionType) and type(None) in typing.get_args(kind)
 
 
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+def _plain(value):
+    """Mappings as dicts, sequences and arrays as tuples, NumPy's numbers as Python's."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _is_a(value, kind) -> bool:
+    """Whether a value is of a field's type; how long a tuple must be is for its own check to say."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(_is_a(value, each) for each in inner)
+    if kind in (tuple, dict) or origin is tuple:
+        return isinstance(value, tuple) and all(_is_a(each, inner[0]) for each in value if inner)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _in_words(kind) -> str:
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a word", types.NoneType: "None"}
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(_in_words, typing.get_args(kind)))
+    inner = typing.get_args(kind)
+    if not inner:
+        return words.get(kind, "several values")
+    return {int: "whole numbers", float: "numbers", str: "words"}.get(inner[0], "several values")
 
 
 def flat(settings: Settings, *, runtime: bool = True) -> dict[str, Any]:

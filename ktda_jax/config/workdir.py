@@ -36,8 +36,8 @@ def read(workdir: pathlib.Path) -> Settings:
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); use another --workdir") from error
     try:
-        return Settings.of(saved)
-    except (UserError, AttributeError, TypeError) as error:
+        return Settings.of(saved, strict=False)  # whatever else a user wrote into a config
+    except UserError as error:
         raise UserError(f"{path} does not describe a training of ours: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""The check of a split that is made before anything is compiled: every tile is read once."""
+"""The check of a split that is made before the first step: every tile is read once."""
 
 import concurrent.futures
 import dataclasses

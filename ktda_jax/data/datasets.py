@@ -101,7 +101,7 @@ DATASETS = {info.name: info for info in _INFOS}
 
 
 def dataset_info(name: str) -> DatasetInfo:
-    """The entry of DATASETS, for `l8_biome/scenes` that of `l8_biome`; ValueError listing the known names otherwise."""
+    """The entry of DATASETS, for `l8_biome/scenes` that of `l8_biome`; UserError listing the known names otherwise."""
     base = name.split("/")[0]
     if base not in DATASETS:
         raise UserError(

@@ -58,7 +58,7 @@ def train_iterator(
     number of its rows (int) that stand in for unreadable tiles. `on_corrupt='stop'` raises UserError with the
     tile's name; 'skip' takes the next readable tile instead and warns once per tile.
 
-    With `features` a batch also has `teacher`, four arrays (b, h, w, C): what the teacher saw of each row, flips
+    With `features` a batch also has `taps`, of each level (b, h, w, C) or None: what the teacher saw of each row, flips
     included, colour changes not. Crops then begin at multiples of the teacher's patch.
     """
     rows = _rows_per_process(batch_size, process_index, process_count)

@@ -20,7 +20,7 @@ def label_map_of(data) -> dict | None:
 
 
 def check(data, num_classes: int) -> None:
-    """ValueError for what no file could be read by."""
+    """UserError for what no file could be read by."""
     bands = data.bands if data.bands is not None else (1, 2, 3)
     if not bands or not all(_is_whole(b) and b > 0 for b in bands) or len(set(bands)) < len(bands):
         raise UserError(f"config.data.bands is {tuple(bands)}; give different band numbers, counted from 1")

@@ -69,7 +69,10 @@ class TeacherFeatures:
                 raise UserError(f"the teacher features in {self.folder} lack {path}: {AGAIN}")
             if size is not None and (found := pathlib.Path(path).stat().st_size) != size:
                 raise UserError(f"{path} has {found:,} bytes, not the {size:,} that were written: {AGAIN}")
-        self._records = np.load(self.folder / RECORDS)  # (tiles, 4): shard, place in it, h, w
+        try:
+            self._records = np.load(self.folder / RECORDS)  # (tiles, 4): shard, place in it, h, w
+        except (ValueError, EOFError) as error:
+            raise UserError(f"cannot read {self.folder / RECORDS}: {AGAIN}") from error
         self._lock, self._open = threading.Lock(), None
 
     def __len__(self) -> int:
@@ -144,7 +147,10 @@ def read_manifest(folder: pathlib.Path) -> dict:
             raise UserError(f"the teacher features in {folder} have format {manifest['format']}, not {FORMAT}: {AGAIN}")
         parts = {"made_from", "dtype", "computed_in", "shards"}
         if not parts <= manifest.keys() or not isinstance(manifest["shards"], dict):
-            raise UserError("parts are missing")
+            raise ValueError("parts are missing")
+        if not {"teacher", "patch", "width", "depth"} <= manifest["made_from"].keys():
+            raise ValueError("it does not say what the features were made from")
+        DTYPES[manifest["dtype"]]
         return manifest
     except FileNotFoundError as error:
         raise UserError(
@@ -153,5 +159,5 @@ def read_manifest(folder: pathlib.Path) -> dict:
         ) from error
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}; {AGAIN}") from error

@@ -46,7 +46,7 @@ def abstract(build: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Arrays, Arr
 
 
 def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    """Raises one ValueError that names missing, unexpected and mis-shaped tensors, a few of each."""
+    """Raises one UserError that names missing, unexpected and mis-shaped tensors, a few of each."""
 
     def some(names):
         names = sorted(names)

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 
 from ktda_jax import UserError
+from ktda_jax.weights.files import expand as expand_home
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".vrt", ".jp2")  # of scenes in a folder
 MAPS = (".tif", ".tiff", ".png")
@@ -31,7 +32,7 @@ class Outputs:
 
 def expand(text: str) -> list[pathlib.Path]:
     """The files of --input: one file, a glob pattern, or the scenes right in a folder. UserError if there are none."""
-    path = pathlib.Path(text).expanduser()
+    path = expand_home(text)
     if path.is_dir():
         found = [p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
         if not found:
@@ -55,7 +56,7 @@ def name_outputs(
 
     UserError if two would be the same file, or one of them an input.
     """
-    target = pathlib.Path(output).expanduser()
+    target = expand_home(output)
     folder = not one or target.is_dir() or output.endswith("/") or not target.suffix
     if folder and target.suffix.lower() in MAPS and not target.is_dir():
         raise UserError(f"--output={output} is one file for {len(inputs)} inputs; give a folder")

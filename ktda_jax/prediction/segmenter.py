@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from ktda_jax import UserError
+from ktda_jax.config import checks
 from ktda_jax.config import workdir as records
 from ktda_jax.config.model import model_of
 from ktda_jax.data.images import read_image
@@ -54,7 +55,7 @@ class Segmenter:
     def predict(self, image: np.ndarray | str | pathlib.Path) -> Prediction:
         """image: 8-bit RGB, an array (H, W, 3) or (B, H, W, 3) or an image file -> labels and probabilities.
 
-        ValueError names what does not fit. Sizes up to 2048 px a side; larger scenes are cut into windows.
+        UserError names what does not fit. Sizes up to 2048 px a side; larger scenes are cut into windows.
         """
         if isinstance(image, str | pathlib.Path):
             if self.config.student.bands != 3:
@@ -91,7 +92,7 @@ def load_pretrained(
 
 
 def find(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_heads: int | None = None) -> folder.Weights:
-    """The weights of anything that `load_pretrained` takes; ValueError says in a line what is wrong."""
+    """The weights of anything that `load_pretrained` takes; UserError says in a line what is wrong."""
     folder = pathlib.Path(path)
     if (folder / "checkpoints").is_dir():
         return from_workdir(folder)
@@ -101,7 +102,11 @@ def find(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_head
 def from_workdir(workdir: pathlib.Path) -> folder.Weights:
     """The best checkpoint of a training (the latest, if none was validated), with what its config says of the data."""
     settings = records.read(workdir)
-    model, info = model_of(settings), settings.data.info
+    try:
+        checks.check(settings)
+        model, info = model_of(settings), settings.data.info
+    except UserError as error:
+        raise UserError(f"{workdir / records.CONFIG} does not describe a training of ours: {error}") from error
     _, params, stats = flat.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step = checkpoints.best_step()

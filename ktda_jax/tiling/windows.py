@@ -34,7 +34,7 @@ class Grid:
 
 
 def axis(length: int, tile: int, overlap: int) -> Axis:
-    """length, tile, overlap: pixels. ValueError if tiles would not advance."""
+    """length, tile, overlap: pixels. UserError if tiles would not advance."""
     if length < 1 or not 0 <= overlap < tile:
         raise UserError(f"length {length}, tile {tile}, overlap {overlap}: an overlap is from 0 to below the tile")
     last = max(length - tile, 0)

@@ -1,6 +1,8 @@
 """The only file that knows Orbax: the latest train state and the best one by validation mIoU."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any, Self
 
 import jax
@@ -12,6 +14,18 @@ from ktda_jax.models.flat import Arrays, check_shapes
 from ktda_jax.training.state import TrainState
 
 METRIC = "mIoU"
+
+
+@contextlib.contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """What Orbax raises for a checkpoint that is cut short or lacks a file, as one UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot read {where}: {text}; is it whole? Remove it to use an earlier one") from error
 
 
 class Checkpoints:
@@ -49,18 +63,20 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the highest validation mIoU, or the latest one if none was validated."""
-        best = self._manager.best_step()
-        return self.latest_step() if best is None else best
+        with _readable(f"the checkpoints in {self._directory}"):
+            best = self._manager.best_step()
+            return self.latest_step() if best is None else best
 
     def restore(self, step: int, abstract: TrainState, shardings: Any) -> tuple[TrainState, dict]:
-        """State and data position at `step`, placed by `shardings`; ValueError where shapes differ."""
-        self._check(step, abstract)
-        target = sharding.abstract(abstract, shardings)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()),
-        )
-        return restored["state"], restored["data"]
+        """State and data position at `step`, placed by `shardings`; UserError where shapes differ."""
+        with _readable(f"checkpoint {self._directory / str(step)}"):
+            self._check(step, abstract)
+            target = sharding.abstract(abstract, shardings)
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()),
+            )
+            return restored["state"], restored["data"]
 
     def restore_model(self, step: int, params: Arrays, stats: Arrays) -> tuple[Arrays, Arrays]:
         """What prediction needs: parameters (their average, where one was kept) and statistics, on one device.
@@ -68,22 +84,24 @@ class Checkpoints:
         params, stats: the model's abstract arrays. The optimiser's moments, two thirds of a checkpoint, are not read.
         """
         where = f"checkpoint {self._directory / str(step)}"
-        saved = self._manager.item_metadata(step)["state"]
-        chosen = "params" if saved["ema"] is None else "ema"
-        check_shapes(dict(saved[chosen]), params, where)
-        check_shapes(dict(saved["batch_stats"]), stats, where)
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), {chosen: params, "batch_stats": stats}
-        )
-        arguments = ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=True,
-        )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            found = reader.restore(self._directory / str(step) / "state", args=arguments)
-        return found[chosen], found["batch_stats"]
+        with _readable(where):
+            saved = self._manager.item_metadata(step)["state"]
+            chosen = "params" if saved["ema"] is None else "ema"
+            check_shapes(dict(saved[chosen]), params, where)
+            check_shapes(dict(saved["batch_stats"]), stats, where)
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            wanted = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+                {chosen: params, "batch_stats": stats},
+            )
+            arguments = ocp.args.PyTreeRestore(
+                item=wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
+            )
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                found = reader.restore(self._directory / str(step) / "state", args=arguments)
+            return found[chosen], found["batch_stats"]
 
     def _check(self, step: int, abstract: TrainState) -> None:
         saved = self._manager.item_metadata(step)["state"]

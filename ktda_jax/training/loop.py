@@ -38,22 +38,21 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | pathlib.Path) -
     compilation = Compilation(program) if _latest(workdir) < settings.total_steps else None
     try:
         data = _open_data(settings)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+        writer = Writer(workdir, total_steps=settings.total_steps, enabled=jax.process_index() == 0)
+        with Checkpoints(workdir / "checkpoints") as checkpoints, writer, StopSignal() as stop:
+            start, current = _begin(workdir, settings, program, data, checkpoints)
+            writer.resume(start)
+            _tell(writer, settings, program, data, start)
+            finished = _train(settings, program, data, start, current, compilation, checkpoints, writer, stop)
     except BaseException:
         if compilation is not None:
             compilation.give_up()
         raise
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
-    writer = Writer(workdir, total_steps=settings.total_steps, enabled=jax.process_index() == 0)
-    with Checkpoints(workdir / "checkpoints") as checkpoints, writer, StopSignal() as stop:
-        start, current = _begin(workdir, settings, program, data, checkpoints)
-        writer.resume(start)
-        _tell(writer, settings, program, data, start)
-        if not _train(settings, program, data, start, current, compilation, checkpoints, writer, stop):
-            return None
-    return evaluate_workdir(config, workdir, program=program)
+    return evaluate_workdir(config, workdir, program=program) if finished else None
 
 
 def _begin(

@@ -134,7 +134,7 @@ def _pickled(file: pathlib.Path) -> dict[str, np.ndarray]:
             content = _load(torch, file)
     except pickle.UnpicklingError as error:
         raise UserError(f"{file} is not a plain checkpoint, and is not run: {_line(error)}") from error
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"cannot read {file}: {_line(error)}; is it whole?") from error
     items = _unwrap(content).items()
     tensors = {k: v.detach() for k, v in items if isinstance(k, str) and isinstance(v, torch.Tensor)}

@@ -37,7 +37,7 @@ class Weights:
 
 
 def save(path: str | pathlib.Path, weights: Weights) -> None:
-    """Writes the folder `path` aside and renames it; ValueError if there is something already."""
+    """Writes the folder `path` aside and renames it; UserError if there is something already."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -83,7 +83,7 @@ def is_folder(path: pathlib.Path) -> bool:
 
 
 def read(folder: pathlib.Path) -> Weights:
-    """The weights of our folder; ValueError names it."""
+    """The weights of our folder; UserError names it."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

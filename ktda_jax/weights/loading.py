@@ -24,7 +24,7 @@ _FREE = ("image_size", "taps", "drop_path", "layer_scale", "remat")
 
 
 def read(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_heads: int | None = None) -> Weights:
-    """Weights of our folder, or converted from any source that `ktda_jax.convert` knows; ValueError names the path.
+    """Weights of our folder, or converted from any source that `ktda_jax.convert` knows; UserError names the path.
 
     The numbers of heads are for sources alone, whose tensors do not tell them.
     """
@@ -46,7 +46,7 @@ def load(
     """What config.weights.`what` gives for `config`: arrays of `expected`'s names and shapes.
 
     `what` is student, teacher or model. A whole KTDA model also serves as student or as teacher, and weights for RGB
-    serve any number of bands. ValueError names the path, and the settings that disagree.
+    serve any number of bands. UserError names the path, and the settings that disagree.
     """
     where = f"config.weights.{what}"
     # No tensor tells the number of heads. Published widths have one of their own, which the config must then match.

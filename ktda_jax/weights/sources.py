@@ -98,7 +98,10 @@ def to_upstream(weights: Weights, path: pathlib.Path) -> None:
     if weights.kind != "ktda":
         raise UserError(f"--to=upstream writes whole KTDA models; this is a {weights.kind}")
     torch = files.import_torch(f"writing {path}")
-    tensors = mmseg.to_upstream(weights.arrays)
+    try:
+        tensors = mmseg.to_upstream(weights.arrays)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"these weights cannot be named as upstream names them: {error}") from error
     # A copy, since torch cannot hold reversed strides and saves the whole storage behind a view.
     content = {k: torch.from_numpy(np.array(v, order="C")) for k, v in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
