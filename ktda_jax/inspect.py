@@ -26,7 +26,7 @@ from ktda_jax import UserError
 from ktda_jax.config import checks
 from ktda_jax.config.settings import Data
 from ktda_jax.config.workdir import write_json
-from ktda_jax.data import augment, inspect
+from ktda_jax.data import augment, shares
 from ktda_jax.data.check import check_split
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.sources import read_tile
@@ -50,7 +50,7 @@ def run(config: ConfigDict, output: pathlib.Path, samples: int) -> list[str]:
         try:
             source = open_source(data, split)
             crop = data.crop if split == data.train_split else None
-            counts[split] = inspect.count(source, num_threads=data.num_threads)
+            counts[split] = shares.count(source, num_threads=data.num_threads)
             sources[split] = source
             check_split(source, crop=crop, num_threads=data.num_threads)
         except UserError as error:
@@ -59,7 +59,7 @@ def run(config: ConfigDict, output: pathlib.Path, samples: int) -> list[str]:
         with contextlib.suppress(OSError):  # others' files may be there
             output.rmdir()
         return problems
-    groups = inspect.doubles(counts)
+    groups = shares.doubles(counts)
     across = [group for group in groups if len({name.split("/")[0] for name in group}) > 1]
     if across:
         some = "; ".join(" = ".join(group) for group in across[:3])
@@ -67,12 +67,12 @@ def run(config: ConfigDict, output: pathlib.Path, samples: int) -> list[str]:
     train = counts.get(data.train_split, next(iter(counts.values())))
     classes = len(info.classes)
     suggested = {
-        "inverse_frequency": inspect.inverse_frequency(train.pixels[:classes]),
-        "effective_number": inspect.effective_number(train.tiles_with[:classes]),
+        "inverse_frequency": shares.inverse_frequency(train.pixels[:classes]),
+        "effective_number": shares.effective_number(train.tiles_with[:classes]),
     }
     print(_tables(info.classes, counts, suggested, [g for g in groups if g not in across]))
-    shares = {split: found.pixels[:classes] for split, found in counts.items()}
-    plots.save_shares(output / "classes.png", shares, info.classes, info.palette)
+    by_split = {split: found.pixels[:classes] for split, found in counts.items()}
+    plots.save_shares(output / "classes.png", by_split, info.classes, info.palette)
     if data.train_split in sources:
         _sheet(output / "samples.png", sources[data.train_split], data, settings.seed, samples)
     write_json(output / "inspection.json", _report(info.classes, counts, groups, suggested, problems))

@@ -11,7 +11,7 @@ import runs
 from PIL import Image
 
 from ktda_jax import inspect as verb
-from ktda_jax.data import inspect
+from ktda_jax.data import shares
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.sources import FolderSource
 
@@ -30,7 +30,7 @@ def test_counts_are_those_of_the_labels(tiles):
     label[:10] = IGNORE
     Image.fromarray(label).save(tiles / "ann_dir/train/t0.png")
     (tiles / "img_dir/train/t1.png").write_bytes(b"broken")
-    found = inspect.count(FolderSource(tiles, "train", num_classes=runs.CLASSES), num_threads=2)
+    found = shares.count(FolderSource(tiles, "train", num_classes=runs.CLASSES), num_threads=2)
     labels = [np.array(Image.open(tiles / f"ann_dir/train/t{k}.png")) for k in (0, 2, 3)]
     np.testing.assert_array_equal(found.pixels, sum(np.bincount(x.ravel(), minlength=256) for x in labels))
     np.testing.assert_array_equal(found.tiles_with, [sum((x == v).any() for x in labels) for v in range(256)])
@@ -40,10 +40,10 @@ def test_counts_are_those_of_the_labels(tiles):
 
 def test_class_weights():
     pixels = np.array([100, 50, 0, 25])
-    np.testing.assert_allclose(inspect.inverse_frequency(pixels), np.array([1, 2, 0, 4]) * 3 / 7)
-    weights = inspect.effective_number(np.array([1, 2, 0]), beta=0.5)
+    np.testing.assert_allclose(shares.inverse_frequency(pixels), np.array([1, 2, 0, 4]) * 3 / 7)
+    weights = shares.effective_number(np.array([1, 2, 0]), beta=0.5)
     np.testing.assert_allclose(weights, np.array([1, 2 / 3, 0]) * 2 / (5 / 3))  # 0.5 / (1 - 0.5^n)
-    np.testing.assert_allclose(inspect.effective_number(np.array([7, 7, 7])), 1)
+    np.testing.assert_allclose(shares.effective_number(np.array([7, 7, 7])), 1)
 
 
 def test_good_data_gets_tables_and_figures(tiles, tmp_path, capsys):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ktda_jax.config import settings
 from ktda_jax.training import losses
 
 
@@ -83,3 +84,7 @@ def test_maps_of_different_size_are_refused_by_name():
     s, t = jnp.zeros((1, 19, 19, 8)), jnp.zeros((1, 37, 37, 8))
     with pytest.raises(ValueError, match=r"FAM's output is 19x19x8 .* teacher's features are 37x37x8"):
         losses.distillation([s], [t])
+
+
+def test_the_axes_are_those_of_the_settings():
+    assert tuple(losses.KL_AXES) == settings.KL_AXES
