@@ -261,4 +261,4 @@ def test_shifted_products_are_not_compiled_for_each_of_their_readers(monkeypatch
     monkeypatch.setattr(depthwise, "_shifts", depthwise._shifted_sum)
     theirs = products()
     depthwise._shifts_grad.clear_cache()
-    assert ours < 0.7 * theirs
+    assert ours < 0.85 * theirs  # all multiplications; 0.4 of them with JAX 0.10, 0.7 with 0.12
