@@ -13,7 +13,8 @@ import runs
 import ktda_jax
 from ktda_jax import UserError, report
 from ktda_jax.config import workdir as records
-from ktda_jax.config.settings import VERSION, Settings, flat
+from ktda_jax.config.fields import flat
+from ktda_jax.config.settings import VERSION, Settings
 from ktda_jax.training import loop
 
 STORED = runs.REPOSITORY / "tests" / "goldens" / "workdir_c7d256a.tar.xz"

@@ -95,7 +95,8 @@ class Study:
 
     def measure(self, name: str, place: str, *, train: list, val: list, seed: int, overrides: dict) -> dict:
         """The result of one run, from its file if it is there."""
-        from ktda_jax.config.settings import Settings, flat
+        from ktda_jax.config.fields import flat
+        from ktda_jax.config.settings import Settings
         from ktda_jax.config.workdir import flatten, write_json
 
         probes = name in PROBES

@@ -14,9 +14,9 @@ import numpy as np
 
 from benchmarks.timing import resident_peak, summary, timed
 from ktda_jax import UserError, sharding
+from ktda_jax.config.fields import flat as flat_settings
 from ktda_jax.config.model import compute_dtype, model_of
 from ktda_jax.config.settings import Settings
-from ktda_jax.config.settings import flat as flat_settings
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.models import flat
 from ktda_jax.models.vit import ViTConfig

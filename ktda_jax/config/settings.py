@@ -5,47 +5,19 @@ means: the behaviour before the setting existed.
 """
 
 import dataclasses
-import functools
-import json
-import math
-import types
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from ktda_jax import UserError
+from ktda_jax.config.fields import NOT_NEGATIVE, POSITIVE, SHARE, SIZE, SIZES, build, plain, section, setting
 from ktda_jax.data import reading
 from ktda_jax.data.datasets import DatasetInfo, dataset_info
 
 VERSION = 1  # of config.json; raised when an old one needs more than `absent` to be understood
-REQUIRED = object()
 PUBLISHED = "Zhang et al., ICME 2025, and their code"
-
-Fits = tuple[Callable[[Any], bool], str]  # whether a value can be, and what to give instead
-SHARE = (lambda x: 0 <= x < 1, "a number from 0 to below 1")
-POSITIVE = (lambda x: 0 < x < math.inf, "a number above 0")
-NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "at least 0")
-SIZE = (lambda x: x >= 1, "at least 1")
-SIZES = (lambda x: bool(x) and min(x) >= 1, "whole numbers of at least 1")
 KL_AXES = ("width", "channel", "position")  # that the softmax of the distillation may run along
-
-
-def setting(
-    meaning: str, *, unit: str = "", source: str = "", fits: Fits | None = None, absent: Any = REQUIRED,
-    runtime: bool = False,
-) -> Any:  # fmt: skip
-    """A field. `runtime`: may differ between two runs of one workdir: how it runs, not what it computes."""
-    return dataclasses.field(
-        metadata=dict(meaning=meaning, unit=unit, source=source, fits=fits, absent=absent, runtime=runtime)
-    )
-
-
-def section(meaning: str, *, runtime: bool = False, optional: bool = False) -> Any:
-    """`optional`: a config or a workdir may lack it."""
-    return dataclasses.field(metadata=dict(meaning=meaning, runtime=runtime, optional=optional))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +109,7 @@ class Teacher:
     )
     taps: tuple[int | None, ...] | None = setting(
         "layers whose outputs are distilled, from 1, one per student level; None in it: that level is not; None: the "
-        "last of each quarter", source=PUBLISHED, absent=None,
+        "last of each quarter, as published", absent=None,
     )  # fmt: skip
     patch: int | None = setting("side of a patch", unit="px", fits=SIZE, absent=None)
     registers: int | None = setting("register tokens", fits=NOT_NEGATIVE, absent=None)
@@ -175,7 +147,7 @@ class Model:
     fmm: FMM = section("the feature modulation module", optional=True)
     encoder: str | None = setting("None: the student; teacher: the frozen one under the same decoder", absent=None)
     tap_scales: tuple[float, ...] | None = setting(
-        "what the teacher's taps are multiplied by; None: 1", source=PUBLISHED, absent=None
+        "what the teacher's taps are multiplied by; None: 1, as published", absent=None
     )
     fam: bool = setting("whether there is a feature alignment module", source=PUBLISHED, absent=True)
     grid: tuple[int, int] | None = setting(
@@ -257,7 +229,9 @@ class Settings:
     eval_batch_size: int = setting("images evaluated at once, over all devices", fits=SIZE)
     grad_accum: int = setting("micro-batches of a step: less memory, the same batch", fits=SIZE)
     dtype: str = setting("of the computation: auto (bfloat16 on accelerators), float32 or bfloat16")
-    clip_norm: float | None = setting("largest norm of the gradient; None: any", fits=POSITIVE)
+    clip_norm: float | None = setting(
+        "largest norm of the gradient; None: any", fits=(lambda x: x > 0, "a number above 0")
+    )
     ema: float | None = setting(
         "decay of averaged parameters for evaluation; None: none",
         fits=(lambda x: 0 < x < 1, "a decay between 0 and 1, such as 0.999"),
@@ -265,7 +239,7 @@ class Settings:
     log_every: int = setting("between logged losses", unit="steps", fits=SIZE, runtime=True)
     eval_every: int = setting("between evaluations", unit="steps", source=PUBLISHED, fits=SIZE)
     checkpoint_every: int | None = setting(
-        "between further checkpoints; None: none", unit="steps", fits=SIZE, runtime=True
+        "between further checkpoints; None or 0: none", unit="steps", fits=NOT_NEGATIVE, runtime=True
     )
     distill: bool = setting("whether the student learns from the teacher", source=PUBLISHED)
     mesh: Mesh = section("how devices share the work", runtime=True)
@@ -285,99 +259,13 @@ class Settings:
         """
         if not isinstance(config, Mapping | ConfigDict):
             raise UserError(f"the config is {config!r}; give its settings by name")
-        config = _plain(config.to_dict() if isinstance(config, ConfigDict) else config)
+        config = plain(config.to_dict() if isinstance(config, ConfigDict) else config)
         version = config.pop("version", 0)
         if not isinstance(version, int) or version > VERSION:
             raise UserError(f"settings of version {version}, but this program knows {VERSION}; take a newer one")
-        return _build(cls, config, "config", strict)
+        return build(cls, config, "config", strict)
 
     @property
     def encodes(self) -> bool:
         """Whether the frozen teacher is the model's encoder."""
         return self.model.encoder == "teacher"
-
-
-def _build(cls, values: Mapping[str, Any], where: str, strict: bool):
-    """A dataclass of settings from a mapping."""
-    fields, kinds = _fields(cls), typing.get_type_hints(cls)
-    for key in values:
-        if key not in fields and strict:
-            raise UserError(f"{where}.{key} is not a setting; known: {', '.join(fields)}")
-    built = {}
-    for name, field in fields.items():
-        if dataclasses.is_dataclass(kinds[name]):
-            inner = values.get(name, {} if field.metadata["optional"] else None)
-            if not isinstance(inner, Mapping):
-                raise UserError(f"{where}.{name} is {inner!r}; give its settings: {field.metadata['meaning']}")
-            built[name] = _build(kinds[name], inner, f"{where}.{name}", strict)
-            continue
-        meta = field.metadata
-        value = values.get(name, meta["absent"])
-        if value is REQUIRED:
-            raise UserError(f"{where}.{name} is missing; {meta['meaning']}")
-        if value is None and meta["absent"] is not REQUIRED and not _may_be_none(kinds[name]):
-            value = meta["absent"]
-        if value is None and not _may_be_none(kinds[name]):
-            raise UserError(f"{where}.{name} is None; {meta['meaning']}")
-        if not _is_a(value, kinds[name]):
-            raise UserError(f"{where}.{name} is {value!r}; give {_in_words(kinds[name])}: {meta['meaning']}")
-        if value is not None and meta["fits"] is not None and not meta["fits"][0](value):
-            raise UserError(f"{where}.{name} is {value}; give {meta['fits'][1]}")
-        built[name] = value
-    return cls(**built)
-
-
-@functools.cache
-def _fields(cls) -> dict[str, dataclasses.Field]:
-    return {field.name: field for field in dataclasses.fields(cls)}
-
-
-def _may_be_none(kind) -> bool:
-    return isinstance(kind, types.UnionType) and type(None) in typing.get_args(kind)
-
-
-def _plain(value):
-    """Mappings as dicts, sequences and arrays as tuples, NumPy's numbers as Python's."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
-
-
-def _is_a(value, kind) -> bool:
-    """Whether a value is of a field's type; how long a tuple must be is for its own check to say."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
-        return any(_is_a(value, each) for each in inner)
-    if kind in (tuple, dict) or origin is tuple:
-        return isinstance(value, tuple) and all(_is_a(each, inner[0]) for each in value if inner)
-    if kind in (int, float):
-        return isinstance(value, int | kind) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def _in_words(kind) -> str:
-    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a word", types.NoneType: "None"}
-    if isinstance(kind, types.UnionType):
-        return " or ".join(map(_in_words, typing.get_args(kind)))
-    inner = typing.get_args(kind)
-    if not inner:
-        return words.get(kind, "several values")
-    return {int: "whole numbers", float: "numbers", str: "words"}.get(inner[0], "several values")
-
-
-def flat(settings: Settings, *, runtime: bool = True) -> dict[str, Any]:
-    """{'data.crop': [256, 256], ...} as JSON has it; without the `runtime` ones where they do not matter."""
-
-    def walk(section, prefix):
-        for name, field in _fields(type(section)).items():
-            if not runtime and field.metadata["runtime"]:
-                continue
-            value = getattr(section, name)
-            if dataclasses.is_dataclass(value):
-                yield from walk(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name, value
-
-    return json.loads(json.dumps(dict(walk(settings, ""))))

@@ -9,7 +9,8 @@ from importlib import metadata
 from typing import Any
 
 from ktda_jax import UserError
-from ktda_jax.config.settings import VERSION, Settings, flat
+from ktda_jax.config.fields import flat
+from ktda_jax.config.settings import VERSION, Settings
 
 CONFIG, RUN = "config.json", "run.json"
 

@@ -10,7 +10,8 @@ has dozens of small ones), contention, and networks between slices. Measured ste
 import dataclasses
 import math
 
-from ktda_jax.config.settings import Settings, flat
+from ktda_jax.config.fields import flat
+from ktda_jax.config.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
