@@ -86,7 +86,7 @@ def model_of(kind: str):
 
 
 def measure(kind: str, scene: pathlib.Path, tile: int, overlap: int, batch: int) -> dict:
-    from ktda_jax.data.raster import Reading
+    from ktda_jax.data.images import Reading
     from ktda_jax.prediction.files import name_outputs
     from ktda_jax.prediction.mapping import check_scenes, map_scenes
     from ktda_jax.prediction.outputs import Legend

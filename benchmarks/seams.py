@@ -32,8 +32,8 @@ def main():
     args = parser.parse_args()
 
     import ktda_jax
-    from ktda_jax.data.images import read_image
-    from ktda_jax.data.raster import Reading, open_scene
+    from ktda_jax.data.images import Reading, read_image
+    from ktda_jax.data.raster import open_scene
     from ktda_jax.prediction import files, pipeline
     from ktda_jax.tiling import device
     from ktda_jax.tiling.windows import axis

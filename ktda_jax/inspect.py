@@ -31,7 +31,7 @@ from ktda_jax.data.check import check_split
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.sources import read_tile
 from ktda_jax.figures import plots, sheets
-from ktda_jax.training.inputs import open_source
+from ktda_jax.training.inputs import doubts, open_source
 
 AUGMENTED = 3  # draws of the augmentation beside each
 
@@ -52,7 +52,7 @@ def run(config: ConfigDict, output: pathlib.Path, samples: int) -> list[str]:
             crop = data.crop if split == data.train_split else None
             counts[split] = shares.count(source, num_threads=data.num_threads)
             sources[split] = source
-            check_split(source, crop=crop, num_threads=data.num_threads)
+            problems += doubts(data, source, split, check_split(source, crop=crop, num_threads=data.num_threads))
         except UserError as error:
             problems.append(str(error))
     if not counts:

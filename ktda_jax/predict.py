@@ -41,7 +41,8 @@ import jax
 import jax.numpy as jnp
 
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.raster import Reading, rasterio_for
+from ktda_jax.data.gdal import rasterio_for
+from ktda_jax.data.images import Reading
 from ktda_jax.data.reading import is_scale
 from ktda_jax.prediction import files, mapping, polygons, segmenter
 from ktda_jax.prediction.outputs import Legend

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import rasterio
 
-from ktda_jax.data.raster import Reading
+from ktda_jax.data.images import Reading
 from ktda_jax.prediction.files import name_outputs
 from ktda_jax.prediction.mapping import check_scenes, map_scenes
 from ktda_jax.prediction.outputs import Legend

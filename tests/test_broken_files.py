@@ -31,45 +31,45 @@ def label_of(root) -> pathlib.Path:
 def truncated(root):
     path = image_of(root)
     path.write_bytes(path.read_bytes()[:3000])
-    return r"1 of 3 tiles cannot be read: cannot read \S*img_dir/train/t1.png: .*; repair or remove them"
+    return r"1 of 3 tiles cannot be read: img_dir/train/t1.png \(.*\); repair or remove them"
 
 
 def truncated_label(root):
     path = label_of(root)
     path.write_bytes(path.read_bytes()[:60])
-    return r"1 of 3 tiles cannot be read: cannot read \S*ann_dir/train/t1.png: .*; repair or remove them"
+    return r"1 of 3 tiles cannot be read: ann_dir/train/t1.png \(.*\); repair or remove them"
 
 
 def zero_bytes(root):
     image_of(root).write_bytes(b"")
-    return r"1 of 3 tiles cannot be read: cannot read \S*img_dir/train/t1.png: "
+    return r"1 of 3 tiles cannot be read: img_dir/train/t1.png \("
 
 
 def deep_image(root):
     cv2.imwrite(str(image_of(root)), np.full((72, 72, 3), 3000, np.uint16))
-    return r"image \S*t1.png is stored as RGB;16B, not 8-bit RGB: set config.data.bands and config.data.scale"
+    return r"img_dir/train/t1.png holds uint16 from 3000 to 3000, not 8-bit values; set config.data.scale=\(low, high\)"
 
 
 def deep_label(root):
     cv2.imwrite(str(label_of(root)), np.full((72, 72), 3000, np.uint16))
-    return r"label \S*t1.png \(I;16\) holds values from 3000 to 3000: class indices must fit 0 to 254"
+    return r"ann_dir/train/t1.png \(uint16\) holds values from 3000 to 3000; class indices must fit 0 to 254"
 
 
 def float_label(root):
     label_of(root).unlink()
-    Image.fromarray(np.ones((72, 72), np.float32)).save(label_of(root).with_suffix(".tif"))
-    return r"label \S*t1.tif is F, not one band of class indices"
+    Image.fromarray(np.full((72, 72), 1.5, np.float32)).save(label_of(root).with_suffix(".tif"))
+    return r"ann_dir/train/t1.tif holds fractions, such as 1.5; write the index of the class"
 
 
 def missing_label(root):
     label_of(root).unlink()
-    return r"1 of 3 images in \S*img_dir/train have no label in \S*ann_dir/train: t1.png; add the labels or remove"
+    return r"1 of 3 images in \S*img_dir/train have no label in \S*ann_dir/train: t1.png; add the labels \(NAME.png or "
 
 
 def circular_link(root):
     image_of(root).unlink()
     image_of(root).symlink_to(image_of(root))
-    return r"cannot read \S*img_dir/train/t1.png: .*[Ss]ymbolic links"
+    return r"cannot be read: img_dir/train/t1.png \(.*[Ss]ymbolic links"
 
 
 def folder_loop(root):
@@ -82,7 +82,7 @@ def folder_loop(root):
 def broken_link(root):
     image_of(root).unlink()
     image_of(root).symlink_to(root / "moved.png")
-    return r"cannot read \S*img_dir/train/t1.png: .*No such file"
+    return r"cannot be read: img_dir/train/t1.png \(.*No such file"
 
 
 BROKEN = [

@@ -15,7 +15,8 @@ from rasterio.enums import ColorInterp
 from rasterio.rpc import RPC
 
 from ktda_jax import UserError
-from ktda_jax.data.raster import Reading, open_scene
+from ktda_jax.data.images import Reading
+from ktda_jax.data.raster import open_scene
 from ktda_jax.prediction import files, polygons
 from ktda_jax.prediction.outputs import Legend
 

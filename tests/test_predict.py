@@ -18,7 +18,7 @@ from ktda_jax import predict
 from ktda_jax.config import workdir as records
 from ktda_jax.config.settings import Settings
 from ktda_jax.data.datasets import dataset_info
-from ktda_jax.data.raster import Reading
+from ktda_jax.data.images import Reading
 from ktda_jax.prediction import mapping
 from ktda_jax.tiling import blend, device
 from ktda_jax.training.checkpoint import Checkpoints

@@ -7,7 +7,8 @@ import pytest
 import scene_files as sf
 
 from ktda_jax import UserError
-from ktda_jax.data.raster import Reading, open_scene
+from ktda_jax.data.images import Reading
+from ktda_jax.data.raster import open_scene
 from ktda_jax.prediction import pipeline
 from ktda_jax.tiling import blend
 from ktda_jax.tiling.device import FLIPS, SCALES, Step, augmented

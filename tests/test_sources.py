@@ -2,8 +2,7 @@
 
 import pathlib
 import pickle
-import struct
-import zlib
+import unicodedata
 
 import cv2
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image
 
 from ktda_jax import UserError
 from ktda_jax.data.check import check_split
-from ktda_jax.data.images import read_image, read_label
+from ktda_jax.data.images import read_image
 from ktda_jax.data.sources import FolderSource
 
 SAMPLES = pathlib.Path(__file__).parents[2] / "shared" / "real_samples"
@@ -84,36 +83,9 @@ def test_harmless_image_modes_become_rgb(tmp_path, mode):
 
 @pytest.mark.parametrize("extension", [".png", ".tif"])
 def test_16_bit_images_are_refused(tmp_path, extension):
-    # Pillow opens these as RGB and would silently keep the high byte.
     path = str(tmp_path / f"deep{extension}")
     cv2.imwrite(path, np.full((8, 8, 3), 3000, np.uint16))
-    assert "not 8-bit RGB" in error_of(read_image, path)
-
-
-def test_labels_of_other_depths(tmp_path):
-    label = random_tile(0)[1]
-    path = str(tmp_path / "label.png")
-    cv2.imwrite(path, label.astype(np.uint16))
-    np.testing.assert_array_equal(read_label(path), label)
-    cv2.imwrite(path, label.astype(np.uint16) + 300)
-    assert "302" in error_of(read_label, path)
-    Image.fromarray(label == 1).save(path)
-    np.testing.assert_array_equal(read_label(path), label == 1)  # one bit: classes 0 and 1
-    Image.fromarray(random_tile(0)[0]).save(path)
-    assert "is RGB, not one band of class indices" in error_of(read_label, path)
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_grey_labels_of_few_bits_keep_their_numbers(tmp_path, bits):
-    # Pillow stretches these to 0..255 on reading (2 bits: 0, 85, 170, 255), which would turn 3 into 'ignore'.
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 8 // bits, 1, bits, 0, 0, 0, 0)  # one byte of pixels
-    pixels = zlib.compress(bytes([0, 0b00_01_10_11]))
-    path = tmp_path / "label.png"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
-    assert read_label(str(path)).tolist() == {2: [[0, 1, 2, 3]], 4: [[0b0001, 0b1011]]}[bits]
+    assert "not 8-bit values; set config.data.scale" in error_of(read_image, path)
 
 
 def test_missing_directory_says_what_is_there(tiles):
@@ -134,6 +106,18 @@ def test_no_pair_shows_both_namings(tiles):
         path.rename(path.with_name(f"{path.stem}_mask.png"))
     message = error_of(source_of, tiles)
     assert "t0, t1" in message and "t0_mask, t1_mask" in message
+    assert "must be called NAME.png or NAME.tif or NAME.tiff; 4 of them are called NAME_mask: rename" in message
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_umlauts_of_macos_and_of_others_are_the_same(tmp_path, forms):
+    names = [unicodedata.normalize(form, "Wäldchen é") for form in forms]
+    write_tile(tmp_path, names[0], *random_tile(0))
+    label = tmp_path / "ann_dir/train" / f"{names[0]}.png"
+    label.rename(label.with_name(f"{names[1]}.png"))
+    source = source_of(tmp_path)
+    assert source.names == (names[0],)  # as the image has it, so that fingerprints stay
+    np.testing.assert_array_equal(source[0]["label"], random_tile(0)[1])
 
 
 def test_images_without_labels_are_named_and_counted(tiles):
@@ -199,12 +183,26 @@ def test_check_names_different_sizes_and_small_images(tiles):
     assert "smaller than the crop of 32 x 32" in message and "t2.png (16 x 16)" in message
 
 
-def test_check_names_at_most_five_and_counts_the_rest(tmp_path):
+def test_check_names_three_and_counts_the_rest(tmp_path):
     for number in range(8):
         write_tile(tmp_path, f"t{number}", *random_tile(number, classes=5), palette=False)
     message = error_of(check_split, source_of(tmp_path))
-    assert "in 8 of 8 tiles" in message and "t4.png" in message and "t5.png" not in message
-    assert "and 3 more" in message
+    assert "in 8 of 8 tiles" in message and "t2.png" in message and "t3.png" not in message
+    assert "and 5 more" in message
+
+
+def test_check_says_the_same_once(tmp_path):
+    """Three tiles and a count, their paths below the root, and one remedy for all."""
+    for number in range(8):
+        write_tile(tmp_path, f"t{number}", *random_tile(number))
+        Image.fromarray(random_tile(number)[0]).save(tmp_path / "ann_dir/train" / f"t{number}.png")
+    message = error_of(check_split, source_of(tmp_path))
+    assert message.count(str(tmp_path)) == message.count("config.data.label_map") == 1
+    assert message.endswith(
+        "8 of 8 tiles have labels that cannot be used: ann_dir/train/t0.png, ann_dir/train/t1.png, "
+        "ann_dir/train/t2.png and 5 more: has 3 bands, not one of class indices; write the index of the class in every "
+        "pixel (8-bit grey or palette PNG), or map its colours by config.data.label_map"
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
@@ -215,9 +213,9 @@ def test_check_names_unreadable_files(tiles, damage):
     source = source_of(tiles)
     assert str(path) in error_of(source.__getitem__, 2)
     message = error_of(check_split, source)
-    assert "1 of 4 tiles cannot be read" in message and str(path) in message
+    assert "1 of 4 tiles cannot be read: img_dir/train/t2.tif (" in message
     summary = check_split(source, on_corrupt="skip")  # the choice is the user's
-    assert len(summary.unreadable) == 1 and str(path) in summary.unreadable[0]
+    assert len(summary.unreadable) == 1 and "t2.tif" in summary.unreadable[0]
 
 
 def test_check_refuses_labels_that_ignore_everything(tmp_path):
@@ -241,7 +239,7 @@ def test_check_works_for_any_source():
         def __repr__(self):
             return "Memory()"
 
-    assert "tile 1 of Memory(): bad block" in error_of(check_split, Memory())
+    assert "tile 1 of Memory() (bad block)" in error_of(check_split, Memory())
     assert check_split(Memory(), on_corrupt="skip").sizes == {(32, 40)}
 
 

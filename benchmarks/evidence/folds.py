@@ -54,7 +54,7 @@ def size(tiles: dict) -> tuple[int, int]:
 
 def count_classes(tiles: dict, num_classes: int) -> dict[str, np.ndarray]:
     """{name: int64 (num_classes,)}, labelled pixels per class."""
-    from ktda_jax.data.images import read_label
+    from ktda_jax.data.labels import read_label
 
     counts = {}
     for name, (_, label) in tiles.items():

@@ -16,7 +16,8 @@ from ktda_jax import sharding
 from ktda_jax.config.model import model_of
 from ktda_jax.config.settings import Settings
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.images import read_image, read_label
+from ktda_jax.data.images import read_image
+from ktda_jax.data.labels import read_label
 from ktda_jax.metrics import confusion_matrix
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import normalize

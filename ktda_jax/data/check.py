@@ -3,13 +3,18 @@
 import concurrent.futures
 import dataclasses
 import hashlib
+import os
 
 import numpy as np
 from absl import logging
 
 from ktda_jax import UserError
+from ktda_jax.data import classes
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.sources import Source, cpu_threads, read_tile, some, tile_name
+from ktda_jax.data.gdal import FileError
+from ktda_jax.data.sources import Source, cpu_threads, labels_are, read_tile, some, tile_name
+
+SHOWN = 3  # tiles named for each kind of fault
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +32,11 @@ class SplitSummary:
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """One examined tile: `problem` is None or a key of `_PROBLEMS`, `text` names the offender."""
+    """One examined tile: `problem` is None, a key of `_PROBLEMS` or a file's fault; `text` names the offender."""
 
-    problem: str | None = None
+    problem: str | tuple[str, str] | None = None
     text: str = ""
+    found: str = ""  # what a faulty file holds, said once if all hold the same
     size: tuple[int, int] = (0, 0)
     counts: np.ndarray | None = None  # int64 (256,)
     digest: bytes = b""
@@ -38,7 +44,6 @@ class _Tile:
 
 
 _PROBLEMS = {  # what is wrong with {bad} of {total} tiles -> what to do
-    "unreadable": ("{bad} of {total} tiles cannot be read", "repair or remove them"),
     "size": ("image and label differ in size in {bad} of {total} tiles", "cut both to the same extent"),
     "crop": (
         "{bad} of {total} images are smaller than the crop of {crop}",
@@ -68,46 +73,41 @@ def check_split(
         raise UserError(f"{source!r} has no tiles")
     num_classes = num_classes or source.num_classes
     crop = (crop, crop) if isinstance(crop, int) else crop
-    problems = {kind: [] for kind in _PROBLEMS}
+    problems: dict[str | tuple[str, str], list[_Tile]] = {}
     counts, sizes, readable = np.zeros(256, np.int64), set(), 0
     fingerprint, labels = hashlib.sha256(), hashlib.sha256()
     with concurrent.futures.ThreadPoolExecutor(num_threads or cpu_threads()) as pool:
         for tile in pool.map(lambda index: _examine(source, index, num_classes, crop), range(len(source))):
+            if tile.counts is not None:
+                counts += tile.counts
             if tile.problem:
-                problems[tile.problem].append(tile.text)
+                problems.setdefault(tile.problem, []).append(tile)
                 continue
             readable += 1
-            counts += tile.counts
             sizes.add(tile.size)
             fingerprint.update(tile.digest)
             labels.update(tile.label)
 
     unreadable = []
-    if on_corrupt == "skip" and readable and (unreadable := problems.pop("unreadable")):
+    if on_corrupt == "skip" and readable:
+        for fault in [fault for fault in problems if isinstance(fault, tuple)]:
+            unreadable += [f"{tile.text} {tile.found}".strip() for tile in problems.pop(fault)]
+    if unreadable:
         logging.warning(
             "%r: %d of %d tiles cannot be read and will be skipped: %s",
-            source,
-            len(unreadable),
-            len(source),
-            some(unreadable),
+            source, len(unreadable), len(source), some(unreadable, SHOWN),
+        )  # fmt: skip
+    if problems:
+        made = labels_are(source)
+        lines = [_complaint(kind, tiles, len(source), num_classes, crop) for kind, tiles in problems.items()]
+        values = (
+            f" | {classes.shares(counts)}{classes.advice(counts, num_classes, made)}" if "values" in problems else ""
         )
-    complaints = []
-    for kind, offenders in problems.items():
-        if offenders:
-            what, remedy = _PROBLEMS[kind]
-            what = what.format(
-                bad=len(offenders),
-                total=len(source),
-                last=num_classes - 1,
-                crop=crop and f"{crop[0]} x {crop[1]}",
-            )
-            complaints.append(f"{what}: {some(offenders)}; {remedy}")
-    if complaints:
-        raise UserError(f"{source!r}: " + " | ".join(complaints))
+        raise UserError(f"{source!r}: " + " | ".join(lines) + values)
     if not counts[:num_classes].any():
         raise UserError(
-            f"{source!r}: every pixel of every label is 255 (ignored), so there is nothing to "
-            "learn or to score; check how the labels were written"
+            f"{source!r}: every pixel of every label is 255 (ignored), so there is nothing to learn or to score; check "
+            "how the labels were written, or map 255 to a class by config.data.label_map"
         )
     return SplitSummary(
         tiles=len(source),
@@ -120,12 +120,33 @@ def check_split(
     )
 
 
+def _complaint(kind, tiles: list[_Tile], total: int, num_classes: int, crop) -> str:
+    """One line on all tiles with one fault: what, the first few, how many more, and what to do."""
+    if isinstance(kind, tuple):
+        what, remedy = kind
+        found = {tile.found for tile in tiles}
+        head = f"{len(tiles)} of {total} tiles {what}"
+        if len(found) == 1 and len(tiles) > 1:
+            return f"{head}: {some([tile.text for tile in tiles], SHOWN)}: {tiles[0].found}; {remedy}"
+        return f"{head}: {some([f'{tile.text} {tile.found}' for tile in tiles], SHOWN)}; {remedy}"
+    what, remedy = _PROBLEMS[kind]
+    what = what.format(
+        bad=len(tiles), total=total, last=num_classes - 1, crop=crop and f"{crop[0]} x {crop[1]}"
+    )  # fmt: skip
+    return f"{what}: {some([tile.text for tile in tiles], SHOWN)}; {remedy}"
+
+
 def _examine(source, index: int, num_classes: int, crop: tuple[int, int] | None) -> _Tile:
     """Reads one tile: its first problem, or its size, label histogram and digest."""
     try:
         tile = read_tile(source, index)
+    except FileError as error:
+        root = getattr(source, "root", None)
+        path = os.path.relpath(error.path, root) if root else error.path
+        # GDAL's words often begin with the path.
+        return _Tile((error.fault, error.remedy), path, error.found.replace(error.path, os.path.basename(path)))
     except UserError as error:
-        return _Tile("unreadable", str(error))
+        return _Tile(("cannot be read", "repair or remove them"), str(error))
     image, label = tile["image"], tile["label"]
     name, (height, width) = tile_name(source, index), label.shape
     if image.shape[:2] != label.shape:
@@ -135,7 +156,7 @@ def _examine(source, index: int, num_classes: int, crop: tuple[int, int] | None)
     counts = np.bincount(label.ravel(), minlength=256)
     if counts[num_classes:IGNORE].any():
         values = num_classes + np.flatnonzero(counts[num_classes:IGNORE])
-        return _Tile("values", f"{name} (values {some(values.tolist(), 8)})")
+        return _Tile("values", f"{name} (values {some(values.tolist(), 8)})", counts=counts)
     named = hashlib.sha256(f"{tile['name']}\0{height}x{width}\0".encode())
     digest = named.copy()
     digest.update(np.ascontiguousarray(image))

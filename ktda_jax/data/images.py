@@ -1,134 +1,171 @@
-"""Image and label files as uint8 arrays: 8-bit RGB through Pillow, anything with other bands or values through GDAL."""
+"""Images as uint8 arrays, by GDAL: which bands of a file a model sees, and their pixels. Tiles and scenes alike."""
 
-import io
-import logging
-import warnings
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 
+import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from ktda_jax import UserError
-from ktda_jax.data.datasets import IGNORE
+from ktda_jax.data.gdal import FileError, opened_tile, orientation_of, upright
 from ktda_jax.data.stretch import stretch
 
-# Pillow reads the 8-bit files and not OpenCV, which turns palette labels into colours, returns half a JPEG without
-# an error and prints a line for every GeoTIFF tag.
 
-# Modes that become RGB without changing a value that we keep: grey repeats, palettes expand, alpha drops.
-_RGB_LIKE = ("RGB", "RGBA", "L", "LA", "P", "1")
-# Pillow stretches grey PNGs of 2 and 4 bits to 0..255; a label wants the stored numbers back.
-_GREY_STRETCH = {"L;2": 85, "L;4": 17}
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How stored values become the model's 8-bit bands; as config.data of a training has them."""
 
-Colour = tuple[int, int, int]
+    bands: tuple[int, ...] | None = None  # counted from 1; None: 8-bit RGB
+    scale: tuple | None = None  # (low, high), or one such pair per band; None: 8-bit values
+    nodata: float | None = None  # beside what the file declares
+    by_band: bool = False  # a missing band was 0 in training, instead of its value as in plain 8-bit RGB
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which bands of a file are read, and what their numbers mean."""
+
+    bands: tuple[int, ...]
+    table: np.ndarray | None  # uint8 (256, 3): colours, where the band holds their numbers or fewer than 8 bits
+
+
+PREFIXES = {"config": "config.data.", "flags": "--"}  # where bands and scale are set
 
 
 def read_image(path: str) -> np.ndarray:
-    """uint8 (H, W, 3) RGB. Grey is repeated and alpha dropped; 16-bit, float or CMYK data raise UserError."""
-    try:
-        # Read at once: Pillow asks for a TIFF's tags bit by bit, and each time the threads fight for Python's lock.
-        with open(path, "rb", buffering=0) as opened:
-            data = opened.read()
-        with Image.open(io.BytesIO(data)) as file:
-            mode, stored = file.mode, _stored_mode(file)
-            # Pillow calls 16-bit RGB 'RGB' too and would keep the high byte without a word.
-            if mode in _RGB_LIKE and ";16" not in stored:
-                plain = _plain_rgb(data, file) if mode == "RGB" else None
-                return np.asarray(file if mode == "RGB" else file.convert("RGB")) if plain is None else plain
-    except UnidentifiedImageError as error:
-        if not _is_tiff(path):
-            raise unreadable(path, error) from error
-        mode, stored = "TIFF", "TIFF with other bands or numbers"
-    except Exception as error:
-        raise unreadable(path, error) from error
-    raise UserError(
-        f"image {path} is stored as {stored or mode}, not 8-bit RGB: set config.data.bands and config.data.scale, the "
-        "values that become 0 and 255, or convert it"
-    )
-
-
-def _plain_rgb(data: bytes, file: Image.Image) -> np.ndarray | None:
-    """Pixels that lie uncompressed and in order in the file, read-only; None for any other file.
-
-    Pillow would take them apart and pack them again, much of it under Python's lock, so that a second reading thread
-    would gain nothing (benchmarks/NOTES.md).
-    """
-    width, height = file.size
-    start = file.tile[0].offset if file.tile else 0
-    end = start
-    for codec, (left, top, right, bottom), offset, args in file.tile:
-        in_order = offset == end and end - start == top * width * 3
-        if not in_order or (codec, left, right, args) != ("raw", 0, width, ("RGB", 0, 1)):
-            return None
-        end = offset + (bottom - top) * width * 3
-    if not file.tile or end - start != height * width * 3 or end > len(data):
-        return None
-    return np.frombuffer(data, np.uint8, end - start, start).reshape(height, width, 3)
-
-
-def _is_tiff(path: str) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the latter two: BigTIFF
+    """uint8 (H, W, 3) RGB, upright. Grey is repeated and alpha dropped; UserError if it is not 8-bit RGB."""
+    with opened_tile(path) as file:
+        layout = layout_of(file, Reading(), 3)
+        return _interleaved(upright(in_colours(file.read(layout.bands), layout), orientation_of(file)))
 
 
 def read_bands(
     path: str, bands: Sequence[int] | None, scale: Sequence | None, nodata: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`bands` of a raster (numbers from 1; None: all three) -> uint8 (H, W, bands), and where there are data (H, W).
+    """`bands` of a raster (numbers from 1; None: RGB) -> uint8 (H, W, bands), and where there are data (H, W), upright.
 
     `scale`: (low, high) or one such pair per band, the values that become 0 and 255; None for 8-bit files. `nodata`
     stands before what the file declares. A pixel has no data where none of its bands has; a single missing band is 0.
     """
-    rasterio = import_rasterio(path)
-    try:
-        with rasterio.open(path) as file:
-            chosen = tuple(bands or range(1, file.count + 1))
-            if max(chosen) > file.count:
-                raise UserError(
-                    f"image {path} has {file.count} band(s), so no band {max(chosen)}: correct config.data.bands"
-                )
-            if bands is None and file.count != 3:
-                raise UserError(f"image {path} has {file.count} bands: choose some with config.data.bands, from 1")
-            pixels, present = read_window(file, chosen, scale, nodata)
-    except UserError:
-        raise
-    except Exception as error:
-        # GDAL's own words are in the cause; rasterio's are "Read failed. See previous exception for details."
-        raise unreadable(path, error.__cause__ or error) from error
-    return np.ascontiguousarray(np.moveaxis(pixels, 0, -1)), present
+    reading = Reading(bands and tuple(bands), scale, nodata, by_band=True)
+    with opened_tile(path) as file:
+        layout = layout_of(file, reading, len(bands) if bands else 3)
+        pixels, present = read_window(file, layout, reading)
+        orientation = orientation_of(file)
+    return _interleaved(upright(pixels, orientation)), np.ascontiguousarray(upright(present, orientation))
+
+
+def _interleaved(planes: np.ndarray) -> np.ndarray:
+    """(bands, H, W) -> (H, W, bands); numpy takes twice as long."""
+    return cv2.merge([np.ascontiguousarray(plane) for plane in planes]).reshape(*planes.shape[1:], len(planes))
+
+
+def layout_of(file, reading: Reading, bands: int, *, by: str = "config") -> Layout:
+    """What a model of `bands` bands reads of an open file; UserError if it holds nothing of the kind.
+
+    Without `reading.bands`: red, green and blue as the file names them, all of three bands, a palette's colours, or
+    grey. `by`: whether settings or flags are to be named, a key of PREFIXES.
+    """
+    given, prefix = reading.bands, PREFIXES[by]
+    if given is not None:
+        if max(given) > file.count:
+            raise FileError(
+                "image", file.name, f"has {file.count} band(s), and bands {given} are wanted",
+                f"set {prefix}bands, their numbers in this file in the order of training, or leave it out",
+            )  # fmt: skip
+        layout = Layout(tuple(given), None)
+    elif bands != 3:
+        raise FileError(
+            "image", file.name, f"has {file.count} band(s), and the model takes {bands}",
+            f"set {prefix}bands, their numbers in the order of training",
+        )  # fmt: skip
+    else:
+        layout = _colours(file, reading, prefix)
+    _check_numbers(file, layout, reading, prefix)
+    return layout
+
+
+def _colours(file, reading: Reading, prefix: str) -> Layout:
+    """Red, green and blue of a file that no one has described."""
+    from rasterio.enums import ColorInterp
+
+    kinds = list(file.colorinterp)
+    named = [kinds.index(kind) + 1 for kind in (ColorInterp.red, ColorInterp.green, ColorInterp.blue) if kind in kinds]
+    others = [k for k, kind in enumerate(kinds, 1) if kind != ColorInterp.alpha]
+    if len(named) == 3:
+        return Layout(tuple(named), None)
+    if len(others) == 3 and ColorInterp.cyan not in kinds:
+        return Layout(tuple(others), None)
+    if len(others) != 1:
+        raise FileError(
+            "image", file.name, f"has {len(others)} bands, of which none is named red, green or blue",
+            f"choose some with {prefix}bands, such as {'--bands=1,2,3' if prefix == '--' else '(1, 2, 3)'}",
+        )  # fmt: skip
+    band, palette = others[0], kinds[others[0] - 1] == ColorInterp.palette
+    if palette and reading.scale is not None:
+        raise FileError("image", file.name, "holds numbers of colours, which cannot be stretched", "convert it to RGB")
+    if palette:
+        colours = file.colormap(band)
+        table = np.array([colours.get(k, (0, 0, 0, 0))[:3] for k in range(256)], np.uint8)
+        return Layout((band,), table)
+    bits = int(file.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", 8))
+    if bits < 8 and reading.scale is None:
+        grey = np.minimum(np.arange(256) * 255 // (2**bits - 1), 255).astype(np.uint8)
+        return Layout((band,), np.repeat(grey[:, None], 3, 1))
+    return Layout((band,) * 3, None)
+
+
+def _check_numbers(file, layout: Layout, reading: Reading, prefix: str) -> None:
+    kinds = {np.dtype(file.dtypes[band - 1]) for band in layout.bands}
+    if odd := [str(kind) for kind in kinds if kind.kind not in "uif"]:
+        raise FileError("image", file.name, f"holds {odd[0]}", "only whole and floating numbers can be read")
+    if reading.scale is None and kinds != {np.dtype(np.uint8)}:
+        held = " and ".join(sorted(map(str, kinds)))
+        example = "=LOW,HIGH" if prefix == "--" else "=(low, high)"
+        raise FileError(
+            "image", file.name, f"holds {held}{_extremes(file, layout)}, not 8-bit values",
+            f"set {prefix}scale{example}, the values that become 0 and 255",
+        )  # fmt: skip
+
+
+def _extremes(file, layout: Layout) -> str:
+    """The range of the values of a small file, for a message."""
+    if file.height * file.width > 1 << 22:
+        return ""
+    values = file.read(layout.bands, masked=True).compressed()
+    values = values[np.isfinite(values)]
+    return f" from {values.min()} to {values.max()}" if values.size else ""
+
+
+def in_colours(values: np.ndarray, layout: Layout) -> np.ndarray:
+    """uint8 (bands, H, W) as read -> (3, H, W), where these are numbers of colours."""
+    return values if layout.table is None else layout.table.T[:, values[0]]
 
 
 def read_window(
-    file, bands: Sequence[int], scale: Sequence | None, nodata: float | None, window=None, alphas=None, by_band=True
+    file, layout: Layout, reading: Reading, window=None, alphas: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `read_bands`, of an open raster and one window of it: uint8 (bands, H, W), and where there are data (H, W).
+    """As `read_bands`, of an open file and one window, as it is stored: uint8 (bands, H, W), and bool (H, W).
 
-    `alphas`: of a scene, the bands that say where data are; then the file's own word counts beside `nodata`. None: to
-    be found out from what they hold here. `by_band`: a missing band is 0 where others are not; else 8-bit values stay.
+    `alphas`: of a scene, the bands that say where data are; then the file's own word counts beside `reading.nodata`.
+    None: to be found out from what they hold here.
     """
+    bands = layout.bands if len(set(layout.bands)) > 1 else layout.bands[:1]  # grey is read once
+    scale, nodata = reading.scale, reading.nodata
     values = file.read(bands, window=window)
     present = True if nodata is None else values != nodata
     if nodata is None or alphas is not None:
         present = present & _present(file, bands, values, window, alphas)
-    if values.dtype.kind not in "uif":
-        raise UserError(f"image {file.name} holds {values.dtype}: only whole and floating numbers can be read")
     if values.dtype.kind == "f":
         present = present & np.isfinite(values)
     if scale is None:
-        if values.dtype != np.uint8:
-            held = values[np.broadcast_to(present, values.shape)]
-            held = f" from {held.min()} to {held.max()}" if held.size else ""
-            raise UserError(
-                f"image {file.name} holds {values.dtype}{held}, not 8-bit values: set config.data.scale=(low, high), "
-                "the values that become 0 and 255"
-            )
-        pixels = values
+        pixels = in_colours(values, layout)
     else:
         low, high = np.asarray(scale, np.float64).T
         pixels = np.moveaxis(stretch(np.moveaxis(values, 0, -1), low, high), -1, 0)
     if not present.all():
-        pixels *= present if by_band or scale is not None else present.any(0)
-    return pixels, present.any(0)
+        pixels = pixels * (present if reading.by_band or scale is not None else present.any(0))
+    count = len(layout.bands) if layout.table is None else 3
+    return np.broadcast_to(pixels, (count, *pixels.shape[1:])), present.any(0)
 
 
 def _present(file, bands: Sequence[int], values: np.ndarray, window, alphas) -> np.ndarray:
@@ -163,103 +200,3 @@ def alpha_bands(file, bands: Sequence[int]) -> list[int]:
     from rasterio.enums import ColorInterp
 
     return [k for k, kind in enumerate(file.colorinterp, 1) if kind == ColorInterp.alpha and k not in bands]
-
-
-def import_rasterio(path: str):
-    """The module, or UserError: it is an extra."""
-    try:
-        import rasterio
-    except ImportError as error:
-        raise UserError(
-            f"{path}: reading bands other than 8-bit RGB takes rasterio; pip install -e '.[geo]'"
-        ) from error
-    # A tile without a place on Earth is as good as any, and what goes wrong is raised anyway.
-    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
-    logging.getLogger("rasterio").setLevel(logging.CRITICAL)
-    return rasterio
-
-
-def read_label(path: str, mapping: Mapping[int | Colour, int] | None = None) -> np.ndarray:
-    """uint8 (H, W) class indices; a palette image gives its indices, not its colours.
-
-    `mapping` turns stored values into classes, and then every value must be in it: {128: 0, 64: 1} or, for masks drawn
-    in colours, {(255, 0, 0): 0, ...}.
-    """
-    coloured = mapping is not None and isinstance(next(iter(mapping)), tuple)
-    try:
-        with Image.open(path) as file:
-            mode, stored = file.mode, _stored_mode(file)
-            values = np.asarray(file.convert("RGB") if coloured and mode in _RGB_LIKE else file)
-            if not coloured and file.format == "TIFF":
-                values = _tiff_values(path, file, values)
-    except UserError:
-        raise
-    except Exception as error:
-        raise unreadable(path, error) from error
-    if coloured:
-        if values.ndim != 3 or values.dtype != np.uint8 or ";16" in stored:
-            raise UserError(f"label {path} is {mode}, not 8-bit RGB, though config.data.label_map maps colours")
-        # One number per colour, 0xRRGGBB.
-        values = values.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
-    elif values.ndim != 2 or values.dtype.kind not in "bui":
-        raise UserError(
-            f"label {path} is {mode}, not one band of class indices: write the index of the class in every pixel "
-            "(8-bit grey or palette PNG)"
-            + ("" if values.ndim == 2 else ", or map its colours by config.data.label_map")
-        )
-    elif stored in _GREY_STRETCH:
-        values = values // np.uint8(_GREY_STRETCH[stored])
-    if mapping is not None:
-        return _mapped(path, values, mapping)
-    if values.dtype not in (np.uint8, np.bool_) and (values.min() < 0 or values.max() > IGNORE):
-        raise UserError(
-            f"label {path} ({mode}) holds values from {values.min()} to {values.max()}: class indices must fit 0 to "
-            f"{IGNORE - 1}, with {IGNORE} for ignored pixels; other values can be mapped by config.data.label_map"
-        )
-    return values.astype(np.uint8, copy=False)
-
-
-_BANDS, _PHOTOMETRIC, _SAMPLE_FORMAT = 277, 262, 339  # TIFF tags
-
-
-def _tiff_values(path: str, file: Image.Image, values: np.ndarray) -> np.ndarray:
-    """What Pillow passes over: further bands, white as 0, and numbers with another sign than its modes have."""
-    tags = file.tag_v2
-    if tags.get(_BANDS, 1) != 1 and values.ndim == 2:
-        raise UserError(f"label {path} has {tags[_BANDS]} bands, not one of class indices: write only that one")
-    if tags.get(_PHOTOMETRIC) == 0:
-        raise UserError(
-            f"label {path} is stored with white as 0, so its numbers are not sure: write it as 'black is 0'"
-        )
-    signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
-    if values.dtype == np.uint8 and signed:
-        return values.view(np.int8)
-    return values.view(np.uint32) if values.dtype == np.int32 and not signed else values
-
-
-def _mapped(path: str, values: np.ndarray, mapping: Mapping) -> np.ndarray:
-    numbers = {(k[0] << 16 | k[1] << 8 | k[2]) if isinstance(k, tuple) else k: v for k, v in mapping.items()}
-    known = np.array(sorted(numbers), np.int64)
-    classes = np.array([numbers[k] for k in known.tolist()], np.uint8)
-    values = values.astype(np.int64)
-    place = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    if (strange := known[place] != values).any():
-        found = np.unique(values[strange])[:5].tolist()
-        coloured = isinstance(next(iter(mapping)), tuple)
-        named = ", ".join(str((v >> 16, v >> 8 & 255, v & 255) if coloured else v) for v in found)
-        raise UserError(
-            f"label {path} holds {'colours' if coloured else 'values'} that config.data.label_map does not name: "
-            f"{named}; add them ({IGNORE} for pixels to ignore)"
-        )
-    return classes[place]
-
-
-def _stored_mode(file: Image.Image) -> str:
-    """Pillow's name for the pixel layout inside the file, such as 'RGB;16B'; ask before loading them."""
-    args = file.tile[0].args if file.tile else ""
-    return args if isinstance(args, str) else str(args[0]) if args else ""
-
-
-def unreadable(path: str, error: BaseException) -> UserError:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"cannot read {path}: {text}")

@@ -1,76 +1,39 @@
 """Scenes as files: what they hold, and their rows as the model's 8-bit bands."""
 
-import contextlib
 import dataclasses
-import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from ktda_jax import UserError
-from ktda_jax.data.images import alpha_bands, import_rasterio, read_window, unreadable
+from ktda_jax.data.gdal import FileError, is_located, one_line, orientation_of, place_of, rasterio_for, upright
+from ktda_jax.data.images import Layout, Reading, alpha_bands, layout_of, read_window
 
 CHUNK = 1 << 21  # pixels read at once
 TALLEST_BLOCK = 1024  # rows; of files with taller blocks a block may be decoded more than once
-SETTINGS = {
-    "GDAL_CACHEMAX": "256",  # MB, instead of a share of the machine's memory
-    "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",  # half a JPEG is an error
-    "GDAL_PAM_ENABLED": "YES",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How stored values become the model's 8-bit bands; as config.data of a training has them."""
-
-    bands: tuple[int, ...] | None = None  # counted from 1; None: 8-bit RGB
-    scale: tuple | None = None  # (low, high), or one such pair per band; None: 8-bit values
-    nodata: float | None = None  # beside what the file declares
-    by_band: bool = False  # a missing band was 0 in training, instead of its value as in plain 8-bit RGB
+LARGEST_TURNED = 1 << 29  # pixels of a file that is not stored upright, which is read as a whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What is known of a raster before its pixels are read."""
+    """What is known of a raster before its pixels are read. Height and width are those of the upright scene."""
 
     path: pathlib.Path
     height: int
     width: int
     dtype: str
-    chosen: tuple[int, ...]  # bands to read
-    palette: tuple | None  # 256 colours, where the one band holds numbers of colours
+    layout: Layout
     alphas: tuple[int, ...]
     reading: Reading
     block: tuple[int, int]
+    orientation: int  # of the stored pixels, 1: upright
     place: dict[str, Any]  # crs, transform, gcps, rpcs: what rasterio.open takes for a new file
     files: tuple[pathlib.Path, ...]  # all that are read, such as the sources of a VRT
 
     @property
     def located(self) -> bool:
         """Whether anything says where on Earth, or at least in some plane, it lies."""
-        return any(self.place.get(name) for name in ("crs", "gcps", "rpcs")) or not self.place["transform"].is_identity
-
-
-def rasterio_for(path: str | os.PathLike):
-    """rasterio with our settings of GDAL, which the environment may overrule."""
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    return import_rasterio(str(path))
-
-
-@contextlib.contextmanager
-def one_line(path) -> Iterator[None]:
-    """Turns whatever GDAL raises into a UserError that names `path`."""
-    rasterio = rasterio_for(path)
-    try:
-        yield
-    except rasterio.errors.RasterioError as error:
-        # GDAL's own words are in the cause; rasterio's are "Read failed. See previous exception for details."
-        raise unreadable(str(path), error.__cause__ or error) from error
-    except OSError as error:
-        raise unreadable(str(path), error) from error
+        return is_located(self.place)
 
 
 def open_scene(path: pathlib.Path, reading: Reading, bands: int) -> Scene:
@@ -78,60 +41,18 @@ def open_scene(path: pathlib.Path, reading: Reading, bands: int) -> Scene:
     rasterio = rasterio_for(path)
     with one_line(path), rasterio.open(path) as file:
         if not file.count:
-            raise UserError(f"{path} holds several rasters and none of its own; name one of them")
-        chosen, palette = _choose(path, file, reading, bands)
-        kind = np.dtype(file.dtypes[chosen[0] - 1])
-        if kind.kind not in "uif":
-            raise UserError(f"{path} holds {kind}; only whole and floating numbers can be read")
-        if reading.scale is None and kind != np.uint8:
-            raise UserError(
-                f"{path} holds {kind}, and the model was trained on 8-bit images; give --scale=LOW,HIGH, the values "
-                "that become 0 and 255"
-            )
-        alphas = [band for band in alpha_bands(file, chosen) if _is_alpha(file, band)]
-        place = {"transform": file.transform, "crs": file.crs}
-        points, points_crs = file.gcps
-        if points and file.transform.is_identity:
-            place = {"gcps": points, "crs": points_crs}
-        if file.rpcs:
-            place["rpcs"] = file.rpcs
+            raise FileError("image", path, "holds several rasters and none of its own", "name one of them")
+        layout = layout_of(file, reading, bands, by="flags")
+        alphas = tuple(band for band in alpha_bands(file, layout.bands) if _is_alpha(file, band))
+        orientation, height, width = orientation_of(file), file.height, file.width
+        if orientation != 1 and height * width > LARGEST_TURNED:
+            raise FileError("image", path, f"lies on its side (orientation {orientation})", "save it upright")
+        if orientation >= 5:
+            height, width = width, height
         return Scene(
-            path, file.height, file.width, str(kind), chosen, palette, tuple(alphas), reading, file.block_shapes[0],
-            place, tuple(map(pathlib.Path, file.files)),
+            path, height, width, file.dtypes[layout.bands[0] - 1], layout, alphas, reading, file.block_shapes[0],
+            orientation, place_of(file), tuple(map(pathlib.Path, file.files)),
         )  # fmt: skip
-
-
-def _choose(path, file, reading: Reading, bands: int) -> tuple[tuple[int, ...], tuple | None]:
-    """The bands to read, and the palette if they are numbers of colours."""
-    from rasterio.enums import ColorInterp
-
-    if reading.bands is not None:
-        if missing := [band for band in reading.bands if band > file.count]:
-            raise UserError(
-                f"{path} has {file.count} band(s), and the model wants band {missing[0]} (bands {reading.bands}); give "
-                "--bands, their numbers in this file in the order of the training, or another scene"
-            )
-        return tuple(reading.bands), None
-    if bands != 3:
-        raise UserError(f"{path}: the model takes {bands} bands; give --bands, their numbers in the order of training")
-    colours = [k for k, kind in enumerate(file.colorinterp, 1) if kind != ColorInterp.alpha]
-    if len(colours) == 3:
-        return tuple(colours), None
-    if len(colours) == 1 and file.colorinterp[colours[0] - 1] == ColorInterp.palette:
-        if reading.scale is not None:
-            raise UserError(f"{path} holds numbers of colours, which cannot be stretched; convert it to RGB")
-        table = file.colormap(colours[0])
-        return (colours[0],), tuple(table.get(k, (0, 0, 0, 0))[:3] for k in range(256))
-    if len(colours) == 1:  # grey, as in training, where these become 0 to 255 too
-        bits = int(file.tags(colours[0], ns="IMAGE_STRUCTURE").get("NBITS", 8))
-        if file.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES":
-            raise UserError(f"{path} is grey with white as 0; convert it to 'black is 0'")
-        if bits < 8 and reading.scale is None:
-            raise UserError(f"{path} is grey of {bits} bits; give --scale=0,{2**bits - 1}, or convert it to 8 bits")
-        return (colours[0],) * 3, None
-    raise UserError(
-        f"{path} has {len(colours)} bands, and the model takes red, green and blue; name them, such as --bands=1,2,3"
-    )
 
 
 def _is_alpha(file, band: int) -> bool:
@@ -170,9 +91,11 @@ class RowReader:
         `first` may not go back; UserError if the file cannot be read.
         """
         scene = self._scene
+        if scene.orientation != 1:
+            return self._turned(first, end)
         if self._pixels is None:
             spare = scene.block[0] if scene.block[0] <= TALLEST_BLOCK else 0
-            bands = 3 if scene.palette else len(scene.chosen)
+            bands = 3 if scene.layout.table is not None else len(scene.layout.bands)
             self._pixels = np.empty((bands, min(end - first + spare, scene.height), scene.width), np.uint8)
             self._present = np.empty(self._pixels.shape[1:], bool)
         if first > self._first:
@@ -207,14 +130,16 @@ class RowReader:
 
         scene = self._scene
         window = Window(area.start, first, area.stop - area.start, end - first)
-        chosen = scene.chosen if len(set(scene.chosen)) == len(scene.chosen) else scene.chosen[:1]
-        reading = scene.reading
-        pixels, present = read_window(
-            self._file, chosen, reading.scale, reading.nodata, window, scene.alphas, reading.by_band
-        )
-        if scene.palette is not None:
-            pixels = np.array(scene.palette, np.uint8).T[:, pixels[0]] * present
-        return pixels, present
+        return read_window(self._file, scene.layout, scene.reading, window, scene.alphas)
+
+    def _turned(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of a scene that is not stored upright: read once as a whole."""
+        scene = self._scene
+        if self._pixels is None:
+            with one_line(scene.path):
+                read = read_window(self._file, scene.layout, scene.reading, None, scene.alphas)
+            self._pixels, self._present = (upright(array, scene.orientation) for array in read)
+        return self._pixels[:, first:end], self._present[first:end]
 
     def __enter__(self):
         return self

@@ -1,18 +1,21 @@
 """What a source of tiles is; and tiles on disk, the published folder layout, as one."""
 
+import collections
 import concurrent.futures
 import os
 import pathlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypedDict
 
 import numpy as np
 from absl import logging
-from PIL import Image
 
 from ktda_jax import UserError
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.images import Colour, read_bands, read_image, read_label, unreadable
+from ktda_jax.data.gdal import unreadable
+from ktda_jax.data.images import read_bands, read_image
+from ktda_jax.data.labels import Colour, label_size, read_label
 
 IMAGE_EXTENSIONS = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 LABEL_EXTENSIONS = (".png", ".tif", ".tiff")
@@ -60,25 +63,27 @@ class FolderSource:
         self.num_classes = num_classes
         self.bands = len(bands) if bands else 3
         self._plain = bands is None and scale is None and nodata is None
-        self._reading, self._label_map = (bands, scale, nodata), label_map
+        self._reading, self.label_map = (bands, scale, nodata), label_map
         if not 1 <= num_classes <= IGNORE:
             raise UserError(f"num_classes is {num_classes}: give 1 to {IGNORE}, since {IGNORE} means ignore")
         self.image_dir = self.root / image_dir / split
         self.label_dir = self.root / label_dir / split
         images = _files_by_stem(self.image_dir, IMAGE_EXTENSIONS)
         labels = _files_by_stem(self.label_dir, LABEL_EXTENSIONS)
-        self.names = tuple(sorted(images.keys() & labels.keys()))
-        if not self.names:
+        names = {os.path.splitext(images[same])[0]: same for same in images.keys() & labels.keys()}
+        self.names = tuple(sorted(names))
+        wanted = " or ".join(f"NAME{extension}" for extension in LABEL_EXTENSIONS)
+        if not names:
             raise UserError(
                 f"no image in {self.image_dir} has a label in {self.label_dir}: images are named "
-                f"{some(sorted(images))}, labels {some(sorted(labels))}; the two files of a "
-                "pair must share their name up to the extension"
+                f"{some(sorted(images), 3)}, labels {some(sorted(labels), 3)}; the label of an image NAME must "
+                f"be called {wanted}{_affix(images, labels)}"
             )
         if unlabelled := sorted(images.keys() - labels.keys()):
             raise UserError(
                 f"{len(unlabelled)} of {len(images)} images in {self.image_dir} have no label in "
-                f"{self.label_dir}: {some([images[stem] for stem in unlabelled])}; add the "
-                "labels or remove the images"
+                f"{self.label_dir}: {some([images[stem] for stem in unlabelled])}; add the labels "
+                f"({wanted} of an image NAME) or remove the images"
             )
         if orphans := sorted(labels.keys() - images.keys()):
             logging.warning(
@@ -87,14 +92,14 @@ class FolderSource:
                 self.label_dir,
                 some([labels[stem] for stem in orphans]),
             )
-        self.image_paths = tuple(str(self.image_dir / images[name]) for name in self.names)
-        self.label_paths = tuple(str(self.label_dir / labels[name]) for name in self.names)
+        self.image_paths = tuple(str(self.image_dir / images[names[name]]) for name in self.names)
+        self.label_paths = tuple(str(self.label_dir / labels[names[name]]) for name in self.names)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict:
-        label = read_label(self.label_paths[index], self._label_map)
+        label = read_label(self.label_paths[index], self.label_map)
         if self._plain:
             image = read_image(self.image_paths[index])
         else:
@@ -113,15 +118,29 @@ class FolderSource:
 
     def label_size(self, index: int) -> tuple[int, int]:
         """(H, W) of one label from the file's header, without decoding it."""
-        try:
-            with Image.open(self.label_paths[index]) as file:
-                return file.height, file.width
-        except Exception as error:
-            raise unreadable(self.label_paths[index], error) from error
+        return label_size(self.label_paths[index])
+
+
+def _same(name: str) -> str:
+    """macOS takes an umlaut apart and other systems do not, so the two files of a pair may differ in that."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _affix(images, labels) -> str:
+    """'; ...' if labels are called as the images with something before or behind, as annotation tools have it."""
+    found = collections.Counter()
+    for name in labels:
+        for cut in range(1, len(name)):
+            if name[:cut] in images:
+                found["NAME" + name[cut:]] += 1
+            if name[cut:] in images:
+                found[name[:cut] + "NAME"] += 1
+    (pattern, count), *_ = found.most_common(1) or [("", 0)]
+    return f"; {count} of them are called {pattern}: rename these to NAME" if count else ""
 
 
 def _files_by_stem(directory: pathlib.Path, extensions: tuple[str, ...]) -> dict[str, str]:
-    """{stem: file name} of the visible files in `directory` with one of `extensions`, in any case."""
+    """{stem as `_same` has it: file name} of the visible files in `directory` with one of `extensions`, in any case."""
     if not directory.is_dir():
         parent = next(path for path in directory.parents if path.is_dir())
         raise UserError(
@@ -135,10 +154,10 @@ def _files_by_stem(directory: pathlib.Path, extensions: tuple[str, ...]) -> dict
             stem, extension = os.path.splitext(name)
             if extension.lower() not in extensions:
                 others.append(name)
-            elif stem in found:
-                raise UserError(f"two files named {stem} in {directory}: {found[stem]}, {name}; keep one")
+            elif _same(stem) in found:
+                raise UserError(f"two files named {stem} in {directory}: {found[_same(stem)]}, {name}; keep one")
             else:
-                found[stem] = name
+                found[_same(stem)] = name
     if not found:
         raise UserError(
             f"no {'/'.join(extensions)} files in {directory}; it holds {some(others)}; "
@@ -164,6 +183,13 @@ def cpu_threads() -> int:
 def tile_name(source, index: int) -> str:
     """The best name a source has for a tile, for messages."""
     return source.describe(index) if hasattr(source, "describe") else f"tile {index} of {source!r}"
+
+
+def labels_are(source) -> str:
+    """'stored' in files as they are, 'mapped' by config.data.label_map, or 'built' into a data set."""
+    if not isinstance(source, FolderSource):
+        return "built"
+    return "mapped" if source.label_map else "stored"
 
 
 def read_tile(source: Source, index: int) -> Tile:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from ktda_jax import UserError
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.raster import Reading, Scene, open_scene
+from ktda_jax.data.images import Reading
+from ktda_jax.data.raster import Scene, open_scene
 from ktda_jax.prediction import pipeline
 from ktda_jax.prediction.files import Outputs
 from ktda_jax.prediction.outputs import PREVIEW, Legend, SceneWriter

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ktda_jax import UserError
-from ktda_jax.data.raster import Scene, one_line, rasterio_for
+from ktda_jax.data.gdal import one_line, rasterio_for
+from ktda_jax.data.raster import Scene
 
 SIDE = 4096  # pixels
 PORTION = 100_000  # polygons written at once

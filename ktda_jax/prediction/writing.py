@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ktda_jax import UserError
-from ktda_jax.data.raster import Scene, rasterio_for
+from ktda_jax.data.gdal import rasterio_for
+from ktda_jax.data.raster import Scene
 
 
 class RasterWriter:

@@ -8,9 +8,9 @@ from jax.experimental import multihost_utils
 
 from ktda_jax import UserError
 from ktda_jax.config.settings import Data, StoredTaps
-from ktda_jax.data import pipeline, reading
-from ktda_jax.data.check import check_split
-from ktda_jax.data.sources import FolderSource, Source
+from ktda_jax.data import classes, pipeline, reading
+from ktda_jax.data.check import SplitSummary, check_split
+from ktda_jax.data.sources import FolderSource, Source, labels_are
 from ktda_jax.data.teacher_features import TeacherFeatures
 
 
@@ -31,12 +31,20 @@ def open_source(data: Data, split: str, *, build: bool = True) -> Source:
     return tfds_source.TfdsSource(data.name, split, data_dir=data.root, num_classes=num_classes)
 
 
-def eval_source(data: Data, split: str, batch_size: int):
-    """Batches of a split for evaluation, and the checked split's fingerprint."""
+def eval_source(data: Data, split: str, batch_size: int) -> tuple[Any, SplitSummary, list[str]]:
+    """Batches of a split for evaluation, what was found in it, and what makes one doubt its labels."""
     source = open_source(data, split)
     summary = check_split(source, num_threads=data.num_threads)
     batches = pipeline.eval_batches(source, crop=data.crop, batch_size=batch_size, **processes(data.num_threads))
-    return batches, summary.fingerprint
+    return batches, summary, doubts(data, source, split, summary)
+
+
+def doubts(data: Data, source: Source, split: str, summary: SplitSummary) -> list[str]:
+    """What would train or score as silent garbage, one line each."""
+    trained = split == data.train_split
+    return classes.doubts(
+        summary.pixels, summary.ignored, data.info.classes, split=split, trained=trained, made=labels_are(source)
+    )
 
 
 def features_folder(stored: StoredTaps, data: Data) -> pathlib.Path:

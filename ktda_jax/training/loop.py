@@ -20,7 +20,7 @@ from ktda_jax.figures import plots
 from ktda_jax.models import flat
 from ktda_jax.training import evaluate
 from ktda_jax.training.checkpoint import Checkpoints
-from ktda_jax.training.inputs import eval_source, features_folder, open_features, open_source, processes
+from ktda_jax.training.inputs import doubts, eval_source, features_folder, open_features, open_source, processes
 from ktda_jax.training.program import Compilation, Program, build
 from ktda_jax.training.state import TrainState
 from ktda_jax.training.stop import StopSignal
@@ -82,6 +82,8 @@ def _tell(writer: Writer, settings: Settings, program: Program, data: "_Data", s
     weights, features = settings.weights, data.features
     if features is not None:
         writer.message(f"teacher: features in {features.folder}, made by {features.source or 'a random teacher'}")
+    for line in data.doubtful:
+        writer.message(f"warning: {line}")
     if start:
         return
     if weights.student is None and weights.model is None and not settings.encodes:
@@ -164,6 +166,7 @@ class _Data(NamedTuple):
     val_batches: Any  # to go through from the start each time
     fingerprints: dict[str, str]  # of the splits and of precomputed features
     features: TeacherFeatures | None
+    doubtful: list[str]  # what may be wrong with the labels
 
 
 def _open_data(settings: Settings) -> _Data:
@@ -171,10 +174,12 @@ def _open_data(settings: Settings) -> _Data:
     data, size = settings.data, settings.eval_batch_size
     source = open_source(data, data.train_split)
     summary = check_split(source, crop=data.crop, on_corrupt=data.on_corrupt, num_threads=data.num_threads)
-    val_batches, val_fingerprint = eval_source(data, data.val_split, size)
-    fingerprints = {"train": summary.fingerprint, "val": val_fingerprint}
+    doubtful = doubts(data, source, data.train_split, summary)
+    val_batches, val, found = eval_source(data, data.val_split, size)
+    fingerprints, doubtful = {"train": summary.fingerprint, "val": val.fingerprint}, doubtful + found
     if data.test_split not in (None, data.val_split):  # what is wrong with it must not wait for the end
-        fingerprints["test"] = eval_source(data, data.test_split, size)[1]
+        _, test, found = eval_source(data, data.test_split, size)
+        fingerprints["test"], doubtful = test.fingerprint, doubtful + found
     features = None
     if settings.distill and settings.teacher.mode == "precomputed":
         identity = teacher_identity(settings.weights.teacher, settings.seed, model_of(settings))
@@ -185,7 +190,7 @@ def _open_data(settings: Settings) -> _Data:
         source, crop=data.crop, batch_size=settings.batch_size, seed=settings.seed, flip=data.flip,
         photometric=data.photometric, on_corrupt=data.on_corrupt, features=features, **processes(data.num_threads),
     )  # fmt: skip
-    return _Data(batches, len(source), val_batches, fingerprints, features)
+    return _Data(batches, len(source), val_batches, fingerprints, features, list(dict.fromkeys(doubtful)))
 
 
 def _latest(workdir: pathlib.Path) -> int:
@@ -219,8 +224,12 @@ def evaluate_workdir(
         raise UserError(
             f"no checkpoints in {workdir}; train first, give --workdir of a trained run, or config.weights.model"
         )
+    said = program is not None  # training has warned already
     program = program or build(settings, teacher=False, initial=not trained)
-    batches, _ = eval_source(settings.data, split, settings.eval_batch_size)
+    batches, _, doubtful = eval_source(settings.data, split, settings.eval_batch_size)
+    if not said and jax.process_index() == 0:
+        for line in doubtful:
+            print(f"warning: {line}", flush=True)
     if trained:
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             step = checkpoints.best_step()

@@ -1,0 +1,142 @@
+"""Raster files through GDAL: opened with our settings, upright, and what fails in one line that names the file."""
+
+import contextlib
+import logging
+import mmap
+import os
+import pathlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from ktda_jax import UserError
+
+SETTINGS = {
+    "GDAL_CACHEMAX": "256",  # MB, instead of a share of the machine's memory
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",  # half a JPEG is an error
+    "GDAL_PAM_ENABLED": "YES",
+    "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",  # it takes whatever lay in memory for the missing half of a PNG
+}
+ORIENTATION = 274  # tag of TIFF and EXIF
+
+
+class FileError(UserError):
+    """What is wrong with one file of many, in parts, so that a check of all can say each remedy once."""
+
+    def __init__(self, kind: str, path: str | os.PathLike, found: str, remedy: str, message: str | None = None):
+        super().__init__(message or f"{kind} {path} {found}; {remedy}")
+        self.kind, self.path, self.found, self.remedy = kind, str(path), found, remedy
+
+    @property
+    def fault(self) -> str:
+        """Of several such files: '3 of 20 tiles ...'."""
+        return f"have {self.kind}s that cannot be used" if self.kind else "cannot be read"
+
+    def __reduce__(self):
+        return FileError, (self.kind, self.path, self.found, self.remedy, str(self))
+
+
+def unreadable(path: str | os.PathLike, error: BaseException) -> FileError:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return FileError("", path, f"({text})", "repair or remove them", f"cannot read {path}: {text}")
+
+
+def rasterio_for(path: str | os.PathLike):
+    """rasterio with our settings of GDAL, which the environment may overrule. It is imported where a file is opened."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        import rasterio
+    except ImportError as error:
+        raise UserError(f"{path}: reading images takes rasterio ({error}); pip install rasterio") from error
+    # A tile without a place on Earth is as good as any, and what goes wrong is raised anyway.
+    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+    logging.getLogger("rasterio").setLevel(logging.CRITICAL)
+    return rasterio
+
+
+@contextlib.contextmanager
+def one_line(path: str | os.PathLike) -> Iterator[None]:
+    """Turns whatever GDAL raises into a UserError that names `path`."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # GDAL's are many, not all of them rasterio's, and of different bases
+        # GDAL's own words are in the cause; rasterio's are "Read failed. See previous exception for details."
+        raise unreadable(path, error.__cause__ or error) from error
+
+
+@contextlib.contextmanager
+def opened_tile(path: str) -> Iterator[Any]:
+    """An open rasterio dataset, quickly: a folder of 20,000 tiles is not listed for each of them."""
+    rasterio = rasterio_for(path)
+    with one_line(path), rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE"), rasterio.open(path, sharing=False) as file:
+        if not file.count:
+            raise FileError("image", path, "holds several rasters and none of its own", "write the one that is meant")
+        yield file
+
+
+def place_of(file) -> dict[str, Any]:
+    """crs, transform, gcps, rpcs: what rasterio.open takes for a new file in the same place."""
+    place = {"transform": file.transform, "crs": file.crs}
+    points, points_crs = file.gcps
+    if points and file.transform.is_identity:
+        place = {"gcps": points, "crs": points_crs}
+    if file.rpcs:
+        place["rpcs"] = file.rpcs
+    return place
+
+
+def is_located(place: dict[str, Any]) -> bool:
+    """Whether anything says where on Earth, or at least in some plane, it lies."""
+    return any(place.get(name) for name in ("crs", "gcps", "rpcs")) or not place["transform"].is_identity
+
+
+def orientation_of(file) -> int:
+    """How the stored pixels lie, 1 to 8 as EXIF and TIFF number it; 1 is upright.
+
+    Viewers, annotation tools and OpenCV turn images by it, GDAL does not. Where a file says where it lies on Earth,
+    that is meant for the pixels as they are stored, hence 1.
+    """
+    if file.driver not in ("JPEG", "PNG", "GTiff") or is_located(place_of(file)):
+        return 1
+    number = (
+        file.tags().get("EXIF_Orientation") if file.driver == "JPEG" else _tag(pathlib.Path(file.name), file.driver)
+    )
+    number = int(number) if str(number).isdigit() else 1
+    return number if 1 <= number <= 8 else 1
+
+
+def _tag(path: pathlib.Path, driver: str) -> int | None:
+    """The tag of TIFF and PNG."""
+    if not path.is_file():  # /vsimem/ and the like
+        return None
+    if driver == "GTiff":
+        with open(path, "rb") as opened:
+            header = opened.read(8)
+            header += opened.read(8) if 43 in header[2:4] else b""  # BigTIFF
+            tags = ImageFileDirectory_v2(header)
+            opened.seek(tags.next)
+            tags.load(opened)
+            return tags.get(ORIENTATION)
+    with open(path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data.find(b"eXIf") < 0:
+            return None
+    with Image.open(path) as image:
+        return image.getexif().get(ORIENTATION)  # reads to the end, where some programs put it
+
+
+def upright(array: np.ndarray, orientation: int) -> np.ndarray:
+    """array: (..., H, W) as stored -> a view of it as it is meant, with H and W exchanged from 5 on."""
+    if orientation >= 5:
+        array = np.swapaxes(array, -1, -2)
+    if orientation in (3, 4, 7, 8):
+        array = array[..., ::-1, :]
+    if orientation in (2, 3, 6, 7):
+        array = array[..., ::-1]
+    return array
