@@ -38,7 +38,7 @@ def _no_directory(root, cases):
 def _truncated(root, cases):
     path = root / "img_dir" / "train" / f"a_10{cases.extension}"
     path.write_bytes(path.read_bytes()[:300])
-    return f"cannot read .*a_10{cases.extension}"
+    return f"cannot be read: img_dir/train/a_10{cases.extension} "
 
 
 class FolderCases:

@@ -4,8 +4,8 @@
     python -m ktda_jax.predict --checkpoint=weights/cloud --input='scenes/*.tif' --output=maps --cog --overlay
 
 --checkpoint: a training's workdir, a folder of `python -m ktda_jax.convert`, a published .pth, or hf://ORG/NAME. Maps
-hold class numbers, 255 where the scene has no data, with colours and class names. Takes rasterio (pip install -e
-'.[geo]'). Bands and value range are read as in training, unless flags say otherwise.
+hold class numbers, 255 where the scene has no data, with colours and class names. Bands and value range are read as in
+training, unless flags say otherwise.
 """
 
 import sys

@@ -109,7 +109,7 @@ def test_bands_and_scale_are_those_of_the_training(tmp_path, run):
     four = trained(tmp_path / "four", data__bands=(4, 1, 2, 3), data__scale=(0, 3000))
     scene = sf.write(tmp_path / "rgb.tif", sf.smooth(64, 64))
     with pytest.raises(
-        ValueError, match=r"rgb.tif has 3 band\(s\), and the model wants band 4 \(bands \(4, 1, 2, 3\)\)"
+        ValueError, match=r"rgb.tif has 3 band\(s\), and bands \(4, 1, 2, 3\) are wanted"
     ):
         run(scene, checkpoint=four)
     deep = sf.write(tmp_path / "deep.tif", sf.smooth(64, 64, bands=5).astype(np.uint16) * 10)
@@ -175,7 +175,7 @@ def test_flags_that_will_not_do(run, tmp_path, flags, message):
 def test_without_rasterio(run, tmp_path, monkeypatch):
     sf.write(tmp_path / "scene.tif", sf.smooth(64, 64))
     monkeypatch.setitem(__import__("sys").modules, "rasterio", None)
-    with pytest.raises(ValueError, match=r"takes rasterio; pip install -e '.\[geo\]'"):
+    with pytest.raises(ValueError, match="takes rasterio .*; pip install rasterio"):
         run(tmp_path / "scene.tif")
 
 

@@ -104,5 +104,5 @@ def test_no_scenes(tmp_path):
 def test_without_rasterio(tmp_path, monkeypatch):
     write_scene(tmp_path / "s", scene_id(1), *random_scene(2, HEIGHT, WIDTH))
     monkeypatch.setitem(sys.modules, "rasterio", None)
-    with pytest.raises(UserError, match=r"takes rasterio: pip install rasterio, or pip install -e '\.\[geo\]'"):
+    with pytest.raises(UserError, match=r"Landsat scenes: reading images takes rasterio .*; pip install rasterio"):
         prepare("l8_biome/scenes", tmp_path / "data", tmp_path / "s")

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import pathlib
 import typing
-import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -20,6 +19,7 @@ from data_builders.l8_biome.scene_folders import Scene, split_scenes
 from data_builders.l8_biome.variants import Variant
 from ktda_jax import UserError
 from ktda_jax.data.datasets import IGNORE
+from ktda_jax.data.gdal import rasterio_for
 from ktda_jax.data.stretch import minmax, stretch
 
 FILL = 0
@@ -135,35 +135,22 @@ class _Files(typing.NamedTuple):
 
 @contextlib.contextmanager
 def _open(scene):
-    rasterio = _rasterio()
+    rasterio = rasterio_for("Landsat scenes")
     with contextlib.ExitStack() as stack:
         stack.enter_context(rasterio.Env(GDAL_CACHEMAX=_CACHE_MB))
         opened = {}
         for path in dict.fromkeys([*(path for path, _ in scene.bands), scene.mask]):
-            with _one_line(path), warnings.catch_warnings():
-                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)  # masks need no place
+            with _one_line(path):
                 opened[path] = stack.enter_context(rasterio.open(path))
         bands = tuple(opened[path] for path, _ in scene.bands)
         yield _Files(bands, tuple(index for _, index in scene.bands), opened[scene.mask])
-
-
-def _rasterio():
-    try:
-        import rasterio
-        import rasterio.errors
-        import rasterio.windows
-    except ImportError as error:
-        raise UserError(
-            "reading Landsat scenes takes rasterio: pip install rasterio, or pip install -e '.[geo]'"
-        ) from error
-    return rasterio
 
 
 @contextlib.contextmanager
 def _one_line(path):
     try:
         yield
-    except _rasterio().errors.RasterioError as error:
+    except rasterio_for(path).errors.RasterioError as error:
         text = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"cannot read {path}: {text}; download the scene again or remove it") from error
 
@@ -181,7 +168,9 @@ def _strips(scene, files, rows) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
 def _strip(raster, index, row, rows) -> np.ndarray:
     height = min(rows, raster.height - row)
     strip = np.zeros((rows, -(-raster.width // rows) * rows), raster.dtypes[index - 1])
-    window = _rasterio().windows.Window(0, row, raster.width, height)
+    from rasterio.windows import Window
+
+    window = Window(0, row, raster.width, height)
     with _one_line(raster.name):
         strip[:height, : raster.width] = raster.read(index, window=window)
     return strip

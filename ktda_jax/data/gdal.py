@@ -4,7 +4,6 @@ import contextlib
 import logging
 import mmap
 import os
-import pathlib
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -18,10 +17,11 @@ from ktda_jax import UserError
 SETTINGS = {
     "GDAL_CACHEMAX": "256",  # MB, instead of a share of the machine's memory
     "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",  # half a JPEG is an error
+    "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE",  # what lies beside is looked for by name: no list of 20,000 for each tile
     "GDAL_PAM_ENABLED": "YES",
-    "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",  # it takes whatever lay in memory for the missing half of a PNG
 }
 ORIENTATION = 274  # tag of TIFF and EXIF
+_PNG_END = b"IEND\xaeB`\x82"  # with its checksum
 
 
 class FileError(UserError):
@@ -72,12 +72,14 @@ def one_line(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened_tile(path: str) -> Iterator[Any]:
-    """An open rasterio dataset, quickly: a folder of 20,000 tiles is not listed for each of them."""
+def opened(path: str | os.PathLike, **options) -> Iterator[Any]:
+    """An open rasterio dataset, whole and of some bands; UserError names the file, also for what is read within."""
     rasterio = rasterio_for(path)
-    with one_line(path), rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE"), rasterio.open(path, sharing=False) as file:
+    with one_line(path), rasterio.open(path, sharing=False, **options) as file:
         if not file.count:
-            raise FileError("image", path, "holds several rasters and none of its own", "write the one that is meant")
+            raise FileError("image", path, "holds several rasters and none of its own", "name the one that is meant")
+        if file.driver == "PNG" and not _find(file.name, _PNG_END):
+            raise EOFError("the file is cut short")  # GDAL takes whatever lies in memory for the rest
         yield file
 
 
@@ -103,32 +105,38 @@ def orientation_of(file) -> int:
     Viewers, annotation tools and OpenCV turn images by it, GDAL does not. Where a file says where it lies on Earth,
     that is meant for the pixels as they are stored, hence 1.
     """
-    if file.driver not in ("JPEG", "PNG", "GTiff") or is_located(place_of(file)):
+    if file.driver == "JPEG":
+        number = file.tags().get("EXIF_Orientation", 1)
+    elif file.driver == "GTiff":
+        number = _tiff_tag(file.name)
+    elif file.driver == "PNG" and _find(file.name, b"eXIf"):
+        with Image.open(file.name) as image:
+            number = image.getexif().get(ORIENTATION, 1)  # reads to the end, where some programs put it
+    else:
         return 1
-    number = (
-        file.tags().get("EXIF_Orientation") if file.driver == "JPEG" else _tag(pathlib.Path(file.name), file.driver)
-    )
-    number = int(number) if str(number).isdigit() else 1
-    return number if 1 <= number <= 8 else 1
+    number = int(number) if str(number) in tuple("12345678") else 1
+    return 1 if number == 1 or is_located(place_of(file)) else number
 
 
-def _tag(path: pathlib.Path, driver: str) -> int | None:
-    """The tag of TIFF and PNG."""
-    if not path.is_file():  # /vsimem/ and the like
-        return None
-    if driver == "GTiff":
-        with open(path, "rb") as opened:
-            header = opened.read(8)
-            header += opened.read(8) if 43 in header[2:4] else b""  # BigTIFF
-            tags = ImageFileDirectory_v2(header)
-            opened.seek(tags.next)
-            tags.load(opened)
-            return tags.get(ORIENTATION)
+def _tiff_tag(path: str) -> int:
+    """The tag of the first image of a TIFF, of which GDAL says nothing."""
+    if not os.path.isfile(path):  # in an archive, or behind a URL
+        return 1
+    with open(path, "rb") as opened:
+        header = opened.read(8)
+        header += opened.read(8) if 43 in header[2:4] else b""  # BigTIFF
+        tags = ImageFileDirectory_v2(header)
+        opened.seek(tags.next)
+        tags.load(opened)
+        return tags.get(ORIENTATION, 1)
+
+
+def _find(path: str, mark: bytes) -> bool:
+    """Whether a PNG holds `mark`; of what is no file nothing is known, hence as a PNG should be."""
+    if not os.path.isfile(path):
+        return mark == _PNG_END
     with open(path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data.find(b"eXIf") < 0:
-            return None
-    with Image.open(path) as image:
-        return image.getexif().get(ORIENTATION)  # reads to the end, where some programs put it
+        return (data.rfind if mark == _PNG_END else data.find)(mark) >= 0
 
 
 def upright(array: np.ndarray, orientation: int) -> np.ndarray:

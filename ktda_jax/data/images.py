@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from ktda_jax.data.gdal import FileError, opened_tile, orientation_of, upright
+from ktda_jax.data.gdal import FileError, opened, orientation_of, upright
 from ktda_jax.data.stretch import stretch
 
 
@@ -33,7 +33,7 @@ PREFIXES = {"config": "config.data.", "flags": "--"}  # where bands and scale ar
 
 def read_image(path: str) -> np.ndarray:
     """uint8 (H, W, 3) RGB, upright. Grey is repeated and alpha dropped; UserError if it is not 8-bit RGB."""
-    with opened_tile(path) as file:
+    with opened(path) as file:
         layout = layout_of(file, Reading(), 3)
         return _interleaved(upright(in_colours(file.read(layout.bands), layout), orientation_of(file)))
 
@@ -47,7 +47,7 @@ def read_bands(
     stands before what the file declares. A pixel has no data where none of its bands has; a single missing band is 0.
     """
     reading = Reading(bands and tuple(bands), scale, nodata, by_band=True)
-    with opened_tile(path) as file:
+    with opened(path) as file:
         layout = layout_of(file, reading, len(bands) if bands else 3)
         pixels, present = read_window(file, layout, reading)
         orientation = orientation_of(file)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.gdal import FileError, opened_tile, orientation_of, upright
+from ktda_jax.data.gdal import FileError, opened, orientation_of, upright
 
 Colour = tuple[int, int, int]
 _INDICES = "write the index of the class in every pixel (8-bit grey or palette PNG)"
@@ -18,7 +18,7 @@ def read_label(path: str, mapping: Mapping[int | Colour, int] | None = None) -> 
     in colours, {(255, 0, 0): 0, ...}. Of floating numbers, whole ones are taken, and NaN is ignored.
     """
     coloured = mapping is not None and isinstance(next(iter(mapping)), tuple)
-    with opened_tile(path) as file:
+    with opened(path) as file:
         values, ignored = _colours(file) if coloured else _numbers(file)
         orientation = orientation_of(file)
     if mapping is not None:
@@ -30,7 +30,7 @@ def read_label(path: str, mapping: Mapping[int | Colour, int] | None = None) -> 
 
 def label_size(path: str) -> tuple[int, int]:
     """(H, W) of a label, upright, from the file's header."""
-    with opened_tile(path) as file:
+    with opened(path) as file:
         return (file.width, file.height) if orientation_of(file) >= 5 else (file.height, file.width)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ktda_jax.data.gdal import FileError, is_located, one_line, orientation_of, place_of, rasterio_for, upright
+from ktda_jax.data.gdal import FileError, is_located, one_line, opened, orientation_of, place_of, rasterio_for, upright
 from ktda_jax.data.images import Layout, Reading, alpha_bands, layout_of, read_window
 
 CHUNK = 1 << 21  # pixels read at once
@@ -38,10 +38,7 @@ class Scene:
 
 def open_scene(path: pathlib.Path, reading: Reading, bands: int) -> Scene:
     """Looks at a raster without reading its pixels. UserError unless it can give a model of `bands` bands its input."""
-    rasterio = rasterio_for(path)
-    with one_line(path), rasterio.open(path) as file:
-        if not file.count:
-            raise FileError("image", path, "holds several rasters and none of its own", "name one of them")
+    with opened(path) as file:
         layout = layout_of(file, reading, bands, by="flags")
         alphas = tuple(band for band in alpha_bands(file, layout.bands) if _is_alpha(file, band))
         orientation, height, width = orientation_of(file), file.height, file.width
