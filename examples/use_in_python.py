@@ -1,4 +1,4 @@
-"""A trained model in your own program: an array in, labels and probabilities out, drawn in the classes' colours.
+"""A trained model in your own program: an image in, labels and probabilities out, drawn in the classes' colours.
 
 python examples/use_in_python.py WORKDIR tile.png labels.png
 """
@@ -21,8 +21,7 @@ def main() -> None:
 
     try:
         model = ktda_jax.load_pretrained(given.model)
-        image = np.asarray(Image.open(given.image).convert("RGB"))  # uint8 (H, W, 3)
-        result = model.predict(image)  # also batches (B, H, W, 3), and file names
+        result = model.predict(given.image)  # or arrays: uint8 (H, W, 3), batches (B, H, W, 3)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -108,9 +108,7 @@ def test_bands_and_scale_are_those_of_the_training(tmp_path, run):
     """And others are a warning by name; a scene of another kind is an error before anything is computed."""
     four = trained(tmp_path / "four", data__bands=(4, 1, 2, 3), data__scale=(0, 3000))
     scene = sf.write(tmp_path / "rgb.tif", sf.smooth(64, 64))
-    with pytest.raises(
-        ValueError, match=r"rgb.tif has 3 band\(s\), and bands \(4, 1, 2, 3\) are wanted"
-    ):
+    with pytest.raises(ValueError, match=r"rgb.tif has 3 band\(s\), and bands \(4, 1, 2, 3\) are wanted"):
         run(scene, checkpoint=four)
     deep = sf.write(tmp_path / "deep.tif", sf.smooth(64, 64, bands=5).astype(np.uint16) * 10)
     seen = []

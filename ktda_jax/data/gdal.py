@@ -4,7 +4,9 @@ import contextlib
 import logging
 import mmap
 import os
+import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +23,7 @@ SETTINGS = {
     "GDAL_PAM_ENABLED": "YES",
 }
 ORIENTATION = 274  # tag of TIFF and EXIF
+_thread = threading.local()
 _PNG_END = b"IEND\xaeB`\x82"  # with its checksum
 
 
@@ -53,9 +56,13 @@ def rasterio_for(path: str | os.PathLike):
         import rasterio
     except ImportError as error:
         raise UserError(f"{path}: reading images takes rasterio ({error}); pip install rasterio") from error
-    # A tile without a place on Earth is as good as any, and what goes wrong is raised anyway.
-    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
-    logging.getLogger("rasterio").setLevel(logging.CRITICAL)
+    if not hasattr(_thread, "environment"):
+        # rasterio sets one up and takes it down around every call, unless the thread has one.
+        _thread.environment = rasterio.Env()
+        _thread.environment.__enter__()
+        # A tile without a place on Earth is as good as any, and what goes wrong is raised anyway.
+        warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+        logging.getLogger("rasterio").setLevel(logging.CRITICAL)
     return rasterio
 
 
@@ -78,8 +85,10 @@ def opened(path: str | os.PathLike, **options) -> Iterator[Any]:
     with one_line(path), rasterio.open(path, sharing=False, **options) as file:
         if not file.count:
             raise FileError("image", path, "holds several rasters and none of its own", "name the one that is meant")
-        if file.driver == "PNG" and not _find(file.name, _PNG_END):
-            raise EOFError("the file is cut short")  # GDAL takes whatever lies in memory for the rest
+        if file.driver == "PNG":
+            with _mapped(file.name) as data:
+                if data and data.rfind(_PNG_END) < 0:  # GDAL takes whatever lies in memory for the rest
+                    raise EOFError("the file is cut short")
         yield file
 
 
@@ -109,9 +118,8 @@ def orientation_of(file) -> int:
         number = file.tags().get("EXIF_Orientation", 1)
     elif file.driver == "GTiff":
         number = _tiff_tag(file.name)
-    elif file.driver == "PNG" and _find(file.name, b"eXIf"):
-        with Image.open(file.name) as image:
-            number = image.getexif().get(ORIENTATION, 1)  # reads to the end, where some programs put it
+    elif file.driver == "PNG":
+        number = _png_tag(file.name)
     else:
         return 1
     number = int(number) if str(number) in tuple("12345678") else 1
@@ -131,12 +139,28 @@ def _tiff_tag(path: str) -> int:
         return tags.get(ORIENTATION, 1)
 
 
-def _find(path: str, mark: bytes) -> bool:
-    """Whether a PNG holds `mark`; of what is no file nothing is known, hence as a PNG should be."""
+def _png_tag(path: str) -> int:
+    """The tag of a PNG, of which GDAL says nothing, before its pixels or behind them."""
+    with _mapped(path) as data:
+        place = data.find(b"eXIf")
+        while place >= 0:
+            end = place + 4 + int.from_bytes(data[place - 4 : place], "big")
+            if zlib.crc32(data[place:end]) == int.from_bytes(data[end : end + 4], "big"):  # no accident in the pixels
+                exif = Image.Exif()
+                exif.load(data[place + 4 : end])
+                return exif.get(ORIENTATION, 1)
+            place = data.find(b"eXIf", place + 4)
+    return 1
+
+
+@contextlib.contextmanager
+def _mapped(path: str) -> Iterator[Any]:
+    """The bytes of a file; none of what lies in an archive or behind a URL."""
     if not os.path.isfile(path):
-        return mark == _PNG_END
+        yield b""
+        return
     with open(path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return (data.rfind if mark == _PNG_END else data.find)(mark) >= 0
+        yield data
 
 
 def upright(array: np.ndarray, orientation: int) -> np.ndarray:
