@@ -13,6 +13,7 @@ from PIL import Image
 from ktda_jax import UserError
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.images import Colour, read_bands, read_image, read_label, unreadable
+from ktda_jax.data.paths import expand
 
 IMAGE_EXTENSIONS = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 LABEL_EXTENSIONS = (".png", ".tif", ".tiff")
@@ -55,7 +56,7 @@ class FolderSource:
         nodata: float | None = None,
         label_map: Mapping[int | Colour, int] | None = None,
     ):
-        self.root = pathlib.Path(root).expanduser()
+        self.root = expand(root)
         self.split = split
         self.num_classes = num_classes
         self.bands = len(bands) if bands else 3

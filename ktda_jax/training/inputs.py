@@ -10,6 +10,7 @@ from ktda_jax import UserError
 from ktda_jax.config.settings import Data, StoredTaps
 from ktda_jax.data import pipeline, reading
 from ktda_jax.data.check import check_split
+from ktda_jax.data.paths import expand
 from ktda_jax.data.sources import FolderSource, Source
 from ktda_jax.data.teacher_features import TeacherFeatures
 
@@ -41,7 +42,7 @@ def eval_source(data: Data, split: str, batch_size: int):
 
 def features_folder(stored: StoredTaps, data: Data) -> pathlib.Path:
     """Where the teacher's precomputed features of the training split are."""
-    return pathlib.Path(stored.features or f"features/{data.name.replace('/', '_')}")
+    return expand(stored.features or f"features/{data.name.replace('/', '_')}")
 
 
 def open_features(folder: pathlib.Path, identity: dict[str, Any], split: str, fingerprint: str) -> TeacherFeatures:
