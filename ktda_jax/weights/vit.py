@@ -112,7 +112,7 @@ def from_source(tensors: Mapping[str, np.ndarray], source: str) -> tuple[dict[st
 
 
 def split_position(arrays: Mapping[str, np.ndarray], grid: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-    """`position`, (1, 1 + gh * gw, C), as our two parameters: the class token's, and a map, square if no `grid` says."""
+    """`position`, (1, 1 + gh * gw, C), as our two parameters: the class token's, and a map, by default square."""
     arrays = dict(arrays)
     position = arrays.pop("position", None)
     if position is None or position.ndim != 3:
