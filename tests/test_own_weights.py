@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import runs
 import torch
+from PIL import Image
 
 import ktda_jax
 from ktda_jax import UserError
@@ -196,3 +197,15 @@ def test_a_folder_of_checkpoints_is_told_from_its_workdir(workdir):
     for path in (workdir / "checkpoints", workdir / "checkpoints" / "3"):
         with pytest.raises(UserError, match=f"holds no .safetensors.*; give the training's workdir, {workdir}"):
             loading.read(path)
+
+
+def test_the_commands_take_heads(workdir, tmp_path):
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "x.png")
+    flags = (f"--checkpoint={workdir}", f"--output={tmp_path / 'y.png'}", "--fmm_heads=8")
+    started = [
+        runs.start(*flags, f"--input={tmp_path / 'x.png'}", verb="predict"),
+        runs.start(*flags, "--format=stablehlo", "--teacher_heads=2", verb="export"),
+    ]
+    for process in started:
+        _, said = process.communicate(timeout=120)
+        assert said == f"error: --fmm_heads=8, but {workdir} is of a model with 4; leave --fmm_heads out\n"
