@@ -9,8 +9,8 @@ def load_pretrained(path, **options):
     """A model for prediction: `load_pretrained("weights/grass").predict("tile.tif").labels`.
 
     path: the workdir of a training (its best checkpoint), a folder of `python -m ktda_jax.convert`, a published .pth,
-    or hf://ORG/NAME. options: dtype (float32), teacher_heads and fmm_heads where no description tells them. UserError
-    says in a line what is wrong.
+    or hf://ORG/NAME. options: dtype (float32), teacher_heads and fmm_heads where no description tells them (what is
+    then assumed is said in a line). UserError says in a line what is wrong.
     """
     from ktda_jax.prediction import segmenter  # only here: the data builders import this package without JAX
 

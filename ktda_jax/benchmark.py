@@ -30,7 +30,6 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
 
 import functools
 import os
-import pathlib
 import platform
 import resource
 import statistics
@@ -195,21 +194,20 @@ def main(_: list[str]) -> None:
     config, given = cli.config(), flags.FLAGS
     if given.machine:
         speed = machine()
-        if given.output:
-            checks.check_output(given.output, "output")
-            write_json(pathlib.Path(given.output), speed)
+        if output := checks.check_output(given.output, "output"):
+            write_json(output, speed)
         return print(table(speed))
     with config.unlocked():
         config.eval_batch_size = config.batch_size  # evaluation is not run; let it divide by the devices
-    checks.check_output(given.output, "output")
-    checks.check_output(given.trace, "trace", folder=True)
+    output = checks.check_output(given.output, "output")
+    trace = checks.check_output(given.trace, "trace", folder=True)
     report = run(
         config, steps=given.steps, warmup=given.warmup, forwards=given.forwards,
-        forward_batch=given.forward_batch, peak=given.peak_tflops, trace=given.trace,
+        forward_batch=given.forward_batch, peak=given.peak_tflops, trace=trace and str(trace),
     )  # fmt: skip
     print(table(report))
-    if given.output:
-        write_json(pathlib.Path(given.output), {**report, "command": " ".join(sys.argv)})
+    if output:
+        write_json(output, {**report, "command": " ".join(sys.argv)})
 
 
 if __name__ == "__main__":

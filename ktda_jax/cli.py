@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from ktda_jax import UserError
 from ktda_jax.config import checks
+from ktda_jax.data.paths import expand
 
 VERBS = {
     "main": "train, resume, evaluate",
@@ -51,6 +52,11 @@ def define_processes() -> None:
     flags.DEFINE_integer("join_timeout", 300, "With --coordinator: seconds to wait for all to start.", 1)
 
 
+def define_heads() -> None:
+    flags.DEFINE_integer("teacher_heads", None, "Attention heads of the teacher, where no file tells; by its width.")
+    flags.DEFINE_integer("fmm_heads", None, "The same of the FMM; 8 as published.")
+
+
 def given(name: str):
     """The value of a flag; None where the verb does not know it."""
     return flags.FLAGS[name].value if name in flags.FLAGS else None
@@ -81,6 +87,7 @@ def parser(*required: str, hint: str = "all options are flags, see --help") -> C
 def parse_config(argv: list[str]) -> list[str]:
     """A `Parser` of verbs with a config: loads and checks it, too."""
     try:
+        argv = [_at_home(argument) for argument in argv]
         rest = flags.FLAGS(argv)
         if config() is not None:
             config().keys()  # a file that could not be read is an error only once it is used
@@ -97,6 +104,12 @@ def parse_config(argv: list[str]) -> list[str]:
         sys.exit("error: --coordinator=HOST:PORT needs --num_processes and --process_id too")
     in_one_line(checks.resolve, config())
     return rest
+
+
+def _at_home(argument: str) -> str:
+    """--config=~/FILE as the shell would have it; the file is opened by ml_collections."""
+    flag, _, path = argument.partition("=")
+    return f"{flag}={expand(path)}" if flag.lstrip("-") == "config" and path.startswith("~") else argument
 
 
 def _unknown_setting(error: Exception, argv: list[str]) -> str:

@@ -3,30 +3,30 @@
 python -m ktda_jax.convert --source=ktda --input=grass.pth --output=weights/grass --dataset=grass
 python -m ktda_jax.convert --source=hf --input=hf://facebook/dinov2-base --output=weights/dinov2_base
 python -m ktda_jax.convert --to=upstream --input=weights/grass --output=grass.pth
+python -m ktda_jax.convert --input=runs/grass --output=weights/mine     # the best checkpoint of a training
 """
 
 import dataclasses
 import time
 
-from absl import flags
+from absl import flags, logging
 
 from ktda_jax import UserError, cli
 
 SOURCE = flags.DEFINE_string("source", "auto", "ktda, hf, meta, timm or mmpretrain; auto goes by the names.")
-INPUT = flags.DEFINE_string("input", None, "A .pth or .safetensors file, a Hugging Face folder, or hf://ORG/NAME.")
+INPUT = flags.DEFINE_string("input", None, "A .pth or .safetensors file, a folder, hf://ORG/NAME, or a workdir.")
 OUTPUT = flags.DEFINE_string("output", None, "The folder to write; with --to=upstream the .pth file.")
 TO = flags.DEFINE_enum("to", "jax", ["jax", "upstream"], "upstream: the way back, for the published PyTorch code.")
 DATASET = flags.DEFINE_string("dataset", None, "grass, l8_biome, ...: names and colours of the model's classes.")
-TEACHER_HEADS = flags.DEFINE_integer("teacher_heads", None, "Attention heads, which no tensor tells; by width.")
-FMM_HEADS = flags.DEFINE_integer("fmm_heads", None, "The same for the FMM; 8 as published.")
+cli.define_heads()
 
 parse = cli.parser("input", "output")
 
 
 def main(_: list[str]) -> None:
     from ktda_jax.data.datasets import dataset_info
-    from ktda_jax.weights import folder, sources
-    from ktda_jax.weights.files import expand
+    from ktda_jax.data.paths import expand
+    from ktda_jax.weights import folder, loading, sources
 
     cli.stop_cleanly()
     start = time.monotonic()
@@ -34,12 +34,7 @@ def main(_: list[str]) -> None:
         output = expand(OUTPUT.value)
         folder.check_free(output)
         info = dataset_info(DATASET.value) if DATASET.value else None
-        if folder.is_folder(place := expand(INPUT.value)):
-            found = folder.read(place)
-        else:
-            found = sources.load(
-                INPUT.value, SOURCE.value, teacher_heads=TEACHER_HEADS.value, fmm_heads=FMM_HEADS.value
-            )
+        found = _read(INPUT.value, SOURCE.value)
         if info is not None:
             classes = getattr(found.config, "num_classes", None)
             if classes != len(info.classes):
@@ -59,6 +54,29 @@ def main(_: list[str]) -> None:
         f"{found.kind}, {len(found.arrays)} tensors, {values / 1e6:.1f} M values -> {output} "
         f"({time.monotonic() - start:.0f} s)" + (f"; not in the source, hence new: {', '.join(new)}" if new else "")
     )
+    if line := loading.assumptions(INPUT.value, found):
+        print(f"warning: {line}")
+
+
+def _read(path: str, source: str):
+    from ktda_jax.config.workdir import is_workdir
+    from ktda_jax.data.paths import expand
+    from ktda_jax.weights import folder, loading, sources
+
+    heads = {name: flags.FLAGS[name].value for name in ("teacher_heads", "fmm_heads")}
+    if is_workdir(place := expand(path)):
+        from ktda_jax.training import trained
+
+        logging.set_verbosity(logging.ERROR)  # Orbax tells what it restores
+        found = trained.from_workdir(place)
+        teacher = "" if found.config.encoder == "teacher" else ", without its teacher, which a workdir does not hold"
+        print(f"the checkpoint of step {found.source['step']}{teacher}")
+    elif folder.is_folder(place):
+        found = folder.read(place)
+    else:
+        found = sources.load(path, source, **heads)
+    loading.check_heads(path, found, **heads)
+    return found
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     flags.DEFINE_string("output", None, "The file to write.")
     flags.DEFINE_string("size", None, "Height and width in pixels: 256, or 256x512; default the crop of the training.")
     flags.DEFINE_string("dtype", "float32", "What it computes in: float32, or, for stablehlo, bfloat16.")
+    cli.define_heads()
     PARSE = cli.parsed(cli.parser("checkpoint", "format", "output"))  # before the imports below, which take seconds
 
 import contextlib
@@ -64,12 +65,12 @@ from jax import export as jax_export
 
 from ktda_jax.config.workdir import write_json
 from ktda_jax.data.datasets import IGNORE
+from ktda_jax.data.paths import expand
 from ktda_jax.models import flat
 from ktda_jax.models.convnext import Block
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.vit import Attention
 from ktda_jax.prediction import segmenter
-from ktda_jax.weights.files import expand
 from ktda_jax.weights.folder import Weights, check_free
 
 FORMATS = ("stablehlo", "onnx")
@@ -80,7 +81,7 @@ LARGEST_FILE = 2**31 - 2**24  # both formats address 2 GiB; the program besides 
 
 def run(
     checkpoint: str, output: str | pathlib.Path, *, format: str, size: tuple[int, int] | None = None,
-    dtype: str = "float32",
+    dtype: str = "float32", teacher_heads: int | None = None, fmm_heads: int | None = None,
 ) -> dict:  # fmt: skip
     """Writes `output` and `output`.json, and returns what the latter says; UserError or OSError if it cannot be done.
 
@@ -98,7 +99,7 @@ def run(
     check_free(beside)
     convert = _importable(format)
     try:
-        found = segmenter.find(checkpoint)
+        found = segmenter.find(checkpoint, teacher_heads=teacher_heads, fmm_heads=fmm_heads)
     except OSError as error:
         raise UserError(f"cannot read --checkpoint={checkpoint}: {error}") from error
     if found.kind != "ktda":
@@ -108,6 +109,7 @@ def run(
     height, width = size = _size(found, size)
     shape = (height, width, found.config.student.bands)
     infer, arrays = _inference(found, jnp.dtype(dtype), for_onnx=format == "onnx")
+    flat.check_finite(arrays, f"{checkpoint} in {dtype}")
     needed = sum(array.nbytes for array in arrays.values())
     if needed > LARGEST_FILE:
         hint = "; --dtype=bfloat16 halves them" if (format, dtype) == ("stablehlo", "float32") else ""
@@ -265,7 +267,7 @@ def main(_: list[str]) -> None:
     try:
         made = run(
             given.checkpoint, given.output, format=given.format, dtype=given.dtype,
-            size=(sides[0], sides[-1]) if sides else None,
+            size=(sides[0], sides[-1]) if sides else None, teacher_heads=given.teacher_heads, fmm_heads=given.fmm_heads,
         )  # fmt: skip
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""

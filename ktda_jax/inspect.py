@@ -29,6 +29,7 @@ from ktda_jax.config.workdir import write_json
 from ktda_jax.data import augment, shares
 from ktda_jax.data.check import check_split
 from ktda_jax.data.datasets import IGNORE
+from ktda_jax.data.paths import expand
 from ktda_jax.data.sources import read_tile
 from ktda_jax.figures import plots, sheets
 from ktda_jax.training.inputs import doubts, open_source
@@ -152,7 +153,7 @@ def _sheet(path: pathlib.Path, source, data: Data, seed: int, samples: int) -> N
 
 def main(_: list[str]) -> None:
     config, given = cli.config(), flags.FLAGS
-    problems = run(config, pathlib.Path(given.output or f"inspection/{config.data.name}"), given.samples)
+    problems = run(config, expand(given.output or f"inspection/{config.data.name}"), given.samples)
     if problems:
         sys.exit("\n".join(f"error: {problem}" for problem in problems))
     print("nothing wrong found")

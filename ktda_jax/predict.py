@@ -31,6 +31,7 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     flags.DEFINE_bool("overlay", False, "NAME_overlay.png: scene and classes, at most 2048 pixels a side.")
     flags.DEFINE_bool("skip_existing", False, "Leave scenes alone whose outputs are all there.")
     flags.DEFINE_bool("tta", False, "Average over mirror images and two other scales; six times the work.")
+    cli.define_heads()
     hint = "put a pattern such as --input='*.tif' in quotes"
     PARSE = cli.parsed(cli.parser("checkpoint", "input", "output", hint=hint))  # before the imports below: seconds
 
@@ -43,18 +44,18 @@ import jax.numpy as jnp
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.gdal import rasterio_for
 from ktda_jax.data.images import Reading
+from ktda_jax.data.paths import expand
 from ktda_jax.data.reading import is_scale
 from ktda_jax.prediction import files, mapping, polygons, segmenter
 from ktda_jax.prediction.outputs import Legend
 from ktda_jax.tiling import device
-from ktda_jax.weights.files import expand
 
 
 def run(
     checkpoint: str, input: str, output: str, *, tile: int | None = None, overlap: int | None = None,
     batch_size: int | None = None, bands: Sequence[int] | None = None, scale: Sequence[float] | None = None,
     nodata: float | None = None, cog=False, probabilities=False, confidence=False, polygonize=False, overlay=False,
-    skip_existing=False, tta=False,
+    skip_existing=False, tta=False, teacher_heads: int | None = None, fmm_heads: int | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Maps what the flags of the same names say. UserError says in one line what is wrong."""
     inputs = files.expand(input)
@@ -76,7 +77,10 @@ def run(
     files.make_folders(outputs)
 
     on_cpu = jax.default_backend() == "cpu"
-    model = segmenter.load_pretrained(checkpoint, dtype=jnp.float32 if on_cpu else jnp.bfloat16)
+    model = segmenter.load_pretrained(
+        checkpoint, dtype=jnp.float32 if on_cpu else jnp.bfloat16, teacher_heads=teacher_heads, fmm_heads=fmm_heads,
+        say=lambda line: _say(f"warning: {line}"),
+    )  # fmt: skip
     if model.config.num_classes > IGNORE:
         raise UserError(f"the model has {model.config.num_classes} classes; a map holds at most {IGNORE}")
     trained = mapping.trained_reading(model.data)
@@ -147,7 +151,7 @@ def _numbers(name: str, kind) -> list | None:
 
 OPTIONS = (
     "checkpoint", "input", "output", "tile", "overlap", "batch_size", "nodata", "cog", "probabilities", "confidence",
-    "polygonize", "overlay", "skip_existing", "tta",
+    "polygonize", "overlay", "skip_existing", "tta", "teacher_heads", "fmm_heads",
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ import uuid
 from collections.abc import Sequence
 
 from ktda_jax import UserError
+from ktda_jax.data.paths import expand
 from ktda_jax.reports import workdir
 from ktda_jax.reports.gather import gather
 from ktda_jax.reports.page import render
@@ -35,9 +36,9 @@ from ktda_jax.reports.page import render
 
 def run(workdirs: Sequence[str], output: str | None = None, *, root: str | None = None, tiles: int = 4) -> pathlib.Path:
     """Writes the page and returns its path; UserError for what is no workdir or cannot be written to."""
-    paths = list({path.resolve(): path for path in map(pathlib.Path, workdirs)}.values())  # x and x/ are one
+    paths = list({path.resolve(): path for path in map(expand, workdirs)}.values())  # x and x/ are one
     name = "report.html" if len(paths) == 1 else "comparison.html"
-    path = pathlib.Path(output) if output else paths[0] / name
+    path = expand(output) if output else paths[0] / name
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     for given in paths:  # before the output's folder is made
         workdir.check(given)
@@ -58,7 +59,7 @@ def run(workdirs: Sequence[str], output: str | None = None, *, root: str | None 
 
 
 def _workdirs() -> list[str]:
-    split = ([given] if os.path.isdir(given) else given.split(",") for given in flags.FLAGS.workdir or ())
+    split = ([given] if expand(given).is_dir() else given.split(",") for given in flags.FLAGS.workdir or ())
     return [path for paths in split for path in paths if path]
 
 

@@ -70,7 +70,7 @@ def base() -> ConfigDict:
         features=config_dict.placeholder(str),  # folder of precomputed ones; None: features/<data.name>
         dtype="bfloat16",  # in which they are stored; or float16
     )
-    config.weights = dict(  # folders of ktda_jax.convert, or source files, or hf://ORG/NAME
+    config.weights = dict(  # folders of ktda_jax.convert, source files, hf://ORG/NAME, or workdirs
         student=config_dict.placeholder(str),
         teacher=config_dict.placeholder(str),
         model=config_dict.placeholder(str),  # a whole KTDA model, to go on from or to evaluate

@@ -8,6 +8,7 @@ from typing import Any
 from ktda_jax import UserError
 from ktda_jax.config.settings import KL_AXES, Settings
 from ktda_jax.data import reading
+from ktda_jax.data.paths import expand
 
 
 def resolve(config: Mapping[str, Any]) -> Settings:
@@ -50,16 +51,18 @@ def _or(known: tuple[str, ...]) -> str:
     return f"{', '.join(shown[:-1])} or {shown[-1]}"
 
 
-def check_output(path: str | None, flag: str, *, folder: bool = False) -> None:
-    """Makes the place where a result will go, before the work; UserError if it cannot be written to."""
+def check_output(path: str | None, flag: str, *, folder: bool = False) -> pathlib.Path | None:
+    """The place where a result will go, made before the work; UserError if it cannot be written to."""
     if path is None:
-        return
-    place = pathlib.Path(path) if folder else pathlib.Path(path).parent
+        return None
+    target = expand(path)
+    place = target if folder else target.parent
     try:
         place.mkdir(parents=True, exist_ok=True)
-        if not folder and pathlib.Path(path).is_dir():
+        if not folder and target.is_dir():
             raise UserError(f"--{flag}={path} is a folder; give a file")
         if not os.access(place, os.W_OK):
             raise UserError(f"cannot write to --{flag}={path}: no permission for {place}")
     except OSError as error:
         raise UserError(f"cannot write to --{flag}={path}: {error.strerror}") from error
+    return target

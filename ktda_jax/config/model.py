@@ -12,6 +12,7 @@ from flax import nnx
 
 from ktda_jax import UserError
 from ktda_jax.config.settings import Settings
+from ktda_jax.config.workdir import teacher_of
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDAConfig
 from ktda_jax.models.vit import ViT
@@ -56,6 +57,11 @@ def _check_grid(settings: Settings, model: KTDAConfig) -> None:
         )
 
 
+def teacher_arrays(path: str, expected: flat.Arrays, model: KTDAConfig) -> flat.Arrays:
+    """What config.weights.teacher, `path`, gives. Of a workdir it is the teacher of that training: it holds no copy."""
+    return loading.load(teacher_of(path), expected, "teacher", model.teacher)
+
+
 def teacher_identity(path: str | None, seed: int, model: KTDAConfig) -> dict[str, Any]:
     """What decides the frozen teacher's features of an image, in JSON's terms: what `ktda_jax.extract` writes down.
 
@@ -64,7 +70,7 @@ def teacher_identity(path: str | None, seed: int, model: KTDAConfig) -> dict[str
     digest, arrays = None, {}
     if path is not None:
         _, expected, _ = flat.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
-        arrays = loading.load(path, expected, "teacher", model.teacher)
+        arrays = teacher_arrays(path, expected, model)
         digest = hashlib.sha256()
         for name in sorted(arrays):
             digest.update(f"{name} {arrays[name].shape}".encode())

@@ -173,10 +173,10 @@ class StoredTaps:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What does not start at random: folders of ktda_jax.convert, published files, or hf://ORG/NAME."""
+    """What does not start at random: folders of ktda_jax.convert, published files, hf://ORG/NAME, or workdirs."""
 
     student: str | None = setting("pretrained student")
-    teacher: str | None = setting("pretrained teacher")
+    teacher: str | None = setting("pretrained teacher; of a workdir the one that was frozen in it")
     model: str | None = setting("a whole KTDA model, to go on from or to evaluate", absent=None)
     new_classifier: bool = setting("of `model`: leave its classifiers out, for other classes", absent=False)
 

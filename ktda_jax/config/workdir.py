@@ -11,6 +11,7 @@ from typing import Any
 from ktda_jax import UserError
 from ktda_jax.config.fields import flat
 from ktda_jax.config.settings import VERSION, Settings
+from ktda_jax.data.paths import expand
 
 CONFIG, RUN = "config.json", "run.json"
 
@@ -40,6 +41,26 @@ def read(workdir: pathlib.Path) -> Settings:
         return Settings.of(saved, strict=False)  # whatever else a user wrote into a config
     except UserError as error:
         raise UserError(f"{path} does not describe a training of ours: {error}") from error
+
+
+def is_workdir(path: pathlib.Path) -> bool:
+    """Whether a training has saved something there."""
+    return (path / "checkpoints").is_dir()
+
+
+def teacher_of(path: str) -> str:
+    """config.weights.teacher, or, where that is a workdir, the teacher that was frozen in its training."""
+    seen = []
+    while is_workdir(place := expand(path)):
+        chosen = read(place).weights.teacher
+        if chosen is None or place in seen:
+            raise UserError(
+                f"config.weights.teacher: {path} is a training with a random teacher (its config.weights.teacher is "
+                "unset), of which nothing is kept; give the teacher's weights themselves"
+            )
+        seen.append(place)
+        path = chosen
+    return path
 
 
 def compare(workdir: pathlib.Path, settings: Settings, only: tuple[str, ...] = ("",)) -> None:

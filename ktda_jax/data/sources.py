@@ -16,6 +16,7 @@ from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.gdal import unreadable
 from ktda_jax.data.images import read_bands, read_image
 from ktda_jax.data.labels import Colour, label_size, read_label
+from ktda_jax.data.paths import expand
 
 IMAGE_EXTENSIONS = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 LABEL_EXTENSIONS = (".png", ".tif", ".tiff")
@@ -58,7 +59,7 @@ class FolderSource:
         nodata: float | None = None,
         label_map: Mapping[int | Colour, int] | None = None,
     ):
-        self.root = pathlib.Path(root).expanduser()
+        self.root = expand(root)
         self.split = split
         self.num_classes = num_classes
         self.bands = len(bands) if bands else 3

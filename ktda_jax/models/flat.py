@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from ktda_jax import UserError
@@ -66,6 +67,20 @@ def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], what: st
         problems.append(f"shapes differ: {some(wrong)}")
     if problems:
         raise UserError(f"{what} does not fit the model: " + "; ".join(problems))
+
+
+def check_finite(arrays: Mapping[str, Any], what: str) -> None:
+    """Raises one UserError that names the tensors with a NaN or an infinity: a model with one maps all to class 0."""
+    wrong = []
+    for name, array in arrays.items():
+        array = np.asarray(array)
+        if array.dtype.kind in "fV" and not np.isfinite(array).all():  # V: bfloat16 and the like
+            wrong.append(f"{name} ({np.count_nonzero(~np.isfinite(array)):,} of {array.size:,} values)")
+    if wrong:
+        more = f" and {len(wrong) - 3} more tensors" if len(wrong) > 3 else ""
+        raise UserError(
+            f"{what} is not finite in {', '.join(wrong[:3])}{more}; take weights of a training that went well"
+        )
 
 
 def count(arrays: Mapping[str, Any]) -> int:

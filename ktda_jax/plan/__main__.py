@@ -19,7 +19,6 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     flags.DEFINE_string("output", None, "JSON file of the figures.")
     PARSE = cli.parsed(cli.parse_config)  # before the imports below, which take seconds
 
-import pathlib
 import shlex
 import time
 from importlib import metadata
@@ -36,7 +35,7 @@ def main(_: list[str]) -> None:
     cli.start()
     config, given = cli.config(), flags.FLAGS
     try:
-        checks.check_output(given.output, "output")
+        output = checks.check_output(given.output, "output")
         with config.unlocked():
             if given.batch:
                 config.batch_size = given.batch
@@ -46,14 +45,14 @@ def main(_: list[str]) -> None:
         advice = "take a larger slice or a smaller batch" if given.search else "--search tries settings that need less"
         sys.exit(f"{given.topology}, global batch {config.batch_size}: {error}; {advice}")
     print(compile.text_of(report))
-    if given.output:
+    if output:
         versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "libtpu")}
         report |= {"scaling": slices.scaling(report), "smallest": slices.smallest(report), "versions": versions}
         report |= {
             "date": time.strftime("%Y-%m-%d"),
             "command": shlex.join(["python", "-m", "ktda_jax.plan", *sys.argv[1:]]),
         }
-        write_json(pathlib.Path(given.output), report)
+        write_json(output, report)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 
 from ktda_jax import UserError
-from ktda_jax.weights.files import expand as expand_home
+from ktda_jax.data.paths import expand as expand_home
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".vrt", ".jp2")  # of scenes in a folder
 MAPS = (".tif", ".tiff", ".png")

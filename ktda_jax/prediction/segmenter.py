@@ -3,22 +3,20 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from ktda_jax import UserError
-from ktda_jax.config import checks
-from ktda_jax.config import workdir as records
-from ktda_jax.config.model import model_of
 from ktda_jax.data.images import read_image
 from ktda_jax.models import flat
-from ktda_jax.models.ktda import KTDA, KTDAConfig, full_size
+from ktda_jax.models.ktda import KTDA, full_size
 from ktda_jax.models.layers import at_least_float32
-from ktda_jax.models.vit import ViT
-from ktda_jax.training.checkpoint import Checkpoints
+from ktda_jax.training import trained
 from ktda_jax.weights import folder, loading
 
 LARGEST = 2048  # pixels a side: attention over the whole image
@@ -85,49 +83,24 @@ def infer(graphdef, params, stats, images):
 
 
 def load_pretrained(
-    path: str | pathlib.Path, *, dtype=jnp.float32, teacher_heads: int | None = None, fmm_heads: int | None = None
-) -> Segmenter:
-    """See `ktda_jax.load_pretrained`."""
-    return Segmenter(find(path, teacher_heads=teacher_heads, fmm_heads=fmm_heads), dtype)
+    path: str | pathlib.Path, *, dtype=jnp.float32, teacher_heads: int | None = None, fmm_heads: int | None = None,
+    say: Callable[[str], None] = logging.warning,
+) -> Segmenter:  # fmt: skip
+    """See `ktda_jax.load_pretrained`; for `say` see `find`."""
+    return Segmenter(find(path, teacher_heads=teacher_heads, fmm_heads=fmm_heads, say=say), dtype)
 
 
-def find(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_heads: int | None = None) -> folder.Weights:
-    """The weights of anything that `load_pretrained` takes; UserError says in a line what is wrong."""
-    folder = pathlib.Path(path)
-    if (folder / "checkpoints").is_dir():
-        return from_workdir(folder)
-    return loading.read(path, teacher_heads=teacher_heads, fmm_heads=fmm_heads)
+def find(
+    path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_heads: int | None = None,
+    say: Callable[[str], None] = logging.warning,
+) -> folder.Weights:  # fmt: skip
+    """The weights of anything that `load_pretrained` takes; UserError says in a line what is wrong.
 
-
-def from_workdir(workdir: pathlib.Path) -> folder.Weights:
-    """The best checkpoint of a training (the latest, if none was validated), with what its config says of the data."""
-    settings = records.read(workdir)
-    try:
-        checks.check(settings)
-        model, info = model_of(settings), settings.data.info
-    except UserError as error:
-        raise UserError(f"{workdir / records.CONFIG} does not describe a training of ours: {error}") from error
-    _, params, stats = flat.abstract(lambda: KTDA(model, rngs=nnx.Rngs(0)))
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        step = checkpoints.best_step()
-        if step is None:
-            raise UserError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
-        params, stats = checkpoints.restore_model(step, params, stats)
-    if model.encoder == "teacher":
-        params = {**params, **_encoder(workdir, settings.weights.teacher, model)}
-    return folder.Weights(
-        kind="ktda", config=model, arrays={**params, **stats}, source={"workdir": str(workdir), "step": step},
-        classes=info.classes, palette=info.palette, data=dataclasses.asdict(settings.data),
-    )  # fmt: skip
-
-
-def _encoder(workdir: pathlib.Path, path: str | None, model: KTDAConfig) -> flat.Arrays:
-    """The frozen encoder's arrays under 'teacher/', from where training had them: no checkpoint holds them."""
-    if path is None:
-        raise UserError(f"{workdir}: its encoder is a teacher that was random (config.weights.teacher was unset)")
-    _, expected, _ = flat.abstract(lambda: ViT(model.teacher, rngs=nnx.Rngs(0)))
-    try:
-        arrays = loading.load(path, expected, "teacher", model.teacher)
-    except (UserError, OSError) as error:
-        raise UserError(f"{workdir}: its frozen encoder cannot be read: {error}") from error
-    return {f"teacher/{k}": v for k, v in arrays.items()}
+    `say` gets a line on what was assumed of them, if anything was.
+    """
+    heads = dict(teacher_heads=teacher_heads, fmm_heads=fmm_heads)
+    found = trained.read(path, **heads)
+    loading.check_heads(path, found, **heads)
+    if line := loading.assumptions(path, found):
+        say(line)
+    return found

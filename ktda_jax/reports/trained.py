@@ -13,8 +13,8 @@ from ktda_jax.config.model import compute_dtype
 from ktda_jax.models import flat
 from ktda_jax.models.flat import Arrays
 from ktda_jax.models.ktda import KTDA, KTDAConfig
-from ktda_jax.prediction import segmenter
 from ktda_jax.training import evaluate
+from ktda_jax.training.trained import from_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ def load(workdir: pathlib.Path, dtype: str) -> Trained:
     if not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):
         raise UserError("no checkpoint in the workdir yet")
     dtype = compute_dtype(dtype)
-    found = segmenter.from_workdir(workdir)
+    found = from_workdir(workdir)
     graphdef, params, stats = flat.abstract(lambda: KTDA(found.config, own_encoder=True, dtype=dtype, rngs=nnx.Rngs(0)))
     params, stats = ({k: found.arrays[k] for k in names} for names in (params, stats))
     mesh = sharding.make_mesh(1, 1)

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ktda_jax import UserError, sharding
-from ktda_jax.models.flat import Arrays, check_shapes
+from ktda_jax.models.flat import Arrays, check_finite, check_shapes
 from ktda_jax.training.state import TrainState
 
 METRIC = "mIoU"
@@ -101,6 +101,7 @@ class Checkpoints:
             )
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 found = reader.restore(self._directory / str(step) / "state", args=arguments)
+            check_finite({**found[chosen], **found["batch_stats"]}, where)
             return found[chosen], found["batch_stats"]
 
     def _check(self, step: int, abstract: TrainState) -> None:

@@ -10,6 +10,7 @@ from ktda_jax import UserError
 from ktda_jax.config.settings import Data, StoredTaps
 from ktda_jax.data import classes, pipeline, reading
 from ktda_jax.data.check import SplitSummary, check_split
+from ktda_jax.data.paths import expand
 from ktda_jax.data.sources import FolderSource, Source, labels_are
 from ktda_jax.data.teacher_features import TeacherFeatures
 
@@ -49,7 +50,7 @@ def doubts(data: Data, source: Source, split: str, summary: SplitSummary) -> lis
 
 def features_folder(stored: StoredTaps, data: Data) -> pathlib.Path:
     """Where the teacher's precomputed features of the training split are."""
-    return pathlib.Path(stored.features or f"features/{data.name.replace('/', '_')}")
+    return expand(stored.features or f"features/{data.name.replace('/', '_')}")
 
 
 def open_features(folder: pathlib.Path, identity: dict[str, Any], split: str, fingerprint: str) -> TeacherFeatures:

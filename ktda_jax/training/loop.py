@@ -15,6 +15,7 @@ from ktda_jax.config.model import compute_dtype, model_of, teacher_identity
 from ktda_jax.config.settings import Settings
 from ktda_jax.data import pipeline
 from ktda_jax.data.check import check_split
+from ktda_jax.data.paths import expand
 from ktda_jax.data.teacher_features import TeacherFeatures
 from ktda_jax.figures import plots
 from ktda_jax.models import flat
@@ -32,7 +33,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | pathlib.Path) -
 
     config: a ConfigDict, or nested mappings as config.json has them. UserError says in a line what is wrong.
     """
-    workdir, settings = pathlib.Path(workdir), checks.resolve(config)
+    workdir, settings = expand(workdir), checks.resolve(config)
     records.compare(workdir, settings)
     program = build(settings)
     compilation = Compilation(program) if _latest(workdir) < settings.total_steps else None
@@ -203,7 +204,7 @@ def evaluate_workdir(
     config: Mapping[str, Any], workdir: str | pathlib.Path, *, program: Program | None = None
 ) -> evaluate.Evaluation:
     """Evaluates the best checkpoint on the test split, or on validation without one; writes the figures."""
-    workdir, settings = pathlib.Path(workdir), checks.resolve(config)
+    workdir, settings = expand(workdir), checks.resolve(config)
     split = settings.data.test_split or settings.data.val_split
     trained = (workdir / "checkpoints").is_dir()
     if trained:

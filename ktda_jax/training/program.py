@@ -16,14 +16,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ktda_jax import UserError, sharding
-from ktda_jax.config.model import compute_dtype, model_of
+from ktda_jax.config.model import compute_dtype, model_of, teacher_arrays
 from ktda_jax.config.settings import Settings, Weights
 from ktda_jax.data import libc
 from ktda_jax.models import flat
 from ktda_jax.models.initial import HostRngs
 from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.models.vit import ViT
-from ktda_jax.training import evaluate, losses, optim
+from ktda_jax.training import evaluate, losses, optim, trained
 from ktda_jax.training.state import TrainState
 from ktda_jax.weights import loading
 
@@ -233,13 +233,14 @@ def _loaded(chosen: Weights, model: KTDAConfig, params: flat.Arrays, stats: flat
         expected = {**params, **stats}
         if chosen.new_classifier:
             expected = {k: v for k, v in expected.items() if "/conv_seg/" not in k}
-        return loading.load(chosen.model, expected, "model", model, new_classifier=chosen.new_classifier, rgb=model.rgb)
+        options = dict(new_classifier=chosen.new_classifier, rgb=model.rgb, read=trained.read)
+        return loading.load(chosen.model, expected, "model", model, **options)
     if chosen.new_classifier:
         raise UserError("config.weights.new_classifier says what not to take from config.weights.model; give that too")
     if chosen.student is None:
         return {}
     student = {k.removeprefix("student/"): v for k, v in params.items() if k.startswith("student/")}
-    tensors = loading.load(chosen.student, student, "student", model.student, rgb=model.rgb)
+    tensors = loading.load(chosen.student, student, "student", model.student, rgb=model.rgb, read=trained.read)
     return {f"student/{k}": v for k, v in tensors.items()}
 
 
@@ -255,7 +256,7 @@ def frozen_teacher(
     shardings = sharding.tree_shardings(mesh, expected)
     shapes = sharding.abstract(expected, shardings)
     if path is not None:
-        arrays = loading.load(path, expected, "teacher", model.teacher)
+        arrays = teacher_arrays(path, expected, model)
         return graphdef, shapes, lambda: sharding.place(arrays, shardings)
     key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
 

@@ -31,7 +31,10 @@ def _count(arrays: Arrays, prefix: str) -> int:
     return len({k.removeprefix(prefix).split("/")[0] for k in arrays if k.startswith(prefix)})
 
 
-def convnext(arrays: Arrays) -> ConvNeXtConfig:
+def convnext(arrays: Arrays, *, beside: Mapping | None = None) -> ConvNeXtConfig:
+    """`beside`: Hugging Face's settings."""
+    if (activation := (beside or {}).get("hidden_act", "gelu")) != "gelu":
+        raise UserError(f"hidden_act {activation!r} is not what ConvNeXt was published with")
     return ConvNeXtConfig(
         depths=tuple(_count(arrays, f"stages/{k}/") for k in range(4)),
         channels=tuple(_shape(arrays, f"downsample/{k}/conv/kernel")[-1] for k in range(4)),
@@ -58,6 +61,10 @@ def vit(arrays: Arrays, *, rope: bool, heads: int | None = None, beside: Mapping
     activation = beside.get("hidden_act", "silu" if swiglu else "gelu")
     if activation != ("silu" if swiglu else "gelu") and not (swiglu and not rope):  # DINOv2's SwiGLU ignores it
         raise UserError(f"hidden_act {activation!r} is not what DINOv2 and DINOv3 were published with")
+    published = {"layer_norm_eps": 1e-5 if rope else 1e-6} | ({"rope_theta": 100.0} if rope else {})
+    for name, value in published.items():
+        if beside.get(name, value) != value:
+            raise UserError(f"{name} {beside[name]} is not what DINOv2 and DINOv3 were published with ({value})")
     options = {}
     if statistics_known(beside):
         options = {k: tuple(round(255 * v, 3) for v in beside[f"image_{k}"]) for k in ("mean", "std")}
@@ -79,6 +86,18 @@ def statistics_known(beside: Mapping) -> bool:
 def _mlp_ratio(width: int, hidden: int, reduced: bool) -> float:
     """DINOv2's SwiGLU has two thirds of the hidden width that the ratio says (rounded up to 8)."""
     return round(1.5 * hidden / width) if reduced else hidden / width
+
+
+def assumed(arrays: Arrays, config: KTDAConfig, teacher_heads: int | None, fmm_heads: int | None) -> dict[str, int]:
+    """What neither the tensors nor the caller have said of `ktda`'s answer, and what it changes."""
+    found = {}
+    if config.fmm is not None and not fmm_heads:
+        found["FMM heads (--fmm_heads)"] = config.fmm.heads
+    if not under(arrays, "teacher/"):
+        found["teacher's patch"] = config.teacher.patch
+    elif not teacher_heads:
+        found["teacher heads (--teacher_heads)"] = config.teacher.heads
+    return found
 
 
 def ktda(arrays: Arrays, *, teacher_heads: int | None = None, fmm_heads: int | None = None) -> KTDAConfig:

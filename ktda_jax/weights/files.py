@@ -10,8 +10,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from ktda_jax import UserError
+from ktda_jax.data.paths import expand
+from ktda_jax.models.flat import check_finite
+from ktda_jax.weights import shards
 
 HUB = "hf://"
+OURS = "ktda_jax"  # in the `meta` of a .pth
 _WRAPPERS = ("state_dict", "model", "module", "teacher", "model_ema")
 # What mmengine and old numpy put beside the tensors; read as inert objects, so that nothing of a file is executed.
 _INERT = ("mmengine.logging.history_buffer.HistoryBuffer", "mmengine.logging.message_hub.MessageHub")
@@ -37,7 +41,7 @@ def locate(path: str) -> tuple[pathlib.Path, dict]:
     try:
         patterns = [file, "*.json"] if file else ["*.safetensors", "*.json"]
         folder = snapshot_download(name, allow_patterns=patterns, **options)
-        if not file and not list(pathlib.Path(folder).glob("*.safetensors")):
+        if not file and not list(pathlib.Path(folder).glob("[!.]*.safetensors")):
             folder = snapshot_download(name, allow_patterns=["*.bin", "*.pth", "*.json"], **options)
     except LocalEntryNotFoundError as error:
         raise UserError(
@@ -52,30 +56,25 @@ def locate(path: str) -> tuple[pathlib.Path, dict]:
     return found, {"path": path, "revision": pathlib.Path(folder).name}  # snapshots are named by their commit
 
 
-def expand(path: str | pathlib.Path) -> pathlib.Path:
-    """The path with its ~ replaced."""
-    try:
-        return pathlib.Path(path).expanduser()
-    except RuntimeError as error:  # ~somebody who is not there
-        raise UserError(f"{path}: {error}") from error
-
-
 def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict, list[pathlib.Path]]:
-    """Tensors by name (views of the file where possible), the settings that lie beside them, and the files read."""
+    """Tensors by name (views of the file where possible), the settings that come with them, and the files read.
+
+    The settings are those of Hugging Face, and under OURS the description that `sources.to_upstream` puts into a .pth.
+    """
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted([*path.glob("*.bin"), *path.glob("*.pth")])
-        if not files:
-            raise UserError(f"{path} holds no .safetensors, .bin or .pth file")
-        if len(files) > 1 and not list(path.glob("*.index.json")):
-            raise UserError(
-                f"{path} holds {len(files)} weight files ({', '.join(f.name for f in files[:4])}); give one of them"
-            )
-        beside = _settings(path)
+        (files, where), beside = shards.weight_files(path), _settings(path)
     else:
-        files, beside = [path], _settings(path.parent) if path.suffix == ".safetensors" else {}
+        files, where, beside = [path], {}, _settings(path.parent) if path.suffix == ".safetensors" else {}
     tensors = {}
     for file in files:
-        tensors |= _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+        if file.suffix == ".safetensors":
+            found = _safetensors(file)
+        else:
+            found, meta = _pickled(file)
+            beside |= {OURS: meta[OURS]} if OURS in meta else {}
+        check_finite(found, str(file))
+        tensors |= found
+    shards.check_complete(tensors, where, path)
     return tensors, beside, files
 
 
@@ -122,7 +121,8 @@ def import_torch(what: str):
     return torch
 
 
-def _pickled(file: pathlib.Path) -> dict[str, np.ndarray]:
+def _pickled(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Tensors by name, and the `meta` that mmengine, and we, put beside them."""
     torch = import_torch(f"reading {file}")
     import pickle
 
@@ -140,10 +140,12 @@ def _pickled(file: pathlib.Path) -> dict[str, np.ndarray]:
     tensors = {k: v.detach() for k, v in items if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not tensors:
         raise UserError(f"{file} holds no tensors by name; give a checkpoint or a state dict")
-    return {
+    arrays = {
         name: as_float((t.float() if t.is_floating_point() and t.dtype != torch.float64 else t).numpy())
         for name, t in tensors.items()
     }
+    meta = content.get("meta")
+    return arrays, meta if isinstance(meta, Mapping) else {}
 
 
 def _load(torch, file: pathlib.Path):

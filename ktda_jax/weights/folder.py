@@ -13,13 +13,14 @@ import numpy as np
 
 from ktda_jax import UserError
 from ktda_jax.models.convnext import ConvNeXtConfig
-from ktda_jax.models.flat import Arrays
+from ktda_jax.models.flat import Arrays, check_finite
 from ktda_jax.models.fmm import FMMConfig
 from ktda_jax.models.ktda import KTDAConfig
 from ktda_jax.models.vit import ViTConfig
 
 TENSORS, DESCRIPTION = "model.safetensors", "model.json"
 ASSUMED = "of ImageNet, assumed"  # image statistics, where a file came without them
+READING = ("name", "bands", "rgb", "scale", "nodata", "crop")
 KINDS = {"ktda": KTDAConfig, "student": ConvNeXtConfig, "teacher": ViTConfig}
 
 
@@ -33,7 +34,8 @@ class Weights:
     source: dict[str, Any]
     classes: tuple[str, ...] | None = None
     palette: tuple[tuple[int, int, int], ...] | None = None
-    data: dict[str, Any] | None = None  # config.data of the training, where it is known: bands, scale, nodata, crop
+    assumed: dict[str, int] | None = None  # what neither tensors nor caller told when they were converted just now
+    data: dict[str, Any] | None = None  # how the training read its images (READING of its config.data), where known
 
 
 def save(path: str | pathlib.Path, weights: Weights) -> None:
@@ -43,21 +45,14 @@ def save(path: str | pathlib.Path, weights: Weights) -> None:
 
     path = pathlib.Path(path)
     check_free(path)
+    check_finite(weights.arrays, f"what {path} would hold")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir()
         # safetensors writes the buffer as it lies in memory, which for a transposed view is another array.
         save_file({k: np.asarray(v, order="C") for k, v in weights.arrays.items()}, temporary / TENSORS)
-        description = {
-            "format": 1,
-            "kind": weights.kind,
-            "architecture": dataclasses.asdict(weights.config),
-            "classes": weights.classes,
-            "palette": weights.palette,
-            "source": weights.source,
-            "sha256": _sha256(temporary / TENSORS),
-        }
+        description = describe(weights) | {"sha256": _sha256(temporary / TENSORS)}
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
         # safetensors writes for its owner alone, whatever the umask.
         (temporary / TENSORS).chmod((temporary / DESCRIPTION).stat().st_mode)
@@ -66,6 +61,38 @@ def save(path: str | pathlib.Path, weights: Weights) -> None:
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def describe(weights: Weights) -> dict[str, Any]:
+    """All but the arrays, in JSON's terms: what no tensor tells, which must come with them wherever they go."""
+    described = {
+        "format": 1,
+        "kind": weights.kind,
+        "architecture": dataclasses.asdict(weights.config),
+        "classes": weights.classes,
+        "palette": weights.palette,
+        "data": weights.data and {name: weights.data.get(name) for name in READING},
+        "source": weights.source,
+    }
+    return json.loads(json.dumps(described))
+
+
+def described(description: Mapping[str, Any], arrays: Arrays) -> Weights:
+    """The inverse of `describe`; ValueError, KeyError, TypeError or AttributeError for what is none."""
+    classes, palette, data = (description.get(name) for name in ("classes", "palette", "data"))
+    return Weights(
+        kind=description["kind"],
+        config=_config(KINDS[description["kind"]], description["architecture"]),
+        arrays=arrays,
+        source=dict(description["source"]),
+        classes=classes and tuple(classes),
+        palette=palette and tuple(map(tuple, palette)),
+        data=data and {name: _tuples(data.get(name)) for name in READING},
+    )
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _sha256(path: pathlib.Path) -> str:
@@ -89,21 +116,14 @@ def read(folder: pathlib.Path) -> Weights:
 
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
-        classes, palette = description.get("classes"), description.get("palette")
-        found = Weights(
-            kind=description["kind"],
-            config=_config(KINDS[description["kind"]], description["architecture"]),
-            arrays=load_file(folder / TENSORS),
-            source=dict(description["source"]),
-            classes=classes and tuple(classes),
-            palette=palette and tuple(map(tuple, palette)),
-        )
+        found = dataclasses.replace(described(description, {}), arrays=load_file(folder / TENSORS))
         if _sha256(folder / TENSORS) != description["sha256"]:
             raise UserError(f"{TENSORS} is not the file that was written, by its sha256")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"cannot read the weights in {folder}: {str(error).splitlines()[0]}; are they whole?"
         ) from error
+    check_finite(found.arrays, str(folder / TENSORS))
     return found
 
 
@@ -114,5 +134,5 @@ def _config(cls, values: Mapping[str, Any]):
     for name, value in values.items():
         if isinstance(value, dict):
             value = _config(nested[name], value)
-        built[name] = tuple(value) if isinstance(value, list) else value
+        built[name] = _tuples(value)
     return cls(**built)

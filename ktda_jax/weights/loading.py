@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 from absl import logging
 
 from ktda_jax import UserError
+from ktda_jax.data.paths import expand
 from ktda_jax.models import convnext, vit
 from ktda_jax.models.flat import Arrays, check_shapes
 from ktda_jax.models.ktda import KTDAConfig
@@ -16,7 +18,6 @@ from ktda_jax.models.layers import resize
 from ktda_jax.models.vit import ViTConfig
 from ktda_jax.weights import folder, sources
 from ktda_jax.weights.architecture import HEADS
-from ktda_jax.weights.files import expand
 from ktda_jax.weights.folder import ASSUMED, Weights
 
 # Settings of training and of one input size; all others decide what the weights compute.
@@ -34,6 +35,23 @@ def read(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_head
     return sources.load(str(path), teacher_heads=teacher_heads, fmm_heads=fmm_heads)
 
 
+def check_heads(path, found: Weights, *, teacher_heads: int | None = None, fmm_heads: int | None = None) -> None:
+    """UserError for other heads than those that weights which say theirs have."""
+    teacher = found.config if found.kind == "teacher" else getattr(found.config, "teacher", None)
+    fmm = getattr(found.config, "fmm", None)
+    for name, asked, part in (("teacher_heads", teacher_heads, teacher), ("fmm_heads", fmm_heads, fmm)):
+        if asked and part is not None and asked != part.heads:
+            raise UserError(f"--{name}={asked}, but {path} is of a model with {part.heads}; leave --{name} out")
+
+
+def assumptions(path, found: Weights) -> str | None:
+    """A line on what was assumed of weights that do not say it; None where all is known."""
+    if not found.assumed:
+        return None
+    listed = ", ".join(f"{name} {value}" for name, value in found.assumed.items())
+    return f"{path} does not say all of its model; assumed as published: {listed}"
+
+
 def load(
     path: str,
     expected: Arrays,
@@ -42,11 +60,13 @@ def load(
     *,
     new_classifier: bool = False,
     rgb: tuple[int, int, int] = (0, 1, 2),
+    read: Callable[..., Weights] = read,
 ) -> dict[str, np.ndarray]:
     """What config.weights.`what` gives for `config`: arrays of `expected`'s names and shapes.
 
     `what` is student, teacher or model. A whole KTDA model also serves as student or as teacher, and weights for RGB
-    serve any number of bands. UserError names the path, and the settings that disagree.
+    serve any number of bands. `read` may know of more than this module's does: of workdirs. UserError names the path,
+    and the settings that disagree.
     """
     where = f"config.weights.{what}"
     # No tensor tells the number of heads. Published widths have one of their own, which the config must then match.
@@ -86,7 +106,7 @@ def load(
         arrays["pos_embed"] = _fit_positions(arrays["pos_embed"], config)
     check_shapes(arrays, expected, f"{where}: {path}")
     logging.info("%s: %d tensors from %s", what, len(arrays), path)
-    return {k: v.astype(expected[k].dtype) for k, v in arrays.items()}
+    return {k: np.asarray(v).astype(expected[k].dtype) for k, v in arrays.items()}
 
 
 def _fit_positions(array: np.ndarray, config: ViTConfig) -> np.ndarray:

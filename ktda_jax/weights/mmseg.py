@@ -47,12 +47,17 @@ def our_path(name: str) -> str | None:
     return hit and hit[1]
 
 
-def from_upstream(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """A whole checkpoint by our paths, the teacher under 'teacher/'; and the names that nothing knows."""
+def from_upstream(
+    tensors: Mapping[str, np.ndarray], grid: tuple[int, int] | None = None
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """A whole checkpoint by our paths, the teacher under 'teacher/'; and the names that nothing knows.
+
+    grid: of the teacher's position embedding, where it is known.
+    """
     found, unknown = convert(tensors, [*TABLE, *TEACHER], lambda name: name.startswith("data_preprocessor."))
     teacher = {k.removeprefix("teacher/"): v for k, v in found.items() if k.startswith("teacher/")}
     found = {k: v for k, v in found.items() if not k.startswith("teacher/")}
-    return found | {f"teacher/{k}": v for k, v in vit.split_position(teacher).items()}, unknown
+    return found | {f"teacher/{k}": v for k, v in vit.split_position(teacher, grid).items()}, unknown
 
 
 def to_upstream(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,6 +1,8 @@
 """Weights of other projects under our paths: `load` for any source, `to_upstream` for the way back."""
 
+import dataclasses
 import pathlib
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,12 @@ from flax import nnx
 from ktda_jax import UserError
 from ktda_jax.models import flat
 from ktda_jax.models.convnext import ConvNeXt
+from ktda_jax.models.flat import check_finite
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.vit import ViT
 from ktda_jax.weights import architecture, convnext, files, mmseg, vit
 from ktda_jax.weights.architecture import under
-from ktda_jax.weights.folder import ASSUMED, Weights
+from ktda_jax.weights.folder import ASSUMED, Weights, describe, described
 
 SOURCES = ("auto", "ktda", "hf", "meta", "timm", "mmpretrain")
 
@@ -25,19 +28,25 @@ def load(
     teacher_heads: int | None = None,
     fmm_heads: int | None = None,
 ) -> Weights:
-    """Reads and converts `path`, a file, a Hugging Face folder or hf://ORG/NAME; UserError says what is wrong."""
+    """Reads and converts `path`, a file, a Hugging Face folder or hf://ORG/NAME; UserError says what is wrong.
+
+    What `to_upstream` has written says what no tensor tells, whatever heads are given here.
+    """
     if source not in SOURCES:
         raise UserError(f"--source is {source!r}; known: {', '.join(SOURCES)}")
     found, origin = files.locate(path)
     tensors, beside, read = files.read(found)
+    if "architecture" in (description := _mapping(beside.pop(files.OURS, None))):
+        return _described(path, description, tensors, origin | _digests(read))
     kind, layout, tensors = _recognise(files.strip_prefixes(tensors), found)
     if source not in ("auto", layout.split()[0]) and (source, layout) != ("timm", "meta"):
         raise UserError(f"{path} is in the layout {layout}, not {source}; leave --source out to have it recognised")
-    new = []
+    new, assumed = [], None
     try:
         if kind == "ktda":
             arrays, unknown = mmseg.from_upstream(tensors)
             config = architecture.ktda(arrays, teacher_heads=teacher_heads, fmm_heads=fmm_heads)
+            assumed = architecture.assumed(arrays, config, teacher_heads, fmm_heads)
         elif kind == "teacher":
             arrays, unknown = vit.from_source(tensors, layout)
             dinov3 = layout.startswith("hf dinov3")
@@ -46,14 +55,35 @@ def load(
                 origin["statistics"] = ASSUMED
         else:
             arrays, unknown, new = convnext.from_source(tensors, layout)
-            config = architecture.convnext(arrays)
+            config = architecture.convnext(arrays, beside=beside)
         _check(kind, config, arrays, unknown)
     except (ValueError, IndexError) as error:
         raise UserError(f"{path} ({kind}, {layout} names): {error}") from error
-    origin |= {"layout": layout, "sha256": {file.name: files.sha256(file) for file in read}}
+    origin |= {"layout": layout} | _digests(read)
     if new:
         origin["initialised"] = new
-    return Weights(kind, config, arrays, origin)
+    if assumed:
+        origin["assumed"] = assumed
+    return Weights(kind, config, arrays, origin, assumed=assumed)
+
+
+def _digests(read: list[pathlib.Path]) -> dict:
+    return {"sha256": {file.name: files.sha256(file) for file in read}}
+
+
+def _mapping(value) -> Mapping:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _described(path: str, description: Mapping, tensors: dict, origin: dict) -> Weights:
+    """A .pth of our own, whose `meta` holds what our folder's model.json does."""
+    try:
+        found = described(description, {})
+        arrays, unknown = mmseg.from_upstream(tensors, found.config.teacher.grid)
+        _check(found.kind, found.config, arrays, unknown)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{path} is not as its description says: {str(error).splitlines()[0]}") from error
+    return dataclasses.replace(found, arrays=arrays, source=origin | {"layout": "ktda", "written_from": found.source})
 
 
 def _recognise(tensors: dict, path: pathlib.Path) -> tuple[str, str, dict]:
@@ -97,6 +127,7 @@ def to_upstream(weights: Weights, path: pathlib.Path) -> None:
     """Writes a `.pth` that the published PyTorch code loads; aside first, then renamed."""
     if weights.kind != "ktda":
         raise UserError(f"--to=upstream writes whole KTDA models; this is a {weights.kind}")
+    check_finite(weights.arrays, f"what {path} would hold")
     torch = files.import_torch(f"writing {path}")
     try:
         tensors = mmseg.to_upstream(weights.arrays)
@@ -107,7 +138,7 @@ def to_upstream(weights: Weights, path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        torch.save({"meta": {"ktda_jax": weights.source}, "state_dict": content}, temporary)
+        torch.save({"meta": {files.OURS: describe(weights)}, "state_dict": content}, temporary)
         temporary.replace(path)
     except RuntimeError as error:
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error

@@ -111,13 +111,15 @@ def from_source(tensors: Mapping[str, np.ndarray], source: str) -> tuple[dict[st
     return split_position(found), unknown
 
 
-def split_position(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`position`, (1, 1 + gh * gw, C), as our two parameters: the class token's, and a square map."""
+def split_position(arrays: Mapping[str, np.ndarray], grid: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
+    """`position`, (1, 1 + gh * gw, C), as our two parameters: the class token's, and a map, by default square."""
     arrays = dict(arrays)
     position = arrays.pop("position", None)
     if position is None or position.ndim != 3:
         return arrays
     tokens, width = position.shape[1:]
+    if grid is not None:
+        return arrays | {"pos_embed_cls": position[:, :1], "pos_embed": position[:, 1:].reshape(1, *grid, width)}
     side = math.isqrt(tokens)
     if side * side == tokens:  # timm's with registers, which adds the class token's position to the token itself
         cls = np.zeros((1, 1, width), position.dtype)
