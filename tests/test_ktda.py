@@ -129,7 +129,7 @@ class Trajectory(NamedTuple):
     final: dict  # parameters and BatchNorm statistics
 
 
-@pytest.fixture(scope="module", params=["float32", "float64"])
+@pytest.fixture(scope="module", params=["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def trajectory(request):
     dtype = jnp.dtype(request.param)
     with jax.enable_x64(request.param == "float64"):

@@ -68,6 +68,7 @@ def being_written(workdir) -> bool:
     return runs.reached(workdir, 5) and any(not name.isdigit() for name in names)
 
 
+@pytest.mark.slow
 def test_killed_while_saving_then_stopped_then_finished_is_the_same_run(whole, command, tiles, tmp_path):
     first = command(tmp_path)
     runs.wait_for(functools.partial(being_written, tmp_path), first)

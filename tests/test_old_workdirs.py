@@ -32,6 +32,7 @@ def stored(tmp_path):
     return workdir, config, finished
 
 
+@pytest.mark.slow
 def test_it_goes_on_as_it_would_have(stored):
     workdir, config, finished = stored
     assert ktda_jax.load_pretrained(workdir).predict(np.zeros((64, 64, 3), np.uint8)).labels.shape == (64, 64)
