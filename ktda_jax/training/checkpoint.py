@@ -2,58 +2,79 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ktda_jax import UserError, sharding
 from ktda_jax.models.flat import Arrays, check_shapes
+from ktda_jax.training import whole
 from ktda_jax.training.state import TrainState
+from ktda_jax.training.whole import METRIC
 
-METRIC = "mIoU"
+
+class _StateHandler(ocp.StandardCheckpointHandler):
+    """Writes the sums of the files, too, before Orbax gives the checkpoint its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.beside: tuple[dict, dict | None] = {}, None  # data position and metrics of the checkpoint being saved
+
+    def finalize(self, directory) -> None:
+        """In process 0, when all of them have written."""
+        super().finalize(directory)
+        whole.write(pathlib.Path(directory), *self.beside)
 
 
-@contextlib.contextmanager
-def _readable(where: str) -> Iterator[None]:
-    """What Orbax raises for a checkpoint that is cut short or lacks a file, as one UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot read {where}: {text}; is it whole? Remove it to use an earlier one") from error
+@ocp.args.register_with_handler(_StateHandler, for_save=True)
+class _StateSave(ocp.args.StandardSave):
+    """Orbax finds a handler by its arguments' class."""
+
+
+@ocp.args.register_with_handler(_StateHandler, for_restore=True)
+class _StateRestore(ocp.args.StandardRestore):
+    """See `_StateSave`."""
+
+
+class _Best:
+    """The preservation policy for the best one, by scores that we have read: Orbax stops at one that it cannot read."""
+
+    def __init__(self, scores: dict[int, float | None]):
+        self._scores = scores
+
+    def should_preserve(self, checkpoints: Sequence, *, context: Any) -> list[bool]:
+        best = whole.best({c.step: self._scores.get(c.step) for c in checkpoints})
+        return [c.step == best for c in checkpoints]
 
 
 class Checkpoints:
-    """Checkpoints under `directory`: the latest and the best. Orbax writes aside and renames when complete."""
+    """Checkpoints under `directory`: the `keep` latest and the best. Orbax writes aside and renames when complete."""
 
-    def __init__(self, directory: str | pathlib.Path):
+    def __init__(self, directory: str | pathlib.Path, *, keep: int = 1):
         self._directory = pathlib.Path(directory).absolute()
-        keep = policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(1),
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[METRIC], n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
-        )
+        self._scores = {step: whole.score(self._directory / str(step)) for step in whole.steps(self._directory)}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep,
-            best_fn=lambda metrics: metrics[METRIC],
-            best_mode="max",
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self._scores)]),
+            best_fn=lambda metrics: metrics[METRIC],  # without it no metrics are written
+            lightweight_initialize=True,
         )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        self._state = _StateHandler()
+        handlers = {"state": self._state, "data": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: TrainState, data: dict, metrics: dict[str, float] | None) -> None:
         """Starts writing `state` and the data position; returns once the arrays are copied."""
+        self.wait()  # for the former one, as Orbax would
+        self._state.beside, self._scores[step] = (data, metrics), metrics and metrics[METRIC]
         self._manager.save(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)),
+            args=ocp.args.Composite(state=_StateSave(state), data=ocp.args.JsonSave(data)),
             metrics=metrics,
             force=True,
         )
@@ -63,20 +84,43 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the highest validation mIoU, or the latest one if none was validated."""
-        with _readable(f"the checkpoints in {self._directory}"):
-            best = self._manager.best_step()
-            return self.latest_step() if best is None else best
+        return whole.best_step(self._directory)
 
     def restore(self, step: int, abstract: TrainState, shardings: Any) -> tuple[TrainState, dict]:
-        """State and data position at `step`, placed by `shardings`; UserError where shapes differ."""
-        with _readable(f"checkpoint {self._directory / str(step)}"):
+        """State and data position at `step`, placed by `shardings`; UserError where it is damaged or shapes differ."""
+        with self._checked(step):
             self._check(step, abstract)
             target = sharding.abstract(abstract, shardings)
             restored = self._manager.restore(
                 step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()),
+                args=ocp.args.Composite(state=_StateRestore(target), data=ocp.args.JsonRestore()),
             )
-            return restored["state"], restored["data"]
+        return restored["state"], restored["data"]
+
+    @contextlib.contextmanager
+    def _checked(self, step: int) -> Iterator[None]:
+        """Compares the sums of the files beside what reads them, each process a share; one line if they are damaged.
+
+        Orbax's own errors, of which some are no ValueError or OSError, are about files that cannot be read.
+        """
+        folder = self._directory / str(step)
+        if what := whole.fault(folder):
+            raise whole.refusal(self._directory, step, what)
+        share = slice(jax.process_index(), None, jax.process_count())
+        with ThreadPoolExecutor(1, "sums") as pool:
+            sums = pool.submit(whole.fault, folder, content=True, share=share)
+            try:
+                yield
+                what = sums.result()
+            except UserError:
+                raise
+            except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+                what = sums.result() or " ".join(str(error).split())[:200]
+        if jax.process_count() > 1:  # what one finds stops all
+            found = multihost_utils.process_allgather(np.array(bool(what))).any()
+            what = what or ("another process found a file that is not what was written" if found else None)
+        if what:
+            raise whole.refusal(self._directory, step, what)
 
     def restore_model(self, step: int, params: Arrays, stats: Arrays) -> tuple[Arrays, Arrays]:
         """What prediction needs: parameters (their average, where one was kept) and statistics, on one device.
@@ -84,7 +128,7 @@ class Checkpoints:
         params, stats: the model's abstract arrays. The optimiser's moments, two thirds of a checkpoint, are not read.
         """
         where = f"checkpoint {self._directory / str(step)}"
-        with _readable(where):
+        with self._checked(step):
             saved = self._manager.item_metadata(step)["state"]
             chosen = "params" if saved["ema"] is None else "ema"
             check_shapes(dict(saved[chosen]), params, where)
@@ -101,7 +145,7 @@ class Checkpoints:
             )
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 found = reader.restore(self._directory / str(step) / "state", args=arguments)
-            return found[chosen], found["batch_stats"]
+        return found[chosen], found["batch_stats"]
 
     def _check(self, step: int, abstract: TrainState) -> None:
         saved = self._manager.item_metadata(step)["state"]
