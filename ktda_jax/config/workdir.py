@@ -1,10 +1,12 @@
 """A workdir's record of its training, `config.json` and `run.json`: written, read again, and compared with settings."""
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -86,10 +88,29 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes aside and renames, so that a reader never sees half a file."""
+    """Writes aside and renames, so that a reader never sees half a file; UserError if it cannot be."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            temporary.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """A full disk, or a folder that cannot be written to, as one line: nothing is lost, and the command can be repeated."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; {'make room' if full else 'make that possible'}, "
+            "and the same command goes on from the last checkpoint"
+        ) from error
 
 
 def write_run(workdir: pathlib.Path, settings: Settings, fingerprints: Mapping[str, str]) -> None:

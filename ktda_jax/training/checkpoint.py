@@ -1,7 +1,12 @@
 """The only file that knows Orbax: the latest train state and the best one by validation mIoU."""
 
+import asyncio
 import contextlib
+import functools
+import os
 import pathlib
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
@@ -9,6 +14,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -17,6 +23,32 @@ from ktda_jax.models.flat import Arrays, check_shapes
 from ktda_jax.training import whole
 from ktda_jax.training.state import TrainState
 from ktda_jax.training.whole import METRIC
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """TensorStore goes on answering after the first error, for which Orbax closes the loop: a stack each otherwise."""
+
+    def call_soon_threadsafe(self, callback, *arguments, **options):
+        return None if self.is_closed() else super().call_soon_threadsafe(callback, *arguments, **options)
+
+
+class _Loops(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        loop = _Loop()
+        loop.set_exception_handler(lambda *_: None)  # of errors after the first
+        return loop
+
+
+@functools.cache
+def _quiet() -> None:
+    """Leaves the word to the one error that Orbax raises: it logs it as well, and Python the others of its threads.
+
+    Its warnings are about ordinary things, such as a checkpoint without a score.
+    """
+    ours = f"{os.sep}orbax{os.sep}"
+    logging.get_absl_logger().addFilter(lambda record: ours not in record.pathname)
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+    asyncio.set_event_loop_policy(_Loops())
 
 
 class _StateHandler(ocp.StandardCheckpointHandler):
@@ -57,6 +89,7 @@ class Checkpoints:
     """Checkpoints under `directory`: the `keep` latest and the best. Orbax writes aside and renames when complete."""
 
     def __init__(self, directory: str | pathlib.Path, *, keep: int = 1):
+        _quiet()
         self._directory = pathlib.Path(directory).absolute()
         self._scores = {step: whole.score(self._directory / str(step)) for step in whole.steps(self._directory)}
         options = ocp.CheckpointManagerOptions(
@@ -72,12 +105,34 @@ class Checkpoints:
         """Starts writing `state` and the data position; returns once the arrays are copied."""
         self.wait()  # for the former one, as Orbax would
         self._state.beside, self._scores[step] = (data, metrics), metrics and metrics[METRIC]
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=_StateSave(state), data=ocp.args.JsonSave(data)),
-            metrics=metrics,
-            force=True,
-        )
+        with self._written():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(state=_StateSave(state), data=ocp.args.JsonSave(data)),
+                metrics=metrics,
+                force=True,
+            )
+
+    def look(self) -> None:
+        """UserError if what is being written could not be; waits for nothing."""
+        with self._written():
+            self._manager.check_for_errors()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """A full disk or the like as one line. Orbax's errors of writing come as OSError, or from C++ as ValueError."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None)
+            reason = reason or " ".join(str(error).split())[:200]
+            found = whole.steps(self._directory)
+            goes = f"goes on from step {found[-1]}" if found else "begins anew, since there is none yet"
+            raise UserError(
+                f"cannot write a checkpoint to {self._directory}: {reason}; mend that (make room, say), "
+                f"and the same command {goes}"
+            ) from error
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -156,11 +211,15 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until all writes are complete."""
-        self._manager.wait_until_finished()
+        with self._written():
+            self._manager.wait_until_finished()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.wait()  # after an error too: what was saved before it is good
-        self._manager.close()
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        # After an error too: what was saved before it is good. Of two errors the first is told.
+        with contextlib.suppress(Exception) if kind else self._written():
+            self._manager.wait_until_finished()
+        with contextlib.suppress(Exception) if kind else self._written():
+            self._manager.close()

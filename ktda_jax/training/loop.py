@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from ktda_jax.data.check import check_split
 from ktda_jax.data.teacher_features import TeacherFeatures
 from ktda_jax.figures import plots
 from ktda_jax.models import flat
-from ktda_jax.training import evaluate
+from ktda_jax.training import evaluate, whole
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.inputs import eval_source, features_folder, open_features, open_source, processes
 from ktda_jax.training.program import Compilation, Program, build
@@ -33,17 +34,16 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | pathlib.Path) -
     config: a ConfigDict, or nested mappings as config.json has them. UserError says in a line what is wrong.
     """
     workdir, settings = pathlib.Path(workdir), checks.resolve(config)
+    whole.check(workdir / "checkpoints")
     records.compare(workdir, settings)
     program = build(settings)
     compilation = Compilation(program) if _latest(workdir) < settings.total_steps else None
     try:
         data = _open_data(settings)
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+        _make(workdir)
         writer = Writer(workdir, total_steps=settings.total_steps, enabled=jax.process_index() == 0)
-        with Checkpoints(workdir / "checkpoints") as checkpoints, writer, StopSignal() as stop:
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints)
+        with checkpoints, writer, StopSignal() as stop:
             start, current = _begin(workdir, settings, program, data, checkpoints)
             writer.resume(start)
             _tell(writer, settings, program, data, start)
@@ -53,6 +53,17 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | pathlib.Path) -
             compilation.give_up()
         raise
     return evaluate_workdir(config, workdir, program=program) if finished else None
+
+
+def _make(workdir: pathlib.Path) -> None:
+    """The workdir, and whether its files can be written: now, since the first one is after the first steps."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            with tempfile.TemporaryFile(dir=workdir):
+                pass
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
 
 
 def _begin(
@@ -103,6 +114,7 @@ def _train(settings, program, data, start, current, compilation, checkpoints, wr
         with jax.transfer_guard("disallow"):
             current, terms = program.train_step(current, batch, teacher)
         losses.push(step, terms, skipped)
+        checkpoints.look()
 
         last = step == settings.total_steps
         validate = step % settings.eval_every == 0 or last
@@ -190,8 +202,7 @@ def _open_data(settings: Settings) -> _Data:
 
 def _latest(workdir: pathlib.Path) -> int:
     """The step of the last checkpoint, by the folders' names; 0 without one."""
-    folder = workdir / "checkpoints"
-    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.is_dir() else 0
+    return max(whole.steps(workdir / "checkpoints"), default=0)
 
 
 def evaluate_workdir(
@@ -202,6 +213,7 @@ def evaluate_workdir(
     split = settings.data.test_split or settings.data.val_split
     trained = (workdir / "checkpoints").is_dir()
     if trained:
+        whole.check(workdir / "checkpoints", latest=False)
         decides = (
             "model.",
             "data.name",
@@ -236,10 +248,12 @@ def evaluate_workdir(
         frozen=None if program.encoder is None else program.teacher(),
     )  # fmt: skip
     if jax.process_index() == 0:
-        table = evaluate.write_report(result, workdir, split, info, settings.data.rgb_positions)
-        if (workdir / "metrics.jsonl").exists():
-            plots.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
-        _append_final(workdir, step, split, result)
+        with records.writing(workdir / "figures"):
+            table = evaluate.write_report(result, workdir, split, info, settings.data.rgb_positions)
+            if (workdir / "metrics.jsonl").exists():
+                plots.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
+        with records.writing(workdir / "metrics.jsonl"):
+            _append_final(workdir, step, split, result)
         print(f"\n{split} split, step {step}:\n{table}\nfigures in {workdir / 'figures'}", flush=True)
     return result
 
