@@ -6,11 +6,12 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 from ktda_jax import UserError
+from ktda_jax.config import extension
 from ktda_jax.config.fields import flat
 from ktda_jax.config.settings import VERSION, Settings
 
@@ -44,25 +45,37 @@ def read(workdir: pathlib.Path) -> Settings:
         raise UserError(f"{path} does not describe a training of ours: {error}") from error
 
 
-def compare(workdir: pathlib.Path, settings: Settings, only: tuple[str, ...] = ("",)) -> None:
+def steps(workdir: pathlib.Path) -> list[int]:
+    """Of the checkpoints, by the folders' names; an empty folder is none."""
+    found = (path for path in workdir.glob("checkpoints/*") if path.name.isdigit())
+    return sorted(int(path.name) for path in found if path.is_dir() and any(path.iterdir()))
+
+
+def compare(
+    workdir: pathlib.Path, settings: Settings, only: tuple[str, ...] = ("",), *, extend: bool = False
+) -> dict[str, list]:
     """Refuses a workdir that another computation has begun: one with a checkpoint and other settings.
 
-    `only`: beginnings of the settings that count.
+    `only`: beginnings of the settings that count. With `extend` those that it may change are returned: {key: [saved,
+    now]}.
     """
-    if not (workdir / CONFIG).exists() or not any(p.name.isdigit() for p in workdir.glob("checkpoints/*")):
-        return
+    if not (workdir / CONFIG).exists() or not (saved_steps := steps(workdir)):
+        return {}
     saved, ours = flat(read(workdir), runtime=False), flat(settings, runtime=False)
-    different = [
-        f"{key} (saved {saved[key]!r}, now {ours[key]!r})"
-        for key in sorted(ours)
-        if saved[key] != ours[key] and key.startswith(only)
-    ]
-    if different:
+    changed = {key: [saved[key], ours[key]] for key in sorted(ours) if saved[key] != ours[key] and key.startswith(only)}
+    extends, latest = set(changed) <= set(extension.MAY_CHANGE), saved_steps[-1]
+    if changed and extends and extend:
+        extension.check(workdir, settings.total_steps, latest)
+        return changed
+    if changed:
+        different = [f"{key} (saved {old!r}, now {new!r})" for key, (old, new) in changed.items()]
         more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+        hint = f", or --extend to go on from step {latest} with these"
         raise UserError(
             f"workdir {workdir} was begun with another config: {', '.join(different[:4])}{more}; "
-            "use another --workdir, or the saved settings"
+            "use another --workdir, or the saved settings" + (hint if extends and settings.total_steps > latest else "")
         )
+    return {}
 
 
 def compare_data(workdir: pathlib.Path, fingerprints: Mapping[str, str]) -> None:
@@ -113,8 +126,10 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def write_run(workdir: pathlib.Path, settings: Settings, fingerprints: Mapping[str, str]) -> None:
-    """What a later reader needs to know about how the numbers came about."""
+def write_run(
+    workdir: pathlib.Path, settings: Settings, fingerprints: Mapping[str, str], extended: Sequence[Mapping] = ()
+) -> None:
+    """What a later reader needs to know about how the numbers came about. `extended`: see extension.py."""
     import jax
 
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ktda-jax")
@@ -135,5 +150,6 @@ def write_run(workdir: pathlib.Path, settings: Settings, fingerprints: Mapping[s
             "seed": settings.seed,
             "weights": {name: getattr(weights, name) for name in ("student", "teacher", "model", "new_classifier")},
             "data": dict(fingerprints),
+            **({"extended": list(extended)} if extended else {}),
         },
     )

@@ -122,9 +122,10 @@ def _score_fault(folder: pathlib.Path) -> str | None:
 def _has_score(folder: pathlib.Path) -> bool:
     """Whether the checkpoint says that it was validated."""
     try:
-        return bool((_sums(folder) or {}).get("metrics")) or "metrics" in _json(folder / "_CHECKPOINT_METADATA")[
-            "item_handlers"
-        ]
+        return (
+            bool((_sums(folder) or {}).get("metrics"))
+            or "metrics" in _json(folder / "_CHECKPOINT_METADATA")["item_handlers"]
+        )
     except (OSError, _NotJson, KeyError, TypeError, AttributeError):
         return False
 
