@@ -115,7 +115,7 @@ def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """A full disk, or a folder that cannot be written to, as one line: nothing is lost, and the command can be repeated."""
+    """A full disk, or a folder that cannot be written to, as one line: the command can be repeated."""
     try:
         yield
     except OSError as error:
