@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ktda_jax import UserError, sharding
+from ktda_jax import sharding
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.state import TrainState
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -93,9 +94,12 @@ def _state_fault(folder: pathlib.Path, content: bool = False, share: slice = sli
             if found != size:
                 return f"state/{name} has {found} of {size} bytes"
         if content:
-            for name, (_, written) in sorted(sums["files"].items())[share]:
-                if _sum(folder / "state" / name) != written:
-                    return f"state/{name} is not what was written, by its sum"
+            files = sorted(sums["files"].items())[share]
+            with ThreadPoolExecutor(4) as pool:
+                found = pool.map(_sum, (folder / "state" / name for name, _ in files))
+                for (name, (_, written)), sum_ in zip(files, found, strict=True):
+                    if sum_ != written:
+                        return f"state/{name} is not what was written, by its sum"
     except FileNotFoundError as error:
         return f"it lacks {_below(folder, error.filename)}"
     except OSError as error:
