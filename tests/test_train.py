@@ -15,7 +15,6 @@ import pytest
 import runs
 
 from ktda_jax import UserError, sharding
-from ktda_jax.config import extension
 from ktda_jax.config.settings import Settings
 from ktda_jax.training import loop
 from ktda_jax.training.checkpoint import Checkpoints
@@ -303,28 +302,6 @@ def test_what_cannot_be_extended(toy, tiles, tmp_path):
     with pytest.raises(UserError, match=r"seed \(saved 42, now 1\).*; use another --workdir, or the saved settings$"):
         loop.train_and_evaluate(runs.config(tiles, {"total_steps": 9, "seed": 1}), tmp_path, extend=True)
     assert (tmp_path / "config.json").read_text() == before
-
-
-def test_extensions_add_up():
-    """Wherever a training goes on from, the first new tile is the one after the last that its checkpoint has seen."""
-    one = {"step": 10, "changed": {"batch_size": [4, 8]}}
-    two = {"step": 20, "changed": {"batch_size": [8, 2]}}
-    assert extension.first_row([one, two]) + 20 * 2 == 10 * 4 + 10 * 8
-
-
-@pytest.mark.parametrize(
-    "step, changed, expected",
-    [
-        (12, {}, [{"step": 10, "changed": {"batch_size": [4, 8]}}]),  # the plain command
-        (10, {"batch_size": [4, 8]}, [{"step": 10, "changed": {"batch_size": [4, 8]}}]),  # killed before config.json
-        (10, {"batch_size": [8, 16]}, [{"step": 10, "changed": {"batch_size": [4, 16]}}]),
-        (6, {}, [{"step": 6, "changed": {"batch_size": [4, 8]}}]),  # the checkpoint of step 10 was damaged
-        (0, {}, []),
-    ],
-)
-def test_an_extension_counts_from_the_checkpoint_that_is_there(tmp_path, step, changed, expected):
-    (tmp_path / "run.json").write_text(json.dumps({"extended": [{"step": 10, "changed": {"batch_size": [4, 8]}}]}))
-    assert extension.recorded(tmp_path, step, changed) == expected
 
 
 @pytest.mark.parametrize("file", ["config.json", "run.json", "metrics.jsonl", "val_confusion.png", "val.json"])
