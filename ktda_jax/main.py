@@ -1,5 +1,6 @@
 """The user's entry: `python -m ktda_jax.main --config=configs/grass.py [--config.KEY=VALUE ...]`."""
 
+import functools
 import pathlib
 import sys
 
@@ -12,6 +13,7 @@ cli.define_config()
 cli.define_processes()
 WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; default runs/<config name>.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train (or resume) and evaluate, or only evaluate.")
+EXTEND = flags.DEFINE_bool("extend", False, "Go on with another config.total_steps or config.batch_size than before.")
 STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status", 0, "Exit status if a signal stopped training before its end, for launchers that start it again."
 )
@@ -30,6 +32,8 @@ def parse(argv: list[str]) -> list[str]:
     rest = cli.parse_config(argv)
     if "://" in (WORKDIR.value or ""):  # pathlib would make a local folder of that name
         sys.exit(f"error: --workdir={WORKDIR.value} is not a path; mount it and give the folder")
+    if EXTEND.value and MODE.value == "eval":
+        sys.exit("error: --extend is for training; leave it out with --mode=eval")
     return rest
 
 
@@ -37,7 +41,8 @@ def main(_: list[str]) -> None:
     cli.start()
     from ktda_jax.training import loop
 
-    verbs = {"train": loop.train_and_evaluate, "eval": loop.evaluate_workdir}
+    train = functools.partial(loop.train_and_evaluate, extend=EXTEND.value)
+    verbs = {"train": train, "eval": loop.evaluate_workdir}
     try:
         result = verbs[MODE.value](cli.config(), _workdir())
     except Exception:

@@ -1,6 +1,7 @@
 """The training loop around a toy step, where every order of events is cheap to try; then the real step's options."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -172,7 +173,7 @@ def test_averaged_parameters_are_the_ones_evaluated(toy, tiles, tmp_path):
 def test_a_score_of_nothing_is_never_the_best(toy, tiles, tmp_path):
     """Without a labelled pixel in validation, mIoU is NaN, which no comparison can rank."""
     toy(quality={3: np.nan, 6: np.nan})
-    loop.train_and_evaluate(runs.config(tiles), tmp_path)
+    loop.train_and_evaluate(runs.config(tiles, {"keep_checkpoints": 1}), tmp_path)
     assert kept(tmp_path) == {6}
 
 
@@ -264,6 +265,69 @@ def test_evaluation_on_another_split(toy, tiles, tmp_path, capsys):
     loop.evaluate_workdir(runs.config(tiles, {"data.test_split": "train"}), tmp_path)
     assert "train split, step 6:" in capsys.readouterr().out  # of equal scores the later one
     assert [row["split"] for row in runs.rows(tmp_path) if "split" in row] == ["val", "train"]
+
+
+def test_extended_is_as_if_it_had_been_so_from_there(toy, tiles, tmp_path, capsys):
+    """Steps 5 to 8 of 4 + 4, stopped at 6, with other batches: the tiles go on where they were."""
+    seen = []
+    opened = loop.pipeline._TrainRows._read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.pipeline._TrainRows, "_read", lambda self, i: seen.append(i) or opened(self, i))
+        flags = {"eval_every": 2, "data.num_threads": 0}
+        toy()
+        loop.train_and_evaluate(runs.config(tiles, {**flags, "total_steps": 4, "batch_size": 2}), tmp_path)
+        longer = runs.config(tiles, {**flags, "total_steps": 8, "batch_size": 4})
+        with pytest.raises(
+            UserError, match=r"batch_size \(saved 2, now 4\).*or --extend to go on from step 4 with these"
+        ):
+            loop.train_and_evaluate(longer, tmp_path)
+        toy(at={6: functools.partial(os.kill, os.getpid(), signal.SIGTERM)})
+        assert loop.train_and_evaluate(longer, tmp_path, extend=True) is None
+        assert "extended at step 4: batch_size 2 -> 4, total_steps 4 -> 8; the learning rate" in capsys.readouterr().out
+        toy()
+        loop.train_and_evaluate(longer, tmp_path)  # the plain command
+    order = np.concatenate([np.random.default_rng([42, e]).permutation(6) for e in range(4)])
+    assert seen == order.tolist()  # 4 steps of 2 and 4 of 4 are 24 tiles
+    (entry,) = json.loads((tmp_path / "run.json").read_text())["extended"]
+    assert entry == {"step": 4, "changed": {"batch_size": [2, 4], "total_steps": [4, 8]}}
+    assert json.loads((tmp_path / "config.json").read_text())["total_steps"] == 8
+
+
+def test_what_cannot_be_extended(toy, tiles, tmp_path):
+    toy()
+    loop.train_and_evaluate(runs.config(tiles), tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(UserError, match=r"total_steps is 5, but the latest checkpoint of .* is step 6; --extend needs"):
+        loop.train_and_evaluate(runs.config(tiles, {"total_steps": 5}), tmp_path, extend=True)
+    with pytest.raises(UserError, match=r"seed \(saved 42, now 1\).*; use another --workdir, or the saved settings$"):
+        loop.train_and_evaluate(runs.config(tiles, {"total_steps": 9, "seed": 1}), tmp_path, extend=True)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("file", ["config.json", "run.json", "metrics.jsonl", "val_confusion.png", "val.json"])
+def test_a_full_disk_is_one_line(toy, tiles, tmp_path, monkeypatch, file):
+    """Nothing half-written stays, and the same command goes on."""
+
+    def full(original):
+        def replace(source, target, *arguments):
+            if str(target).endswith(file):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(source, target, *arguments)
+
+        return replace
+
+    toy(figures=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full(os.replace))
+        if file == "metrics.jsonl":
+            patch.setattr(loop.Writer, "_open", lambda self: full(open)(None, self._rows_path))
+        with pytest.raises(
+            UserError, match=r"cannot write .*: No space left on device; make room, and the same command"
+        ):
+            loop.train_and_evaluate(runs.config(tiles), tmp_path)
+    toy(figures=True)
+    loop.train_and_evaluate(runs.config(tiles), tmp_path)
+    assert (tmp_path / "figures" / "val.json").exists() and not list(tmp_path.glob("*.tmp"))
 
 
 # The step ---------------------------------------------------------------------------------------------------------

@@ -241,6 +241,9 @@ class Settings:
     checkpoint_every: int | None = setting(
         "between further checkpoints; None or 0: none", unit="steps", fits=NOT_NEGATIVE, runtime=True
     )
+    keep_checkpoints: int = setting(
+        "how many of the latest checkpoints stay, besides the best", fits=SIZE, absent=1, runtime=True
+    )
     distill: bool = setting("whether the student learns from the teacher", source=PUBLISHED)
     mesh: Mesh = section("how devices share the work", runtime=True)
     data: Data = section("the tiles")

@@ -1,14 +1,17 @@
 """A workdir's record of its training, `config.json` and `run.json`: written, read again, and compared with settings."""
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 from ktda_jax import UserError
+from ktda_jax.config import extension
 from ktda_jax.config.fields import flat
 from ktda_jax.config.settings import VERSION, Settings
 from ktda_jax.data.paths import expand
@@ -63,25 +66,37 @@ def teacher_of(path: str) -> str:
     return path
 
 
-def compare(workdir: pathlib.Path, settings: Settings, only: tuple[str, ...] = ("",)) -> None:
+def steps(workdir: pathlib.Path) -> list[int]:
+    """Of the checkpoints, by the folders' names; an empty folder is none."""
+    found = (path for path in workdir.glob("checkpoints/*") if path.name.isdigit())
+    return sorted(int(path.name) for path in found if path.is_dir() and any(path.iterdir()))
+
+
+def compare(
+    workdir: pathlib.Path, settings: Settings, only: tuple[str, ...] = ("",), *, extend: bool = False
+) -> dict[str, list]:
     """Refuses a workdir that another computation has begun: one with a checkpoint and other settings.
 
-    `only`: beginnings of the settings that count.
+    `only`: beginnings of the settings that count. With `extend` those that it may change are returned: {key: [saved,
+    now]}.
     """
-    if not (workdir / CONFIG).exists() or not any(p.name.isdigit() for p in workdir.glob("checkpoints/*")):
-        return
+    if not (workdir / CONFIG).exists() or not (saved_steps := steps(workdir)):
+        return {}
     saved, ours = flat(read(workdir), runtime=False), flat(settings, runtime=False)
-    different = [
-        f"{key} (saved {saved[key]!r}, now {ours[key]!r})"
-        for key in sorted(ours)
-        if saved[key] != ours[key] and key.startswith(only)
-    ]
-    if different:
+    changed = {key: [saved[key], ours[key]] for key in sorted(ours) if saved[key] != ours[key] and key.startswith(only)}
+    extends, latest = set(changed) <= set(extension.MAY_CHANGE), saved_steps[-1]
+    if changed and extends and extend:
+        extension.check(workdir, settings.total_steps, latest)
+        return changed
+    if changed:
+        different = [f"{key} (saved {old!r}, now {new!r})" for key, (old, new) in changed.items()]
         more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+        hint = f", or --extend to go on from step {latest} with these"
         raise UserError(
             f"workdir {workdir} was begun with another config: {', '.join(different[:4])}{more}; "
-            "use another --workdir, or the saved settings"
+            "use another --workdir, or the saved settings" + (hint if extends and settings.total_steps > latest else "")
         )
+    return {}
 
 
 def compare_data(workdir: pathlib.Path, fingerprints: Mapping[str, str]) -> None:
@@ -107,14 +122,35 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes aside and renames, so that a reader never sees half a file."""
+    """Writes aside and renames, so that a reader never sees half a file; UserError if it cannot be."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            temporary.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
 
-def write_run(workdir: pathlib.Path, settings: Settings, fingerprints: Mapping[str, str]) -> None:
-    """What a later reader needs to know about how the numbers came about."""
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """A full disk, or a folder that cannot be written to, as one line: the command can be repeated."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; {'make room' if full else 'make that possible'}, "
+            "and the same command goes on from the last checkpoint"
+        ) from error
+
+
+def write_run(
+    workdir: pathlib.Path, settings: Settings, fingerprints: Mapping[str, str], extended: Sequence[Mapping] = ()
+) -> None:
+    """What a later reader needs to know about how the numbers came about. `extended`: see extension.py."""
     import jax
 
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ktda-jax")
@@ -135,5 +171,6 @@ def write_run(workdir: pathlib.Path, settings: Settings, fingerprints: Mapping[s
             "seed": settings.seed,
             "weights": {name: getattr(weights, name) for name in ("student", "teacher", "model", "new_classifier")},
             "data": dict(fingerprints),
+            **({"extended": list(extended)} if extended else {}),
         },
     )

@@ -50,6 +50,7 @@ def train_iterator(
     on_corrupt: str = "stop",
     num_threads: int | None = None,
     features: TeacherFeatures | None = None,
+    first_row: int = 0,
 ) -> grain.DatasetIterator:
     """Endless training batches of this process; the iterator's `get_state` / `set_state` are its position.
 
@@ -57,6 +58,9 @@ def train_iterator(
     is `image` uint8 (b, H, W, bands), `label` uint8 (b, H, W), `mask` bool (b,) all true, and `skipped`, the
     number of its rows (int) that stand in for unreadable tiles. `on_corrupt='stop'` raises UserError with the
     tile's name; 'skip' takes the next readable tile instead and warns once per tile.
+
+    `first_row`: the tile of the endless sequence that batch 0 begins with; below 0 where earlier batches were smaller,
+    and the iterator is set to a later one.
 
     With `features` a batch also has `taps`, of each level (b, h, w, C) or None: what the teacher saw of each row, flips
     included, colour changes not. Crops then begin at multiples of the teacher's patch.
@@ -73,8 +77,9 @@ def train_iterator(
     cv2.setNumThreads(0)  # the parallelism is Grain's: one thread per batch in flight
     libc.keep_tile_sized_blocks()
     rows_source = _TrainRows(
-        source, seed=seed, crop=crop, flip=flip, photometric=photometric, on_corrupt=on_corrupt, features=features
-    )
+        source, seed=seed, crop=crop, flip=flip, photometric=photometric, on_corrupt=on_corrupt, features=features,
+        first_row=first_row,
+    )  # fmt: skip
     batches = grain.MapDataset.source(rows_source).batch(rows, batch_fn=_stack)[
         # Batches of b rows, every process_count-th one: local batch k of process p is then number
         # k * process_count + p, which holds exactly rows p * b to (p + 1) * b of global batch k.
@@ -191,7 +196,10 @@ class _TrainRows:
     times what reading and augmenting one takes.
     """
 
-    def __init__(self, source, *, seed: int, crop, flip: float, photometric: bool, on_corrupt: str, features):
+    def __init__(
+        self, source, *, seed: int, crop, flip: float, photometric: bool, on_corrupt: str, features, first_row: int = 0
+    ):
+        self._first_row = first_row
         self._source, self._seed, self._skip, self._features = source, seed, on_corrupt == "skip", features
         self._crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
         self._flip, self._photometric = flip, photometric
@@ -206,6 +214,7 @@ class _TrainRows:
 
     def __getitem__(self, position: int) -> dict:
         """Row number `position`, counted from the start of the run over the rows of all processes."""
+        position += self._first_row
         epoch, place = divmod(position, len(self._source))
         wanted = int(self._order(epoch)[place])
         tile, index = self._read(wanted)

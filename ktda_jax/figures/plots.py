@@ -216,5 +216,9 @@ def save_figure(figure: Figure, path: str | os.PathLike, **options: object) -> N
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    figure.savefig(temporary, dpi=DPI, facecolor="white", **options)
-    os.replace(temporary, path)
+    try:
+        figure.savefig(temporary, dpi=DPI, facecolor="white", **options)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -31,7 +31,7 @@ class Trained:
 
 def load(workdir: pathlib.Path, dtype: str) -> Trained:
     """The best checkpoint so far; UserError where there is none that fits. dtype: config.dtype."""
-    if not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):
+    if not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):  # an empty one is said to be damaged
         raise UserError("no checkpoint in the workdir yet")
     dtype = compute_dtype(dtype)
     found = from_workdir(workdir)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterable
 
@@ -113,7 +114,9 @@ def write_report(
         "classes": list(info.classes),
         "confusion": result.confusion.tolist(),
     }
-    (folder / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n")
+    temporary = folder / f".{name}.json.tmp"
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(temporary, folder / f"{name}.json")
     table = format_table(result.metrics, info.classes)
     return f"{table}\nbest constant prediction: mIoU {best_constant(result.confusion):.2f}"
 

@@ -1,7 +1,9 @@
 """Training from a config to a workdir: `train_and_evaluate` reads from top to bottom."""
 
+import dataclasses
 import json
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import jax
 import numpy as np
 
 from ktda_jax import UserError, sharding
-from ktda_jax.config import checks
+from ktda_jax.config import checks, extension
 from ktda_jax.config import workdir as records
 from ktda_jax.config.model import compute_dtype, model_of, teacher_identity
 from ktda_jax.config.settings import Settings
@@ -19,7 +21,7 @@ from ktda_jax.data.paths import expand
 from ktda_jax.data.teacher_features import TeacherFeatures
 from ktda_jax.figures import plots
 from ktda_jax.models import flat
-from ktda_jax.training import evaluate
+from ktda_jax.training import evaluate, optim, whole
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.inputs import doubts, eval_source, features_folder, open_features, open_source, processes
 from ktda_jax.training.program import Compilation, Program, build
@@ -28,26 +30,31 @@ from ktda_jax.training.stop import StopSignal
 from ktda_jax.training.writers import Writer
 
 
-def train_and_evaluate(config: Mapping[str, Any], workdir: str | pathlib.Path) -> evaluate.Evaluation | None:
+def train_and_evaluate(
+    config: Mapping[str, Any], workdir: str | pathlib.Path, *, extend: bool = False
+) -> evaluate.Evaluation | None:
     """Trains, or resumes, then evaluates the best checkpoint; None if a signal stopped it before the end.
 
     config: a ConfigDict, or nested mappings as config.json has them. UserError says in a line what is wrong.
+    extend: goes on although total_steps or batch_size are others than those that the workdir has.
     """
     workdir, settings = expand(workdir), checks.resolve(config)
-    records.compare(workdir, settings)
+    whole.check(workdir / "checkpoints")
+    changed = records.compare(workdir, settings, extend=extend)
+    extended = extension.recorded(workdir, _latest(workdir), changed)
     program = build(settings)
     compilation = Compilation(program) if _latest(workdir) < settings.total_steps else None
     try:
-        data = _open_data(settings)
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+        data = _open_data(settings, extension.first_row(extended))
+        _make(workdir)
         writer = Writer(workdir, total_steps=settings.total_steps, enabled=jax.process_index() == 0)
-        with Checkpoints(workdir / "checkpoints") as checkpoints, writer, StopSignal() as stop:
-            start, current = _begin(workdir, settings, program, data, checkpoints)
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints)
+        with checkpoints, writer, StopSignal() as stop:
+            start, current = _begin(workdir, settings, program, data, checkpoints, extended)
             writer.resume(start)
             _tell(writer, settings, program, data, start)
+            if changed:
+                writer.message(_extension(settings, start, changed))
             finished = _train(settings, program, data, start, current, compilation, checkpoints, writer, stop)
     except BaseException:
         if compilation is not None:
@@ -56,16 +63,27 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | pathlib.Path) -
     return evaluate_workdir(config, workdir, program=program) if finished else None
 
 
+def _make(workdir: pathlib.Path) -> None:
+    """The workdir, and whether its files can be written: now, since the first one is after the first steps."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            with tempfile.TemporaryFile(dir=workdir):
+                pass
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+
+
 def _begin(
-    workdir: pathlib.Path, settings: Settings, program: Program, data: "_Data", checkpoints: Checkpoints
+    workdir: pathlib.Path, settings: Settings, program: Program, data: "_Data", checkpoints: Checkpoints, extended: list
 ) -> tuple[int, TrainState]:
     """The step and state to go on from, and the workdir's record of the training."""
     start = checkpoints.latest_step() or 0
     if start:
         records.compare_data(workdir, data.fingerprints)
     if jax.process_index() == 0:
+        records.write_run(workdir, settings, data.fingerprints, extended)  # first: a kill between them loses nothing
         records.write(workdir, settings)
-        records.write_run(workdir, settings, data.fingerprints)
     if not start:
         return 0, program.init()
     current, position = checkpoints.restore(start, program.abstract, program.shardings)
@@ -93,6 +111,23 @@ def _tell(writer: Writer, settings: Settings, program: Program, data: "_Data", s
         writer.message("warning: the teacher starts from random weights; set config.weights.teacher")
 
 
+def _extension(settings: Settings, start: int, changed: extension.Changes) -> str:
+    """What --extend means for the learning rate and the order of the tiles."""
+    lines = [f"extended at step {start}: " + ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())]
+    if "total_steps" in changed:
+        options, totals = dataclasses.asdict(settings.schedule), changed["total_steps"]
+        before, now = (float(optim.warmup_poly(settings.optimizer.lr, total, **options)(start)) for total in totals)
+        lines.append(
+            f"the learning rate now falls to 0 at step {totals[1]} instead of {totals[0]}: "
+            f"for step {start + 1} it is {now:.3g} where it was {before:.3g}"
+        )
+    else:
+        lines.append("the learning rate stays that of the step")
+    if "batch_size" in changed:
+        lines.append("the tiles go on in their order after the last one seen")
+    return "; ".join(lines)
+
+
 def _train(settings, program, data, start, current, compilation, checkpoints, writer, stop) -> bool:
     """The steps from `start` to the last; False if a signal stopped them before."""
     teacher, losses, skipped = program.teacher(), _Losses(settings.log_every, writer, checkpoints), 0
@@ -106,6 +141,7 @@ def _train(settings, program, data, start, current, compilation, checkpoints, wr
         with jax.transfer_guard("disallow"):
             current, terms = program.train_step(current, batch, teacher)
         losses.push(step, terms, skipped)
+        checkpoints.look()
 
         last = step == settings.total_steps
         validate = step % settings.eval_every == 0 or last
@@ -170,8 +206,8 @@ class _Data(NamedTuple):
     doubtful: list[str]  # what may be wrong with the labels
 
 
-def _open_data(settings: Settings) -> _Data:
-    """Makes the tiles where they can be made, and checks all of them."""
+def _open_data(settings: Settings, first_row: int = 0) -> _Data:
+    """Makes the tiles where they can be made, and checks all of them. `first_row`: see pipeline.train_iterator."""
     data, size = settings.data, settings.eval_batch_size
     source = open_source(data, data.train_split)
     summary = check_split(source, crop=data.crop, on_corrupt=data.on_corrupt, num_threads=data.num_threads)
@@ -189,15 +225,15 @@ def _open_data(settings: Settings) -> _Data:
         fingerprints["teacher features"] = features.fingerprint
     batches = pipeline.train_iterator(
         source, crop=data.crop, batch_size=settings.batch_size, seed=settings.seed, flip=data.flip,
-        photometric=data.photometric, on_corrupt=data.on_corrupt, features=features, **processes(data.num_threads),
+        photometric=data.photometric, on_corrupt=data.on_corrupt, features=features, first_row=first_row,
+        **processes(data.num_threads),
     )  # fmt: skip
     return _Data(batches, len(source), val_batches, fingerprints, features, list(dict.fromkeys(doubtful)))
 
 
 def _latest(workdir: pathlib.Path) -> int:
     """The step of the last checkpoint, by the folders' names; 0 without one."""
-    folder = workdir / "checkpoints"
-    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.is_dir() else 0
+    return max(records.steps(workdir), default=0)
 
 
 def evaluate_workdir(
@@ -208,6 +244,7 @@ def evaluate_workdir(
     split = settings.data.test_split or settings.data.val_split
     trained = (workdir / "checkpoints").is_dir()
     if trained:
+        whole.check(workdir / "checkpoints", latest=False)
         decides = (
             "model.",
             "data.name",
@@ -246,10 +283,12 @@ def evaluate_workdir(
         frozen=None if program.encoder is None else program.teacher(),
     )  # fmt: skip
     if jax.process_index() == 0:
-        table = evaluate.write_report(result, workdir, split, info, settings.data.rgb_positions)
-        if (workdir / "metrics.jsonl").exists():
-            plots.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
-        _append_final(workdir, step, split, result)
+        with records.writing(workdir / "figures"):
+            table = evaluate.write_report(result, workdir, split, info, settings.data.rgb_positions)
+            if (workdir / "metrics.jsonl").exists():
+                plots.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
+        with records.writing(workdir / "metrics.jsonl"):
+            _append_final(workdir, step, split, result)
         print(f"\n{split} split, step {step}:\n{table}\nfigures in {workdir / 'figures'}", flush=True)
     return result
 

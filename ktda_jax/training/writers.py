@@ -1,15 +1,19 @@
 """What a run tells: `metrics.jsonl` and TensorBoard events in the workdir, progress on a stream."""
 
 import collections
+import contextlib
 import json
 import math
 import os
 import pathlib
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Self, TextIO
+
+from ktda_jax.config.workdir import writing
 
 REDRAW_SECONDS = 0.1  # a terminal is redrawn at most this often
 PLAIN_SECONDS = 10.0  # elsewhere a line is printed at most this often
@@ -36,14 +40,20 @@ class Writer:
         self._rows_path = self._workdir / "metrics.jsonl"
         self._rows: TextIO | None = None
         self._events = None
+        self._broken: BaseException | None = None  # what ended TensorBoard's thread
+        self._hook = None
         self._resumed_at: int | None = None
         self._bar = _Bar(sys.stdout if stream is None else stream, total_steps)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        try:
+            self.close()
+        except Exception:
+            if kind is None:  # of two errors the first is told
+                raise
 
     def resume(self, step: int) -> int:
         """Drops rows beyond the checkpoint at `step`, before the first write; returns how many were dropped.
@@ -62,11 +72,11 @@ class Writer:
         kept = [line for line in lines if _is_row_until(line, step)]
         if len(kept) < len(lines):
             temporary = self._rows_path.with_name(".metrics.jsonl.tmp")
-            with open(temporary, "w", encoding="utf-8") as file:
+            with writing(self._rows_path), open(temporary, "w", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in kept)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, self._rows_path)
+                os.replace(temporary, self._rows_path)
         return len(lines) - len(kept)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -76,11 +86,15 @@ class Writer:
         if "step" in scalars:
             raise ValueError("`step` is the row's own key and cannot name a scalar")
         values = {name: float(value) for name, value in scalars.items()}
-        if self._rows is None:
-            self._open()
         row = {"step": int(step)} | {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._rows.write(json.dumps(row, allow_nan=False) + "\n")
-        self._rows.flush()
+        with writing(self._rows_path):
+            if self._rows is None:
+                self._open()
+            self._rows.write(json.dumps(row, allow_nan=False) + "\n")
+            self._rows.flush()
+        with writing(self._workdir / "events.*"):
+            if self._broken is not None:
+                raise self._broken
         for name, value in values.items():
             if math.isfinite(value):  # tensorboardX logs a warning into the progress bar otherwise
                 self._events.add_scalar(name, value, int(step))
@@ -107,9 +121,12 @@ class Writer:
         """Ends the bar's line and closes the files; a later `write` would open them again."""
         self._bar.close()
         if self._rows is not None:
-            self._rows.close()
-            self._events.close()
-            self._rows = self._events = None
+            (rows, events), (self._rows, self._events) = (self._rows, self._events), (None, None)
+            try:
+                with writing(self._rows_path), contextlib.closing(events):
+                    rows.close()
+            finally:
+                threading.excepthook = self._hook
 
     def _open(self) -> None:
         # Here, since most verbs never write; without torch, which tensorboardX imports where it is installed.
@@ -123,6 +140,14 @@ class Writer:
         purge = None if self._resumed_at is None else self._resumed_at + 1
         self._events = SummaryWriter(str(self._workdir), purge_step=purge, flush_secs=15)
         self._rows = open(self._rows_path, "a", encoding="utf-8")
+        self._hook, threading.excepthook = threading.excepthook, self._note
+
+    def _note(self, failed) -> None:
+        """Of TensorBoard's thread, an error that a later `write` raises; of others, what is done with them anyway."""
+        if type(failed.thread).__module__.startswith("tensorboardX") and isinstance(failed.exc_value, OSError):
+            self._broken = failed.exc_value
+        else:
+            self._hook(failed)
 
 
 class _Bar:
