@@ -55,7 +55,10 @@ def run(
     nodata: float | None = None, cog=False, probabilities=False, confidence=False, polygonize=False, overlay=False,
     skip_existing=False, tta=False,
 ) -> dict[str, float]:  # fmt: skip
-    """Maps what the flags of the same names say. UserError says in one line what is wrong."""
+    """Maps what the flags of the same names say. UserError says in one line what is wrong.
+
+    Of several scenes those that can be are mapped, and the UserError about the others comes at the end.
+    """
     inputs = files.expand(input)
     rasterio_for(inputs[0])
     if polygonize:
@@ -72,6 +75,7 @@ def run(
         inputs, outputs = [inputs[k] for k in left], [outputs[k] for k in left]
         if not left:
             return {"pixels": 0, "seconds": 0.0}
+    mapping.check_any(inputs)
     files.make_folders(outputs)
 
     on_cpu = jax.default_backend() == "cpu"
@@ -80,11 +84,12 @@ def run(
         raise UserError(f"the model has {model.config.num_classes} classes; a map holds at most {IGNORE}")
     trained = mapping.trained_reading(model.data)
     reading = _reading(trained, model.config.student.bands, bands, scale, nodata)
-    for line in mapping.differences(trained, reading) if model.data is not None else ():
+    count, failures = model.config.student.bands, []
+    scenes = mapping.check_scenes(inputs, reading, count, _say, polygonize=polygonize, failures=failures)
+    for line in mapping.differences(trained, reading, scenes, count) if model.data is not None else ():
         _say(f"warning: {line}")
-    scenes = mapping.check_scenes(inputs, reading, model.config.student.bands, _say)
-    if polygonize:
-        polygons.check_places(scenes)
+    named = dict(zip(inputs, outputs, strict=True))
+    outputs = [named[scene.path] for scene in scenes]
     files.check_sources({scene.path: scene.files for scene in scenes}, outputs)
     size = (tile, tile) if tile else tuple((model.data or {}).get("crop") or model.config.teacher.image_size)
     overlap = min(size) // 4 if overlap is None else overlap
@@ -100,12 +105,15 @@ def run(
         used = mapping.map_scenes(
             scenes, outputs, step, Legend.of(found.classes, model.classes, model.palette), overlap=overlap,
             rgb=model.config.rgb, cog=cog, tags={"CHECKPOINT": str(checkpoint), "SOFTWARE": "ktda_jax"}, say=_say,
+            failures=failures,
         )  # fmt: skip
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         words = str(error).strip().partition("\n")[0]
         raise UserError(f"{words or 'out of memory'}; a smaller --batch_size or --tile takes less memory") from error
     rate = used["pixels"] / used["seconds"] / 1e6
     _say(f"{used['pixels'] / 1e6:.3g} Mpixel in {used['seconds']:.1f} s, {rate:.3g} Mpixel/s")
+    if failures:
+        raise mapping.not_mapped(failures, len(inputs))
     return used
 
 
