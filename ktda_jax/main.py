@@ -13,7 +13,9 @@ cli.define_processes()
 WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; default runs/<config name>.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train (or resume) and evaluate, or only evaluate.")
 STOPPED_STATUS = flags.DEFINE_integer(
-    "stopped_status", 0, "Exit status if a signal stopped training before its end, for launchers that start it again."
+    "stopped_status",
+    None,
+    "Exit status if a signal stopped it before its end; default 130 for ctrl-c, 143 for SIGTERM.",
 )
 
 FAILED_SECONDS = 5  # that a process which failed waits for the others
@@ -36,17 +38,22 @@ def parse(argv: list[str]) -> list[str]:
 def main(_: list[str]) -> None:
     cli.start()
     from ktda_jax.training import loop
+    from ktda_jax.training.stop import StopSignal
 
-    verbs = {"train": loop.train_and_evaluate, "eval": loop.evaluate_workdir}
+    cli.stop_cleanly()
+    stop = StopSignal()
     try:
-        result = verbs[MODE.value](cli.config(), _workdir())
+        if MODE.value == "eval":
+            loop.evaluate_workdir(cli.config(), _workdir())
+        else:
+            loop.train_and_evaluate(cli.config(), _workdir(), stop=stop)
     except Exception:
         if cli.given("coordinator"):
             # JAX waits at exit for the others, minutes, while they wait for this one; unless all fail alike.
             cli.end_after(FAILED_SECONDS)
         raise
-    if result is None:
-        sys.exit(STOPPED_STATUS.value)
+    if stop.number:
+        sys.exit(128 + stop.number if STOPPED_STATUS.value is None else STOPPED_STATUS.value)
 
 
 if __name__ == "__main__":

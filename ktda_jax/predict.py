@@ -34,7 +34,6 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     hint = "put a pattern such as --input='*.tif' in quotes"
     PARSE = cli.parsed(cli.parser("checkpoint", "input", "output", hint=hint))  # before the imports below: seconds
 
-import signal
 from collections.abc import Sequence
 
 import jax
@@ -160,14 +159,7 @@ OPTIONS = (
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax tells what it restores
-
-    def stop(number, frame):  # through the cleaning up, which a second signal must not end
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
-        sys.exit("error: stopped by a signal; what was not finished is removed")
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    cli.stop_cleanly()
     given = {name: flags.FLAGS[name].value for name in OPTIONS}
     run(**given, bands=_numbers("bands", int), scale=_numbers("scale", float))
 

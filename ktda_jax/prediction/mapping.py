@@ -139,7 +139,8 @@ def map_scenes(
         scenes, step, classes=len(legend.classes), overlap=overlap, probabilities=wanted["probabilities"],
         confidence=wanted["confidence"], preview=PREVIEW if wanted["overlay"] else 0, keep_going=failures is not None,
     )  # fmt: skip
-    with contextlib.closing(strips), contextlib.ExitStack() as open_writer:
+    with contextlib.closing(strips), contextlib.ExitStack() as open_writer, contextlib.ExitStack() as ending:
+        ending.callback(progress.clear)
         for strip in strips:
             if isinstance(strip, pipeline.Failed):
                 open_writer.close()  # and what there is of its files is removed

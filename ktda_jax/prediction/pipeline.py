@@ -113,7 +113,7 @@ def every(scene: Scene, preview: int) -> int:
     return max(-(-max(scene.height, scene.width) // preview), 1)
 
 
-def _read(scenes, step: Step, overlap: int, preview: int, keep_going: bool) -> Iterator[Batch]:
+def _read(scenes, step: Step, overlap: int, preview: int, keep_going=False) -> Iterator[Batch]:
     batch = Batch(step)
     for item in _items(scenes, step.shape[2:], overlap, preview, keep_going):
         if isinstance(item, (Row, Failed)):

@@ -1,8 +1,9 @@
 """Training from a config to a workdir: `train_and_evaluate` reads from top to bottom."""
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from ktda_jax.data.check import check_split
 from ktda_jax.data.teacher_features import TeacherFeatures
 from ktda_jax.figures import plots
 from ktda_jax.models import flat
-from ktda_jax.training import evaluate
+from ktda_jax.training import evaluate, lock
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.inputs import eval_source, features_folder, open_features, open_source, processes
 from ktda_jax.training.program import Compilation, Program, build
@@ -27,12 +28,27 @@ from ktda_jax.training.stop import StopSignal
 from ktda_jax.training.writers import Writer
 
 
-def train_and_evaluate(config: Mapping[str, Any], workdir: str | pathlib.Path) -> evaluate.Evaluation | None:
-    """Trains, or resumes, then evaluates the best checkpoint; None if a signal stopped it before the end.
+def train_and_evaluate(
+    config: Mapping[str, Any], workdir: str | pathlib.Path, *, stop: StopSignal | None = None
+) -> evaluate.Evaluation | None:
+    """Trains, or resumes, then evaluates the best checkpoint; None if a signal (`stop.number`) stopped it before.
 
     config: a ConfigDict, or nested mappings as config.json has them. UserError says in a line what is wrong.
     """
     workdir, settings = pathlib.Path(workdir), checks.resolve(config)
+    alone = contextlib.nullcontext(lambda: None)
+    if jax.process_index() == 0:
+        claim, remedy = f"workdir {workdir} is being trained", "use another --workdir or stop it"
+        alone = lock.hold(workdir, place=f"--workdir={workdir}", claim=claim, remedy=remedy)
+    with alone as still_alone, stop or StopSignal() as stop:
+        finished, program = _to_the_end(settings, workdir, still_alone, stop)
+        return evaluate_workdir(config, workdir, program=program) if finished else None
+
+
+def _to_the_end(
+    settings: Settings, workdir: pathlib.Path, still_alone: Callable[[], None], stop: StopSignal
+) -> tuple[bool, Program]:
+    """Trains what is left of it; whether that was finished, and what it was made with."""
     records.compare(workdir, settings)
     program = build(settings)
     compilation = Compilation(program) if _latest(workdir) < settings.total_steps else None
@@ -43,16 +59,20 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | pathlib.Path) -
         except OSError as error:
             raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
         writer = Writer(workdir, total_steps=settings.total_steps, enabled=jax.process_index() == 0)
-        with Checkpoints(workdir / "checkpoints") as checkpoints, writer, StopSignal() as stop:
+        still_alone()
+        with Checkpoints(workdir / "checkpoints") as checkpoints, writer:
             start, current = _begin(workdir, settings, program, data, checkpoints)
             writer.resume(start)
             _tell(writer, settings, program, data, start)
-            finished = _train(settings, program, data, start, current, compilation, checkpoints, writer, stop)
+            parts = program, data, start, current, compilation, checkpoints, writer
+            finished = _train(settings, *parts, stop, still_alone)
+        if finished:
+            stop.end()
     except BaseException:
         if compilation is not None:
             compilation.give_up()
         raise
-    return evaluate_workdir(config, workdir, program=program) if finished else None
+    return finished, program
 
 
 def _begin(
@@ -90,7 +110,9 @@ def _tell(writer: Writer, settings: Settings, program: Program, data: "_Data", s
         writer.message("warning: the teacher starts from random weights; set config.weights.teacher")
 
 
-def _train(settings, program, data, start, current, compilation, checkpoints, writer, stop) -> bool:
+def _train(
+    settings, program, data, start, current, compilation, checkpoints, writer, stop, still_alone
+) -> bool:  # fmt: skip
     """The steps from `start` to the last; False if a signal stopped them before."""
     teacher, losses, skipped = program.teacher(), _Losses(settings.log_every, writer, checkpoints), 0
     for step in range(start + 1, settings.total_steps + 1):
@@ -100,6 +122,11 @@ def _train(settings, program, data, start, current, compilation, checkpoints, wr
         if step == start + 1 and compilation is not None:
             writer.message("compiling the training step")
             compilation.wait()
+        if step == start + 1:
+            if stop.agreed(start, now=True):
+                writer.message("stopped by a signal before the first step; run the same command to go on")
+                return False
+            stop.begin()
         with jax.transfer_guard("disallow"):
             current, terms = program.train_step(current, batch, teacher)
         losses.push(step, terms, skipped)
@@ -107,14 +134,15 @@ def _train(settings, program, data, start, current, compilation, checkpoints, wr
         last = step == settings.total_steps
         validate = step % settings.eval_every == 0 or last
         save = validate or (settings.checkpoint_every and step % settings.checkpoint_every == 0)
-        stopping = stop.agreed(step)
+        stopping = stop.agreed(step, now=last)
         if validate or save or stopping:
             losses.flush()  # a state that is not finite is never saved
             writer.pause()
             score = _validate(step, settings, program, data, current, teacher, writer) if validate else None
+            still_alone()
             # Evaluate, save, and only then draw the next batch: the position belongs to this step.
             checkpoints.save(step, current, data.batches.get_state(), None if score is None else {"mIoU": score})
-        if stopping and not last:
+        if stopping:
             checkpoints.wait()
             writer.message(f"stopped by a signal at step {step}; run the same command to go on")
             return False
