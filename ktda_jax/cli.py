@@ -3,7 +3,6 @@
 JAX is imported by none of it until `start`, so that --help and errors of flags are quick.
 """
 
-import _thread
 import contextlib
 import functools
 import glob
@@ -169,7 +168,7 @@ class _Signals:
 
     def __init__(self):
         self.cleanly, self.raised = False, None
-        self._wakeup = None
+        self._wakeup, self._repeated = None, False
 
     def hear(self) -> None:
         """From now on, and again after something else took the signals."""
@@ -192,28 +191,30 @@ class _Signals:
         while True:
             waiting = first is not None and not self.raised
             if not select.select([reading], [], [], self.GRACE if waiting else None)[0]:
-                if not self.raised and self._ours(first):
+                if not self.raised:
                     _end(first)
-                first = None
                 continue
             number, now = os.read(reading, 1)[0], time.monotonic()
+            if self._repeated:
+                self._repeated = False
+                continue
             if number not in self.WORDS or now - last < self.APART:
                 continue
             last, interrupts = now, interrupts + (number == signal.SIGINT)
-            if interrupts > 2 or (self._ours(number) and (not self.cleanly or self.raised)):
+            if interrupts > 2:
                 _end(number)
-            first = number if self._ours(number) else None
-
-    def _ours(self, number: int) -> bool:
-        return signal.getsignal(number) == self._handle
+            if signal.getsignal(number) == self._handle:
+                if first is not None or not self.cleanly:
+                    _end(number)
+                first = number
 
     def _again(self, before: Callable, unraisable) -> None:
         """What is raised within a destructor or a callback of the garbage collector gets lost: raises it again."""
         error = unraisable.exc_value
         if not isinstance(error, KeyboardInterrupt):
             return before(unraisable)
-        number, self.raised = next(iter(error.args), signal.SIGINT), None
-        threading.Timer(0.01, _thread.interrupt_main, (number,)).start()
+        number, self.raised, self._repeated = next(iter(error.args), signal.SIGINT), None, True
+        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()
 
 
 _signals, _ending = _Signals(), threading.Lock()

@@ -1,4 +1,4 @@
-"""One training in a workdir at a time, with and without flock, on one machine and several, after all kinds of deaths."""
+"""One training in a workdir at a time: with and without flock, on one machine and several, after deaths."""
 
 import contextlib
 import json

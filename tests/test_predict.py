@@ -270,7 +270,7 @@ def test_the_command_and_its_interruption(workdir, tmp_path):
     runs.wait_for(lambda: any(maps.glob(".*.tmp.tif")), process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and err == "error: stopped by a signal; what was not finished is removed\n"
+    assert process.returncode == 143 and err == "error: stopped by a signal\n"
     assert "tiles of 64 x 64" in out and not list(maps.iterdir())
 
     sf.write(scene, sf.smooth(150, 200))

@@ -192,7 +192,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tiles, tmp_path):
     processes = start_two(tiles, tmp_path, settings)
     runs.wait_for(lambda: runs.reached(tmp_path, 5), processes[0])
     processes[1].send_signal(signal.SIGTERM)
-    (out, _), _ = [runs.finish(process) for process in processes]
+    (out, _), _ = [runs.finish(process, 143) for process in processes]
     (step,) = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
     assert f"stopped by a signal at step {step};" in out and step % 10 == 0 and step < 60
     processes = start_two(tiles, tmp_path, settings | {"log_every": 1})

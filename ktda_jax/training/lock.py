@@ -52,8 +52,9 @@ def hold(
         if found and found.get("token") != mine["token"]:
             raise refuse(found)
 
-    made = not folder.exists()
-    locked = None
+    made, locked = not folder.exists(), None
+    ended = threading.Event()
+    beating = threading.Thread(target=_beat, args=(path, mine, ended), name="heartbeat", daemon=True)
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -63,18 +64,15 @@ def hold(
             raise refuse(_read(path)) from error
         except OSError as error:
             raise UserError(f"cannot write to {place}: {error.strerror or error}") from error
-        ended = threading.Event()
-        beating = threading.Thread(target=_beat, args=(path, mine, ended), name="heartbeat", daemon=True)
         beating.start()
-        try:
-            yield check
-        finally:
-            ended.set()
-            beating.join()
-            with contextlib.suppress(OSError):
-                if (_read(path) or {}).get("token") == mine["token"]:
-                    path.unlink()
+        yield check
     finally:
+        ended.set()
+        if beating.is_alive():
+            beating.join()
+        with contextlib.suppress(OSError):
+            if (_read(path) or {}).get("token") == mine["token"]:
+                path.unlink()
         if made:
             with contextlib.suppress(OSError):  # not empty: something came of it
                 folder.rmdir()
@@ -193,11 +191,17 @@ def _read(path: pathlib.Path) -> dict | None:
 
 def _create(path: pathlib.Path, mine: dict) -> bool:
     """False if there is one already."""
+    text = json.dumps(mine | {"beat": time.time()})
     try:
-        with open(path, "x") as file:
-            file.write(json.dumps(mine | {"beat": time.time()}))
+        file = open(path, "x")
     except FileExistsError:
         return False
+    try:
+        with file:
+            file.write(text)
+    except BaseException:  # a full disk, a signal
+        path.unlink()
+        raise
     return True
 
 

@@ -23,29 +23,26 @@ class StopSignal:
     def __enter__(self):
         self._previous = {}
         self._alone = jax.process_count() == 1
-        self._noting = not self._alone
+        if not self._alone:
+            self._listen()
+        return self
+
+    def begin(self) -> None:
+        """From now on there is something to save."""
+        if self._alone:
+            self._listen()
+
+    def _listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._previous[number] = signal.signal(number, self._note)
             except ValueError:  # not the main thread: whoever owns it handles signals
                 break
-        return self
 
     def _note(self, number, frame):
-        if not self._noting:
-            self._leave(number)
-        elif self._received and number == signal.SIGINT:
+        if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt(number)  # a second ctrl-c means now
-        else:
-            self._received = self._received or number
-
-    def _leave(self, number: int) -> None:
-        signal.signal(number, self._previous[number])
-        signal.raise_signal(number)
-
-    def begin(self) -> None:
-        """From now on there is something to save."""
-        self._noting = True
+        self._received = self._received or number
 
     def agreed(self, step: int, *, now: bool = False) -> bool:
         if self._alone:
@@ -56,11 +53,15 @@ class StopSignal:
         return self.number is not None
 
     def end(self) -> None:
-        """All is saved; a signal since the last agreement was not heard yet."""
-        self._noting = False
-        if self._alone and self._received and self.number is None and self._previous:
-            self._leave(self._received)
+        """All is saved. A signal since the last agreement is left to whoever heard them before, too."""
+        self.__exit__()
+        if self._alone and self._received and self.number is None:
+            handler = signal.getsignal(self._received)
+            if callable(handler):
+                handler(self._received, None)
+            else:
+                signal.raise_signal(self._received)
 
     def __exit__(self, *exception):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        while self._previous:
+            signal.signal(*self._previous.popitem())
