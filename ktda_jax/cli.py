@@ -228,11 +228,11 @@ def stop_cleanly() -> None:
 
 def _end(number: int) -> NoReturn:
     """The end of this process at once: no thread is waited for, nor the other processes."""
-    _ending.acquire()  # for good: one line
     status = given("stopped_status")
     with contextlib.suppress(Exception):
         if threading.current_thread() is threading.main_thread():  # which may just hold what others would wait for
             sys.stdout.flush()
+    _ending.acquire()  # for good: one line
     with contextlib.suppress(OSError):
         os.write(2, f"error: {_Signals.WORDS[number]}\n".encode())
     os._exit(128 + number if status is None else status)
