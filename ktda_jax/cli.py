@@ -1,18 +1,22 @@
-"""What the verbs' command lines share: flags, configs, other processes, errors in one line (--traceback); `ktda`.
+"""What the verbs' command lines share: flags, configs, other processes, errors and signals in one line; `ktda`.
 
 JAX is imported by none of it until `start`, so that --help and errors of flags are quick.
 """
 
+import contextlib
 import functools
 import glob
 import importlib.util
 import logging as standard_logging
 import os
 import runpy
+import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
+from typing import ClassVar, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -126,6 +130,7 @@ def _unknown_setting(error: Exception, argv: list[str]) -> str:
 
 def parsed(parse: Parser) -> Parser:
     """Parses the command line now, before a verb imports JAX, which takes seconds; gives what `run` parses with."""
+    hear_signals()
     app.define_help_flags()
     rest = parse(sys.argv)
     quiet_libtpu()
@@ -138,15 +143,17 @@ def run(main: Callable[[list[str]], None], parse: Parser) -> None:
 
 
 def in_one_line(main, argv):
-    """main(argv), or SystemExit with what a user can mend."""
+    """main(argv), or SystemExit with what a user can mend; the end of the process if a signal was to end it."""
     try:
         main(argv)
-    except UserError as error:
-        if given("traceback"):
+    except BaseException as error:
+        if _signals.raised or isinstance(error, KeyboardInterrupt):  # whatever became of it on its way
+            _end(_signals.raised or next(iter(error.args), signal.SIGINT))
+        if not isinstance(error, UserError) or given("traceback"):
             raise
         _leave(f"error: {error}")
-    except KeyboardInterrupt:
-        _leave("error: stopped from the keyboard")
+    finally:
+        _signals.cleanly = False  # nothing is left to be cleaned up
 
 
 def _leave(message: str) -> None:
@@ -159,9 +166,89 @@ def _leave(message: str) -> None:
     sys.exit(message)
 
 
+class _Signals:
+    """SIGINT and SIGTERM end a verb in one line, with status 128 + their number (or --stopped_status).
+
+    Python calls handlers between two steps of the main thread, which for a compilation is minutes. So a thread hears
+    of signals, too, and ends the process at once where nothing is to be cleaned up. Where something is
+    (`stop_cleanly`), the handler raises KeyboardInterrupt, and the thread ends the process if that is not heard in
+    time, or if somebody insists. StopSignal has its own handlers; of those the thread only counts ctrl-c.
+    """
+
+    WORDS: ClassVar = {signal.SIGINT: "stopped from the keyboard", signal.SIGTERM: "stopped by a signal"}
+    GRACE = 3.0  # seconds for the main thread to hear
+    APART = 0.5  # seconds; two signals that are closer, from a terminal and a wrapper, say, are one
+
+    def __init__(self):
+        self.cleanly, self.raised = False, None
+        self._wakeup, self._repeated = None, False
+
+    def hear(self) -> None:
+        """From now on, and again after something else took the signals."""
+        for number in self.WORDS:
+            signal.signal(number, self._handle)
+        if self._wakeup is None:
+            reading, self._wakeup = os.pipe()
+            os.set_blocking(self._wakeup, False)
+            signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(reading,), name="signals", daemon=True).start()
+            sys.unraisablehook = functools.partial(self._again, sys.unraisablehook)
+
+    def _handle(self, number, frame) -> None:
+        if self.cleanly and not self.raised:
+            self.raised = number
+            raise KeyboardInterrupt(number)
+
+    def _watch(self, reading: int) -> None:
+        first, last, interrupts = None, 0.0, 0
+        while True:
+            waiting = first is not None and not self.raised
+            if not select.select([reading], [], [], self.GRACE if waiting else None)[0]:
+                if not self.raised:
+                    _end(first)
+                continue
+            number, now = os.read(reading, 1)[0], time.monotonic()
+            if self._repeated:
+                self._repeated = False
+                continue
+            if number not in self.WORDS or now - last < self.APART:
+                continue
+            last, interrupts = now, interrupts + (number == signal.SIGINT)
+            if interrupts > 2:
+                _end(number)
+            if signal.getsignal(number) == self._handle:
+                if first is not None or not self.cleanly:
+                    _end(number)
+                first = number
+
+    def _again(self, before: Callable, unraisable) -> None:
+        """What is raised within a destructor or a callback of the garbage collector gets lost: raises it again."""
+        error = unraisable.exc_value
+        if not isinstance(error, KeyboardInterrupt):
+            return before(unraisable)
+        number, self.raised, self._repeated = next(iter(error.args), signal.SIGINT), None, True
+        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+
+
+_signals, _ending = _Signals(), threading.Lock()
+hear_signals = _signals.hear
+
+
 def stop_cleanly() -> None:
-    """SIGTERM ends this process through its cleaning up, as control-C does."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by a signal"))
+    """From now on SIGTERM and SIGINT end this process through its cleaning up; so call this after slow imports."""
+    _signals.cleanly = True
+
+
+def _end(number: int) -> NoReturn:
+    """The end of this process at once: no thread is waited for, nor the other processes."""
+    status = given("stopped_status")
+    with contextlib.suppress(Exception):
+        if threading.current_thread() is threading.main_thread():  # which may just hold what others would wait for
+            sys.stdout.flush()
+    _ending.acquire()  # for good: one line
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: {_Signals.WORDS[number]}\n".encode())
+    os._exit(128 + number if status is None else status)
 
 
 def start() -> None:
@@ -175,6 +262,7 @@ def start() -> None:
     handler.addFilter(lambda record: record.levelno > standard_logging.WARNING or "orbax" not in record.pathname)
     if given("coordinator"):
         _join(jax)
+        hear_signals()  # JAX has taken SIGTERM
 
 
 def _join(jax) -> None:

@@ -12,12 +12,13 @@ if __name__ == "__main__":
     cli.define_processes()
     PARSE = cli.parsed(cli.parse_config)  # before the imports below, which take seconds
 
+import contextlib
 import dataclasses
-import fcntl
 import os
 import pathlib
 import shutil
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ from ktda_jax.data.teacher_features import (
 )
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDAConfig, teacher_images
+from ktda_jax.training import lock
 from ktda_jax.training.inputs import features_folder, open_source, processes
 from ktda_jax.training.program import frozen_teacher
 
@@ -88,9 +90,8 @@ def run(config: ConfigDict) -> pathlib.Path:
 
     step = _step(graphdef, model, dtype, DTYPES[stored.dtype], mesh)
     temporary = folder.with_name(f".{folder.name}.tmp")
-    lock = _claim(temporary, folder) if jax.process_index() == 0 else None
-    _meet("folder made")
-    try:
+    with _claim(temporary, folder) if jax.process_index() == 0 else contextlib.nullcontext():
+        _meet("folder made")
         _check_space(folder, size // jax.process_count())
         _write(temporary / _shard(jax.process_index()), stored.dtype, step, place(), batches, mesh)
         _meet("shards written")
@@ -106,29 +107,26 @@ def run(config: ConfigDict) -> pathlib.Path:
             np.save(temporary / RECORDS, np.array(records, np.int64))
             write_json(temporary / MANIFEST, manifest)
             os.replace(temporary, folder)
-    finally:
-        if lock is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-            os.close(lock)
     _meet("done")
     return folder
 
 
-def _claim(temporary: pathlib.Path, folder: pathlib.Path) -> int:
-    """Makes the folder, empty, and locks it: what a killed extraction left is removed, what a living one has is not."""
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        lock = os.open(temporary, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write to config.teacher.features={folder}: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise UserError(f"another extraction is writing to config.teacher.features={folder}; wait for it") from error
-    for left in temporary.iterdir():
-        left.unlink()
-    return lock
+@contextlib.contextmanager
+def _claim(temporary: pathlib.Path, folder: pathlib.Path) -> Iterator[None]:
+    """The folder, empty: what a killed extraction left is removed, what a living one has is not."""
+    place, beside = f"config.teacher.features={folder}", folder.with_name(f".{folder.name}.{lock.RECORD}")
+    claim, remedy = f"{place} is being extracted", "wait for it, or choose another"
+    with lock.hold(temporary, place=place, claim=claim, remedy=remedy, record=beside, say=_say):
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(
+                f"{place} was extracted by another process meanwhile; the same command looks whether it fits"
+            )
+        try:
+            for left in temporary.iterdir():
+                left.unlink()
+            yield
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _shard(process: int) -> str:

@@ -152,6 +152,7 @@ def _sheet(path: pathlib.Path, source, data: Data, seed: int, samples: int) -> N
 
 
 def main(_: list[str]) -> None:
+    cli.stop_cleanly()
     config, given = cli.config(), flags.FLAGS
     problems = run(config, expand(given.output or f"inspection/{config.data.name}"), given.samples)
     if problems:

@@ -1,6 +1,5 @@
 """The user's entry: `python -m ktda_jax.main --config=configs/grass.py [--config.KEY=VALUE ...]`."""
 
-import functools
 import pathlib
 import sys
 
@@ -15,7 +14,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; default runs/<co
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train (or resume) and evaluate, or only evaluate.")
 EXTEND = flags.DEFINE_bool("extend", False, "Go on with another config.total_steps or config.batch_size than before.")
 STOPPED_STATUS = flags.DEFINE_integer(
-    "stopped_status", 0, "Exit status if a signal stopped training before its end, for launchers that start it again."
+    "stopped_status",
+    None,
+    "Exit status if a signal stopped it before its end; default 130 for ctrl-c, 143 for SIGTERM.",
 )
 
 FAILED_SECONDS = 5  # that a process which failed waits for the others
@@ -40,18 +41,22 @@ def parse(argv: list[str]) -> list[str]:
 def main(_: list[str]) -> None:
     cli.start()
     from ktda_jax.training import loop
+    from ktda_jax.training.stop import StopSignal
 
-    train = functools.partial(loop.train_and_evaluate, extend=EXTEND.value)
-    verbs = {"train": train, "eval": loop.evaluate_workdir}
+    cli.stop_cleanly()
+    stop = StopSignal()
     try:
-        result = verbs[MODE.value](cli.config(), _workdir())
+        if MODE.value == "eval":
+            loop.evaluate_workdir(cli.config(), _workdir())
+        else:
+            loop.train_and_evaluate(cli.config(), _workdir(), extend=EXTEND.value, stop=stop)
     except Exception:
         if cli.given("coordinator"):
             # JAX waits at exit for the others, minutes, while they wait for this one; unless all fail alike.
             cli.end_after(FAILED_SECONDS)
         raise
-    if result is None:
-        sys.exit(STOPPED_STATUS.value)
+    if stop.number:
+        sys.exit(128 + stop.number if STOPPED_STATUS.value is None else STOPPED_STATUS.value)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     hint = "put a pattern such as --input='*.tif' in quotes"
     PARSE = cli.parsed(cli.parser("checkpoint", "input", "output", hint=hint))  # before the imports below: seconds
 
-import signal
 from collections.abc import Sequence
 
 import jax
@@ -57,7 +56,10 @@ def run(
     nodata: float | None = None, cog=False, probabilities=False, confidence=False, polygonize=False, overlay=False,
     skip_existing=False, tta=False, teacher_heads: int | None = None, fmm_heads: int | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Maps what the flags of the same names say. UserError says in one line what is wrong."""
+    """Maps what the flags of the same names say. UserError says in one line what is wrong.
+
+    Of several scenes those that can be are mapped, and the UserError about the others comes at the end.
+    """
     inputs = files.expand(input)
     rasterio_for(inputs[0])
     if polygonize:
@@ -74,6 +76,7 @@ def run(
         inputs, outputs = [inputs[k] for k in left], [outputs[k] for k in left]
         if not left:
             return {"pixels": 0, "seconds": 0.0}
+    mapping.check_any(inputs)
     files.make_folders(outputs)
 
     on_cpu = jax.default_backend() == "cpu"
@@ -85,11 +88,12 @@ def run(
         raise UserError(f"the model has {model.config.num_classes} classes; a map holds at most {IGNORE}")
     trained = mapping.trained_reading(model.data)
     reading = _reading(trained, model.config.student.bands, bands, scale, nodata)
-    for line in mapping.differences(trained, reading) if model.data is not None else ():
+    count, failures = model.config.student.bands, []
+    scenes = mapping.check_scenes(inputs, reading, count, _say, polygonize=polygonize, failures=failures)
+    for line in mapping.differences(trained, reading, scenes, count) if model.data is not None else ():
         _say(f"warning: {line}")
-    scenes = mapping.check_scenes(inputs, reading, model.config.student.bands, _say)
-    if polygonize:
-        polygons.check_places(scenes)
+    named = dict(zip(inputs, outputs, strict=True))
+    outputs = [named[scene.path] for scene in scenes]
     files.check_sources({scene.path: scene.files for scene in scenes}, outputs)
     size = (tile, tile) if tile else tuple((model.data or {}).get("crop") or model.config.teacher.image_size)
     overlap = min(size) // 4 if overlap is None else overlap
@@ -105,12 +109,15 @@ def run(
         used = mapping.map_scenes(
             scenes, outputs, step, Legend.of(found.classes, model.classes, model.palette), overlap=overlap,
             rgb=model.config.rgb, cog=cog, tags={"CHECKPOINT": str(checkpoint), "SOFTWARE": "ktda_jax"}, say=_say,
+            failures=failures,
         )  # fmt: skip
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         words = str(error).strip().partition("\n")[0]
         raise UserError(f"{words or 'out of memory'}; a smaller --batch_size or --tile takes less memory") from error
     rate = used["pixels"] / used["seconds"] / 1e6
     _say(f"{used['pixels'] / 1e6:.3g} Mpixel in {used['seconds']:.1f} s, {rate:.3g} Mpixel/s")
+    if failures:
+        raise mapping.not_mapped(failures, len(inputs))
     return used
 
 
@@ -157,14 +164,7 @@ OPTIONS = (
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax tells what it restores
-
-    def stop(number, frame):  # through the cleaning up, which a second signal must not end
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
-        sys.exit("error: stopped by a signal; what was not finished is removed")
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    cli.stop_cleanly()
     given = {name: flags.FLAGS[name].value for name in OPTIONS}
     run(**given, bands=_numbers("bands", int), scale=_numbers("scale", float))
 

@@ -65,6 +65,7 @@ def _workdirs() -> list[str]:
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
+    cli.stop_cleanly()
     sys.stdout.reconfigure(errors="replace")  # names of files may be no UTF-8
     given = flags.FLAGS
     if not _workdirs():

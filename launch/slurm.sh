@@ -2,6 +2,7 @@
 # Several nodes with GPUs under Slurm: sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh CONFIG-FLAGS...
 # One task per GPU, or --ntasks-per-node=1 for one per node. Do not use --gpus-per-task: JAX picks a task's GPU by its
 # SLURM_LOCALID among all of the node's. Submit from the repository, with the environment active (or set PYTHON).
+# Exit status: 0 finished, 75 stopped by a signal (the same command goes on), else failed.
 #SBATCH --job-name=ktda
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
@@ -26,7 +27,8 @@ if [[ ${SLURM_NTASKS_PER_NODE:-} == 1 && ${SLURM_GPUS_ON_NODE:-1} -gt 1 ]]; then
 fi
 
 # SIGTERM, 300 s before the time limit or on preemption, comes to this script alone (B:). Passed on to the tasks by
-# scancel, which leaves this script out; srun itself would answer a SIGTERM by killing them.
+# scancel, which leaves this script out; srun itself would answer a SIGTERM by killing them. All tasks end together, once
+# the checkpoint is complete, so that --kill-on-bad-exit finds nothing to kill.
 requeue=0 interrupted=0
 # shellcheck disable=SC2329 # the trap's
 pass_on() {
@@ -35,7 +37,7 @@ pass_on() {
 }
 trap pass_on TERM
 
-srun --kill-on-bad-exit=1 "$PYTHON" -m ktda_jax.main "$@" --coordinator=auto &
+srun --kill-on-bad-exit=1 "$PYTHON" -m ktda_jax.main "$@" --coordinator=auto --stopped_status=75 &
 tasks=$!
 while :; do
   status=0 interrupted=0

@@ -134,7 +134,8 @@ run() {
         say "finished. $NAME still costs: launch/tpu_pod.sh delete"
         return
       fi
-      if grep -q "^error: " "$scratch/output"; then # what ktda_jax refuses once it refuses again
+      # What ktda_jax refuses once it refuses again; but a preemption may stop it before training has begun.
+      if grep "^error: " "$scratch/output" | grep -qv "^error: stopped "; then
         die "refused, see above; $NAME still costs: launch/tpu_pod.sh delete"
       fi
     fi

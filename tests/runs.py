@@ -150,10 +150,10 @@ def start_two(*flags: str, verb: str = "main") -> list[subprocess.Popen]:
     return [start(*flags, f"--process_id={k}", verb=verb) for k in range(2)]
 
 
-def finish(process: subprocess.Popen) -> tuple[str, str]:
-    """stdout and stderr of a process that must succeed."""
+def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
+    """stdout and stderr of a process that must succeed, or end with that status."""
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    assert process.returncode == status, err
     return out, err
 
 

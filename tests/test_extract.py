@@ -1,6 +1,7 @@
 """`python -m ktda_jax.extract`: the features are the teacher's, training with them is training with the teacher."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -169,21 +170,29 @@ def test_places_that_will_not_do(config, tmp_path):
 
 def test_of_two_extractions_at_once_one_gives_way(config, tmp_path, monkeypatch):
     """And what a killed one left is no hindrance."""
-    (tmp_path / ".features.tmp").mkdir()
-    (tmp_path / ".features.tmp" / "features-00000-of-00001.array_record").write_bytes(b"half")
+    temporary = tmp_path / ".features.tmp"
+    temporary.mkdir()
+    (temporary / "features-00000-of-00001.array_record").write_bytes(b"half")
     write, refused = extract.FeatureWriter.write, []
 
     def during(*arguments):
         if not refused:
-            with pytest.raises(UserError, match="another extraction is writing to .*features; wait for it") as error:
-                extract._claim(tmp_path / ".features.tmp", tmp_path / "features")
+            by_us = f"features is being extracted by process {os.getpid()} on .* since .*; wait for it"
+            with pytest.raises(UserError, match=by_us) as error:
+                extract._claim(temporary, tmp_path / "features").__enter__()
             refused.append(error)
         return write(*arguments)
 
     monkeypatch.setattr(extract.FeatureWriter, "write", during)
     settings = config(teacher__mode="precomputed")
     extract.run(settings)
-    assert refused and len(read_all(opened(settings))) == 10
+    assert refused and len(read_all(opened(settings))) == 10 and not list(tmp_path.glob(".features*"))
+    with (
+        pytest.raises(UserError, match="extracted by another process meanwhile"),
+        extract._claim(temporary, tmp_path / "features"),
+    ):
+        pass
+    assert len(read_all(opened(settings))) == 10
 
 
 def test_another_teacher_is_refused(config, tmp_path, tiles):

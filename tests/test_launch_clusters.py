@@ -45,6 +45,7 @@ def slurm(tmp_path):
 def test_slurm_starts_the_command_and_returns_its_status(slurm):
     assert slurm(*ODD, srun="exit 3").wait(10) == 3
     expected = ["srun", "--kill-on-bad-exit=1", "python", "-m", "ktda_jax.main", *ODD, "--coordinator=auto"]
+    expected.append("--stopped_status=75")
     assert slurm.seen.read_text() == "|".join(expected) + "|\n"
     assert (slurm.folder / "devices").read_text() == "\n"
     assert slurm(SLURM_NTASKS_PER_NODE="1", SLURM_GPUS_ON_NODE="4").wait(10) == 0
@@ -53,11 +54,11 @@ def test_slurm_starts_the_command_and_returns_its_status(slurm):
 
 def test_slurm_waits_for_the_checkpoint_and_requeues(slurm):
     task = slurm.folder / "task"
-    launcher = slurm(srun=f"trap 'sleep 1; echo saved; exit 0' TERM; echo $$ > {task}; while :; do sleep 0.1; done")
+    launcher = slurm(srun=f"trap 'sleep 1; echo saved; exit 75' TERM; echo $$ > {task}; while :; do sleep 0.1; done")
     runs.wait_for(lambda: runs.read(task).endswith("\n"), launcher)
     launcher.send_signal(signal.SIGTERM)
     out, _ = launcher.communicate(timeout=10)
-    assert launcher.returncode == 0 and out.startswith("saved\nslurm.sh: stopped by SIGTERM")
+    assert launcher.returncode == 75 and out.startswith("saved\nslurm.sh: stopped by SIGTERM")
     commands = slurm.seen.read_text().splitlines()
     assert commands[1:] == ["scancel|--signal=TERM|42|", "scontrol|requeue|42|"]
     header = (LAUNCH / "slurm.sh").read_text()
@@ -156,6 +157,7 @@ def test_a_preempted_slice_is_made_anew_and_trains_again(pod):
         ("exit 134", 2, "failed with status 134 on a slice that is still there, after 1 restarts"),
         ("echo 'error: config.x is bad' >&2; exit 1", 2, "refused, see above"),
         ("exit 75", 75, "the training was stopped by a signal; the same command goes on"),
+        ("echo 'error: stopped by a signal' >&2; exit 75", 75, "the training was stopped by a signal; the same"),
     ],
 )
 def test_a_training_that_fails_on_a_slice_that_is_still_there(pod, train, status, line):

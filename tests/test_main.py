@@ -78,7 +78,7 @@ def test_killed_while_saving_then_stopped_then_finished_is_the_same_run(whole, c
     second = command(tmp_path)
     runs.wait_for(functools.partial(runs.reached, tmp_path, 13), second)
     second.send_signal(signal.SIGTERM)
-    out, err = runs.finish(second)
+    out, err = runs.finish(second, 143)
     stopped = int(re.search(r"stopped by a signal at step (\d+); run the same command to go on", out)[1])
     assert re.search(r"resuming at step [24]\b", out) and 13 <= stopped < 24 and err == ""
 

@@ -14,7 +14,7 @@ import scene_files as sf
 from PIL import Image
 
 import ktda_jax
-from ktda_jax import predict
+from ktda_jax import UserError, predict
 from ktda_jax.config import workdir as records
 from ktda_jax.config.settings import Settings
 from ktda_jax.data.datasets import dataset_info
@@ -170,6 +170,88 @@ def test_flags_that_will_not_do(run, tmp_path, flags, message):
     assert [p.name for p in tmp_path.iterdir()] == ["scene.tif"]
 
 
+def broken(path, *, at: float) -> pathlib.Path:
+    """A scene of several rows of tiles of which only that share is there; it opens, and fails while it is read."""
+    sf.write(path, sf.smooth(1400, 70, seed=3), blockysize=16)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * at)])
+    return path
+
+
+def test_the_rest_of_a_folder_is_mapped_though_some_files_are_broken(run, model, tmp_path, capsys):
+    """Files that cannot be opened, or that end early; their neighbours share batches with them and are right."""
+    folder, maps = tmp_path / "scenes", tmp_path / "maps"
+    folder.mkdir()
+    good = {name: sf.smooth(50 + 30 * k, 90, seed=k) for k, name in enumerate(("a", "c", "e", "g", "z"))}
+    for name, values in good.items():
+        sf.write(folder / f"{name}.tif", values)
+        run(folder / f"{name}.tif", f"alone/{name}.tif")
+    (folder / "b.tif").write_bytes(b"II*\0")
+    broken(folder / "d.tif", at=0.5)
+    broken(folder / "f.tif", at=0.95)
+    sf.write(folder / "h.tif", sf.smooth(64, 64).astype(np.uint16))  # its scale is not known
+    with pytest.raises(UserError) as caught:
+        run(folder, "maps", overlay=True, confidence=True)
+    first, *lines = str(caught.value).splitlines()
+    assert first == "4 of 9 scenes could not be mapped:" and len(lines) == 4
+    for name, line in zip("bhdf", lines, strict=True):
+        assert str(folder / f"{name}.tif") in line
+    said = capsys.readouterr().out
+    assert "5 scenes" not in said and "7 scenes" in said and said.count("warning: left out: ") == 4
+    assert {path.name.partition(".")[0].partition("_")[0] for path in maps.iterdir()} == set(good)
+    for name in good:
+        np.testing.assert_array_equal(sf.read(maps / f"{name}.tif"), sf.read(tmp_path / "alone" / f"{name}.tif"))
+
+    with pytest.raises(UserError, match="4 of 4 scenes could not be mapped"):  # and again, only these are tried
+        run(folder, "maps", overlay=True, confidence=True, skip_existing=True)
+
+
+def test_what_none_of_the_scenes_allows_is_said_before_anything_is_computed(run, tmp_path, monkeypatch, capsys):
+    for k in range(7):
+        sf.write(tmp_path / f"{k}.tif", sf.smooth(64, 64).astype(np.uint16))
+    monkeypatch.setattr(mapping, "map_scenes", None)
+    with pytest.raises(
+        UserError, match="7 of 7 scenes could not be mapped:\n.*0.tif holds uint16.*give --scale="
+    ) as caught:
+        run(tmp_path / "*.tif", "maps")
+    assert str(caught.value).count("\n") == 6 and str(caught.value).endswith("and 2 more")
+    assert "warning" not in capsys.readouterr().out
+
+    monkeypatch.setattr(predict.segmenter, "load_pretrained", None)
+    for k in range(7):
+        (tmp_path / f"{k}.tif").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"0\.tif"):
+        run(tmp_path / "0.tif", "other/")
+    with pytest.raises(UserError, match="7 of 7"):
+        run(tmp_path / "*.tif", "other/")
+    assert not (tmp_path / "other").exists()
+
+
+def test_one_scene_that_ends_early_is_an_error_and_leaves_nothing(run, tmp_path):
+    with pytest.raises(UserError, match=r"^cannot read .*d\.tif"):
+        run(broken(tmp_path / "d.tif", at=0.5), "maps/", probabilities=True)
+    assert not list((tmp_path / "maps").iterdir())
+
+
+def test_what_an_error_demanded_is_no_warning(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(mapping, "map_scenes", lambda *_, **__: dict(pixels=1, seconds=1.0))
+    deep = sf.write(tmp_path / "deep.tif", sf.smooth(64, 64).astype(np.uint16))
+    with pytest.raises(UserError, match="give --scale=LOW,HIGH"):
+        run(deep)
+    assert "warning" not in run(deep, scale=[0, 3000])
+    five = sf.write(tmp_path / "five.tif", sf.smooth(64, 64, bands=5))
+    with pytest.raises(UserError, match="name them, such as --bands=1,2,3"):
+        run(five)
+    assert "warning" not in run(five, bands=[3, 2, 1])
+    plain = sf.write(tmp_path / "plain.tif", sf.smooth(64, 64))  # which needs neither
+    said = run(plain, scale=[0, 200], bands=[3, 2, 1])
+    assert "warning: --scale is (0, 200)" in said and "warning: --bands is (3, 2, 1)" in said
+    assert "warning: --scale is (0, 200)" in run(tmp_path / "*[en].tif", "maps", scale=[0, 200], bands=[3, 2, 1])
+    # What a warning of our own advises is none either.
+    scaled = trained(tmp_path / "scaled", data__bands=(1, 2, 3), data__scale=(0, 3000))
+    assert "then give --scale=0,255" in run(plain, checkpoint=scaled)
+    assert "warning" not in run(plain, checkpoint=scaled, scale=[0, 255])
+
+
 def test_without_rasterio(run, tmp_path, monkeypatch):
     sf.write(tmp_path / "scene.tif", sf.smooth(64, 64))
     monkeypatch.setitem(__import__("sys").modules, "rasterio", None)
@@ -186,7 +268,7 @@ def test_the_command_and_its_interruption(workdir, tmp_path):
     runs.wait_for(lambda: any(maps.glob(".*.tmp.tif")), process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and err == "error: stopped by a signal; what was not finished is removed\n"
+    assert process.returncode == 143 and err == "error: stopped by a signal\n"
     assert "tiles of 64 x 64" in out and not list(maps.iterdir())
 
     sf.write(scene, sf.smooth(150, 200))

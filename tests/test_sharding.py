@@ -192,9 +192,22 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tiles, tmp_path):
     processes = start_two(tiles, tmp_path, settings)
     runs.wait_for(lambda: runs.reached(tmp_path, 5), processes[0])
     processes[1].send_signal(signal.SIGTERM)
-    (out, _), _ = [runs.finish(process) for process in processes]
+    (out, _), _ = [runs.finish(process, 143) for process in processes]
     (step,) = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
     assert f"stopped by a signal at step {step};" in out and step % 10 == 0 and step < 60
     processes = start_two(tiles, tmp_path, settings | {"log_every": 1})
     (out, _), _ = [runs.finish(process) for process in processes]
     assert f"resuming at step {step}" in out and runs.steps(tmp_path, "train/loss") == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_stops_both_alike(tiles, tmp_path):
+    """One that ended by itself would leave the other one waiting for it."""
+    settings = {"total_steps": 60, "eval_every": 60, "model.student.depths": (0, 0, 0, 0)}
+    processes = start_two(tiles, tmp_path / "run", settings)
+    while "parameters to train" not in processes[0].stdout.readline():
+        pass
+    processes[1].send_signal(signal.SIGINT)
+    (out, _), _ = [runs.finish(process, 130) for process in processes]
+    assert "stopped by a signal before the first step" in out
+    assert not list((tmp_path / "run" / "checkpoints").iterdir()) and not (tmp_path / "run" / "lock.json").exists()

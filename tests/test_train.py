@@ -16,7 +16,7 @@ import runs
 
 from ktda_jax import UserError, sharding
 from ktda_jax.config.settings import Settings
-from ktda_jax.training import loop
+from ktda_jax.training import lock, loop
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.program import Program, build
 from ktda_jax.training.state import TrainState
@@ -205,6 +205,10 @@ def test_the_finished_command_trains_nothing(toy, tiles, tmp_path):
     again = loop.train_and_evaluate(runs.config(tiles), tmp_path)
     np.testing.assert_array_equal(first.confusion, again.confusion)
     assert runs.rows(tmp_path) == rows
+    with lock.hold(tmp_path, place="", claim="training", remedy=""):  # which does not mind to be looked at
+        loop.evaluate_workdir(runs.config(tiles), tmp_path)
+        with pytest.raises(UserError, match="use another --workdir or stop it"):
+            loop.train_and_evaluate(runs.config(tiles), tmp_path)
 
 
 @pytest.mark.parametrize("step, saved", [(2, "no checkpoint was written yet"), (5, "the last checkpoint is step 3")])

@@ -322,14 +322,22 @@ def main(argv=None):
     parser.add_argument("--data_dir", help=f"default {default_data_dir()}")
     parser.add_argument("--manual_dir", help="folder with img_dir and ann_dir, their archives, or scenes")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by a signal"))
+
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     started = time.time()
     try:
         path = prepare(args.name, args.data_dir, args.manual_dir)
     except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: stopped from the keyboard")
+    except KeyboardInterrupt as error:
+        number = next(iter(error.args), signal.SIGINT)
+        words = "stopped from the keyboard" if number == signal.SIGINT else "stopped by a signal"
+        print(f"error: {words}", file=sys.stderr)
+        sys.exit(128 + number)
     print(path)
     if os.stat(os.path.join(path, "dataset_info.json")).st_mtime < started:
         print("it was there already and is left as it was; remove it to build it again", file=sys.stderr)

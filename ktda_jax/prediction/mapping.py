@@ -1,18 +1,23 @@
 """Maps of scenes: what is to be read is checked, the pipeline runs, the files are written."""
 
 import contextlib
+import dataclasses
+import pathlib
 import sys
 import time
 from collections.abc import Sequence
 
 from ktda_jax import UserError
 from ktda_jax.data.datasets import IGNORE
+from ktda_jax.data.gdal import opened
 from ktda_jax.data.images import Reading
 from ktda_jax.data.raster import Scene, open_scene
-from ktda_jax.prediction import pipeline
+from ktda_jax.prediction import pipeline, polygons
 from ktda_jax.prediction.files import Outputs
 from ktda_jax.prediction.outputs import PREVIEW, Legend, SceneWriter
 from ktda_jax.tiling.device import Step
+
+FAILURES_SHOWN = 5  # at the end of a run; each is said when it is found
 
 
 def trained_reading(data: dict | None) -> Reading:
@@ -25,34 +30,93 @@ def trained_reading(data: dict | None) -> Reading:
     return Reading(bands and tuple(bands), scale, nodata, by_band=any(x is not None for x in (bands, scale, nodata)))
 
 
-def differences(trained: Reading, reading: Reading) -> list[str]:
-    """What is read otherwise than in training, one line each."""
+def differences(trained: Reading, reading: Reading, scenes: Sequence[Scene], bands: int) -> list[str]:
+    """What is read otherwise than in training, one line each; not what all of these scenes require."""
     return [
         f"--{name} is {_shown(getattr(reading, name))}, in training it was {_shown(getattr(trained, name))}"
         for name in ("bands", "scale", "nodata")
         if getattr(trained, name) != getattr(reading, name)
+        and not all(_required(name, trained, scene, bands) for scene in scenes)
     ]
+
+
+def _required(name: str, trained: Reading, scene: Scene, bands: int) -> bool:
+    """Whether a scene cannot be read with this setting as it was in training, or should not, as we say ourselves."""
+    reading = dataclasses.replace(scene.reading, **{name: getattr(trained, name)})
+    try:
+        open_scene(scene.path, reading, bands)
+    except UserError:
+        return True
+    return _stretched(scene, reading) and not _stretched(scene, scene.reading)
 
 
 def _shown(value) -> str:
     return "as in 8-bit RGB files" if value is None else str(value)
 
 
-def check_scenes(inputs, reading: Reading, bands: int, say) -> list[Scene]:
-    """Opens them all, so that what is wrong is known before anything is computed. UserError names the file."""
-    scenes = [open_scene(path, reading, bands) for path in inputs]
+def check_any(inputs: Sequence[pathlib.Path]) -> None:
+    """UserError if none of the files can be opened at all: what can be known before the model is loaded."""
+    failures = []
+    for path in inputs:
+        try:
+            with opened(path):
+                return
+        except UserError as error:
+            failures.append(error)
+    raise not_mapped(failures, len(inputs))
+
+
+def check_scenes(
+    inputs: Sequence[pathlib.Path], reading: Reading, bands: int, say, *, polygonize=False,
+    failures: list[UserError] | None = None,
+) -> list[Scene]:  # fmt: skip
+    """Opens them all, so that what is wrong is known before anything is computed. UserError names the file.
+
+    failures: takes the errors of single files, so that the others can be mapped; it is still one if none can.
+    """
+    scenes, wrong = [], []
+    for path in inputs:
+        try:
+            scene = open_scene(path, reading, bands)
+            if polygonize:
+                polygons.check_place(scene)
+            scenes.append(scene)
+        except UserError as error:
+            if failures is None:
+                raise
+            wrong.append(error)
+    if not scenes:
+        raise not_mapped(wrong, len(inputs))
+    for error in wrong:
+        failures.append(error)
+        say(f"warning: left out: {error}")
     tiffs = [scene for scene in scenes if scene.path.suffix.lower() in (".tif", ".tiff")]
     for what, found in (
         ("no CRS; their maps will have none either", [s for s in tiffs if not s.place.get("crs")]),
         (
             "8-bit values, and --scale reaches to more; are they stretched already? then give --scale=0,255",
-            [s for s in scenes if s.dtype == "uint8" and _highest(reading.scale) > 255],
+            [s for s in scenes if _stretched(s, reading)],
         ),
     ):
         if found:
             others = f" and {len(found) - 1} more" if len(found) > 1 else ""
             say(f"warning: {found[0].path}{others}: {what}")
     return scenes
+
+
+def not_mapped(failures: Sequence[UserError], count: int) -> UserError:
+    """What was wrong with these of `count` inputs, a line each."""
+    if count == 1:
+        return failures[0]
+    lines = [f"{len(failures)} of {count} scenes could not be mapped:", *map(str, failures[:FAILURES_SHOWN])]
+    if len(failures) > FAILURES_SHOWN:
+        lines.append(f"and {len(failures) - FAILURES_SHOWN} more")
+    return UserError("\n  ".join(lines))
+
+
+def _stretched(scene: Scene, reading: Reading) -> bool:
+    """Whether it seems to be 8-bit already, while its values are read as larger ones."""
+    return scene.dtype == "uint8" and _highest(reading.scale) > 255
 
 
 def _highest(scale) -> float:
@@ -63,24 +127,36 @@ def _highest(scale) -> float:
 
 def map_scenes(
     scenes: Sequence[Scene], outputs: Sequence[Outputs], step: Step, legend: Legend, *, overlap: int, rgb=(0, 1, 2),
-    cog=False, tags=None, say=print,
+    cog=False, tags=None, say=print, failures: list[UserError] | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Writes all outputs; returns pixels and seconds. Those of a scene that was not finished are not there."""
+    """Writes all outputs; returns pixels and seconds. Those of a scene that was not finished are not there.
+
+    failures: takes the errors of files that cannot be read to their end, so that the others are mapped.
+    """
     wanted = {name: any(getattr(each, name) for each in outputs) for name in ("probabilities", "confidence", "overlay")}
-    progress = Progress(sum(scene.height * scene.width for scene in scenes))
-    targets = iter(outputs)
+    left = {scene.path: scene.height * scene.width for scene in scenes}  # pixels
+    progress = Progress(sum(left.values()))
+    targets = {scene.path: target for scene, target in zip(scenes, outputs, strict=True)}
     strips = pipeline.finished(
         scenes, step, classes=len(legend.classes), overlap=overlap, probabilities=wanted["probabilities"],
-        confidence=wanted["confidence"], preview=PREVIEW if wanted["overlay"] else 0,
+        confidence=wanted["confidence"], preview=PREVIEW if wanted["overlay"] else 0, keep_going=failures is not None,
     )  # fmt: skip
-    with contextlib.closing(strips), contextlib.ExitStack() as open_writer:
+    with contextlib.closing(strips), contextlib.ExitStack() as open_writer, contextlib.ExitStack() as ending:
+        ending.callback(progress.clear)
         for strip in strips:
-            scene = strip.row.scene
+            if isinstance(strip, pipeline.Failed):
+                open_writer.close()  # and what there is of its files is removed
+                failures.append(strip.error)
+                progress.total -= left.pop(strip.scene.path)
+                progress.clear()
+                say(f"warning: left out: {strip.error}")
+                continue
+            scene, target = strip.row.scene, targets[strip.row.scene.path]
             if strip.row.index == 0:
-                target = next(targets)
                 writer = SceneWriter(scene, target, legend, cog=cog, rgb=rgb, tags=tags or {})
                 open_writer.push(writer)
             writer.write(strip)
+            left[scene.path] -= strip.labels.size
             progress.advance(strip.labels.size)
             if strip.row.last:
                 writer.finish()
@@ -92,27 +168,27 @@ def map_scenes(
                     hint = f" with --scale={scene.reading.scale}; is its unit another?" if scene.reading.scale else ""
                     say(f"warning: {scene.path}: all its values become {strip.row.uniform}{hint}")
                 say(f"{scene.path}: {scene.height} x {scene.width} -> {target.map}")
-    return {"pixels": progress.total, "seconds": progress.seconds()}
+    return {"pixels": progress.done, "seconds": progress.seconds()}
 
 
 class Progress:
     """One line on a terminal; nothing elsewhere."""
 
     def __init__(self, total: int):
-        self.total, self._done, self._start, self._said = total, 0, time.monotonic(), 0.0
+        self.total, self.done, self._start, self._said = total, 0, time.monotonic(), 0.0
         self._shown = sys.stderr.isatty()
 
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
     def advance(self, pixels: int) -> None:
-        self._done += pixels
+        self.done += pixels
         now = self.seconds()
         if self._shown and now - self._said > 0.5:
-            self._said, rate = now, self._done / now
-            left = (self.total - self._done) / rate
-            bar = "#" * (30 * self._done // self.total)
-            line = f"{bar:30} {100 * self._done // self.total:3} %, {rate / 1e6:.3g} Mpixel/s, {left:.0f} s left"
+            self._said, rate = now, self.done / now
+            left = (self.total - self.done) / rate
+            bar = "#" * (30 * self.done // self.total)
+            line = f"{bar:30} {100 * self.done // self.total:3} %, {rate / 1e6:.3g} Mpixel/s, {left:.0f} s left"
             print(f"\r{line:78}", end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:

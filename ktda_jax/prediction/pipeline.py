@@ -3,7 +3,8 @@
     read -> compute -> blend -> whoever writes
 
 Each stage is a generator that runs in a thread of its own, at most a few items ahead, so that memory is bounded by rows
-of tiles, whatever the height of a scene. Many small images share batches: padding comes at the very end only.
+of tiles, whatever the height of a scene. Many small images share batches: padding comes at the very end only. So a file
+that cannot be read to its end fails in the middle of a batch, with others' tiles before and behind its own.
 """
 
 import collections
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from ktda_jax import UserError
 from ktda_jax.data.raster import RowReader, Scene
 from ktda_jax.tiling import blend
 from ktda_jax.tiling.device import Step
@@ -58,6 +60,14 @@ class Finished:
     probabilities: np.ndarray | None  # uint8 (classes, h, W)
 
 
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """A scene of which nothing more comes, whatever came before, since its file cannot be read."""
+
+    scene: Scene
+    error: UserError
+
+
 class Batch:
     """Tiles on their way to the device, and in `order` the rows and tiles (place in the batch, left edge) it holds."""
 
@@ -65,7 +75,7 @@ class Batch:
         count, _, height, width = step.shape
         self.images = np.zeros(step.shape, np.uint8)
         self.rows, self.columns = np.zeros((count, height), np.float32), np.zeros((count, width), np.float32)
-        self.order: list[Row | tuple[int, int]] = []
+        self.order: list[Row | Failed | tuple[int, int]] = []
         self.tiles = 0
 
     @property
@@ -85,14 +95,16 @@ class Batch:
 
 
 def finished(
-    scenes: Iterable[Scene], step: Step, *, classes: int, overlap: int, probabilities=False, confidence=False, preview=0
-) -> Iterator[Finished]:
+    scenes: Iterable[Scene], step: Step, *, classes: int, overlap: int, probabilities=False, confidence=False,
+    preview=0, keep_going=False,
+) -> Iterator[Finished | Failed]:  # fmt: skip
     """The maps of `scenes` from top to bottom, one after the other. Close it to stop the threads.
 
-    preview: longest side of the subsampled scene that comes along; 0: none.
+    preview: longest side of the subsampled scene that comes along; 0: none. keep_going: a scene that cannot be read
+    is Failed, instead of an error that ends all.
     """
     with_probabilities = dict(probabilities=probabilities, confidence=confidence)
-    batches = ahead(_read(scenes, step, overlap, preview), 2)
+    batches = ahead(_read(scenes, step, overlap, preview, keep_going), 2)
     return ahead(_blend(ahead(_compute(batches, step), 1), classes, **with_probabilities), 2)
 
 
@@ -101,40 +113,57 @@ def every(scene: Scene, preview: int) -> int:
     return max(-(-max(scene.height, scene.width) // preview), 1)
 
 
-def _read(scenes, step: Step, overlap: int, preview: int) -> Iterator[Batch]:
-    _, _, height, width = step.shape
+def _read(scenes, step: Step, overlap: int, preview: int, keep_going=False) -> Iterator[Batch]:
     batch = Batch(step)
-    for scene in scenes:
-        tiles = grid(scene.height, scene.width, (height, width), overlap)
-        row_weights, column_weights = blend.weights(tiles.rows), blend.weights(tiles.columns)
-        uniform = {0, 255}
-        with RowReader(scene) as reader:
-            for index, top in enumerate(tiles.rows.starts):
-                pixels, present = reader.rows(top, min(top + height, scene.height))
-                done = tiles.rows.done(index) - top
-                small = None
-                if preview:
-                    side = every(scene, preview)
-                    small = pixels[:, -top % side : done : side, ::side].copy()
-                if uniform and present[:done].any():
-                    data = pixels[:, :done][:, present[:done]]
-                    uniform &= {int(data.min()), int(data.max())} if data.min() == data.max() else set()
-                value = min(uniform) if len(uniform) == 1 else None
-                batch.order.append(Row(scene, tiles, index, present[:done].copy(), small, value))
-                if batch.full:
-                    yield batch
-                    batch = Batch(step)
-                filled = np.flatnonzero(present.any(0))
-                for column, left in enumerate(tiles.columns.starts):
-                    place = np.searchsorted(filled, left)
-                    if place == len(filled) or filled[place] >= left + width:
-                        continue  # no data: nothing to compute
-                    batch.add(pixels[:, :, left : left + width], row_weights[index], column_weights[column], left)
-                    if batch.full:
-                        yield batch
-                        batch = Batch(step)
+    for item in _items(scenes, step.shape[2:], overlap, preview, keep_going):
+        if isinstance(item, (Row, Failed)):
+            batch.order.append(item)
+        else:
+            batch.add(*item)
+        if batch.full:
+            yield batch
+            batch = Batch(step)
     if batch.order:
         yield batch
+
+
+def _items(
+    scenes, tile: tuple[int, int], overlap: int, preview: int, keep_going: bool
+) -> Iterator[Row | Failed | tuple]:
+    for scene in scenes:
+        try:
+            yield from _rows_and_tiles(scene, tile, overlap, preview)
+        except UserError as error:
+            if not keep_going:
+                raise
+            yield Failed(scene, error)
+
+
+def _rows_and_tiles(scene: Scene, tile: tuple[int, int], overlap: int, preview: int) -> Iterator[Row | tuple]:
+    """Each row, and behind it its tiles as `Batch.add` takes them, whose pixels are to be copied before the next."""
+    height, width = tile
+    tiles = grid(scene.height, scene.width, tile, overlap)
+    row_weights, column_weights = blend.weights(tiles.rows), blend.weights(tiles.columns)
+    uniform = {0, 255}
+    with RowReader(scene) as reader:
+        for index, top in enumerate(tiles.rows.starts):
+            pixels, present = reader.rows(top, min(top + height, scene.height))
+            done = tiles.rows.done(index) - top
+            small = None
+            if preview:
+                side = every(scene, preview)
+                small = pixels[:, -top % side : done : side, ::side].copy()
+            if uniform and present[:done].any():
+                data = pixels[:, :done][:, present[:done]]
+                uniform &= {int(data.min()), int(data.max())} if data.min() == data.max() else set()
+            value = min(uniform) if len(uniform) == 1 else None
+            yield Row(scene, tiles, index, present[:done].copy(), small, value)
+            filled = np.flatnonzero(present.any(0))
+            for column, left in enumerate(tiles.columns.starts):
+                place = np.searchsorted(filled, left)
+                if place == len(filled) or filled[place] >= left + width:
+                    continue  # no data: nothing to compute
+                yield pixels[:, :, left : left + width], row_weights[index], column_weights[column], left
 
 
 def _compute(batches, step: Step) -> Iterator[tuple[Batch, np.ndarray | None]]:
@@ -152,7 +181,7 @@ def _landed(batch, found):
     return batch, None if found is None else np.asarray(found)
 
 
-def _blend(results, classes: int, *, probabilities: bool, confidence: bool) -> Iterator[Finished]:
+def _blend(results, classes: int, *, probabilities: bool, confidence: bool) -> Iterator[Finished | Failed]:
     row = strip = None
 
     def finish() -> Finished:
@@ -169,12 +198,16 @@ def _blend(results, classes: int, *, probabilities: bool, confidence: bool) -> I
 
     for batch, found in results:
         for item in batch.order:
-            if not isinstance(item, Row):
+            if isinstance(item, tuple):
                 place, left = item
                 strip.add(found[place], left)
                 continue
-            if row is not None:
+            if row is not None and not (isinstance(item, Failed) and item.scene is row.scene):  # whose tiles may lack
                 yield finish()
+            if isinstance(item, Failed):
+                row = None
+                yield item
+                continue
             if item.index == 0:
                 tile = item.grid.rows.tile
                 strip = blend.Strip(classes, min(tile, item.scene.height), item.scene.width)

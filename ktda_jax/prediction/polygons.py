@@ -27,11 +27,13 @@ def check_installed() -> None:
         raise UserError("--polygonize takes pyogrio and shapely; pip install -e '.[geo]'") from error
 
 
-def check_places(scenes: Sequence[Scene]) -> None:
-    """UserError if one's ground control points are too few."""
-    for points in (scene.place.get("gcps") for scene in scenes):
-        if points:
+def check_place(scene: Scene) -> None:
+    """UserError if its ground control points are too few."""
+    if points := scene.place.get("gcps"):
+        try:
             by_points(points, np.zeros((1, 2)))
+        except UserError as error:
+            raise UserError(f"{scene.path}: {error}") from error
 
 
 def write(source: pathlib.Path, target: pathlib.Path, place: dict, classes: Sequence[str]) -> None:

@@ -1,10 +1,11 @@
 """Training from a config to a workdir: `train_and_evaluate` reads from top to bottom."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from ktda_jax.data.paths import expand
 from ktda_jax.data.teacher_features import TeacherFeatures
 from ktda_jax.figures import plots
 from ktda_jax.models import flat
-from ktda_jax.training import evaluate, optim, whole
+from ktda_jax.training import evaluate, lock, optim, whole
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.inputs import doubts, eval_source, features_folder, open_features, open_source, processes
 from ktda_jax.training.program import Compilation, Program, build
@@ -31,14 +32,27 @@ from ktda_jax.training.writers import Writer
 
 
 def train_and_evaluate(
-    config: Mapping[str, Any], workdir: str | pathlib.Path, *, extend: bool = False
+    config: Mapping[str, Any], workdir: str | pathlib.Path, *, extend: bool = False, stop: StopSignal | None = None
 ) -> evaluate.Evaluation | None:
-    """Trains, or resumes, then evaluates the best checkpoint; None if a signal stopped it before the end.
+    """Trains, or resumes, then evaluates the best checkpoint; None if a signal (`stop.number`) stopped it before.
 
     config: a ConfigDict, or nested mappings as config.json has them. UserError says in a line what is wrong.
     extend: goes on although total_steps or batch_size are others than those that the workdir has.
     """
     workdir, settings = expand(workdir), checks.resolve(config)
+    alone = contextlib.nullcontext(lambda: None)
+    if jax.process_index() == 0:
+        claim, remedy = f"workdir {workdir} is being trained", "use another --workdir or stop it"
+        alone = lock.hold(workdir, place=f"--workdir={workdir}", claim=claim, remedy=remedy)
+    with alone as still_alone, stop or StopSignal() as stop:
+        finished, program = _to_the_end(settings, workdir, still_alone, stop, extend)
+        return evaluate_workdir(config, workdir, program=program) if finished else None
+
+
+def _to_the_end(
+    settings: Settings, workdir: pathlib.Path, still_alone: Callable[[], None], stop: StopSignal, extend: bool
+) -> tuple[bool, Program]:
+    """Trains what is left of it; whether that was finished, and what it was made with."""
     whole.check(workdir / "checkpoints")
     changed = records.compare(workdir, settings, extend=extend)
     extended = extension.recorded(workdir, _latest(workdir), changed)
@@ -48,19 +62,23 @@ def train_and_evaluate(
         data = _open_data(settings, extension.first_row(extended))
         _make(workdir)
         writer = Writer(workdir, total_steps=settings.total_steps, enabled=jax.process_index() == 0)
+        still_alone()
         checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints)
-        with checkpoints, writer, StopSignal() as stop:
+        with checkpoints, writer:
             start, current = _begin(workdir, settings, program, data, checkpoints, extended)
             writer.resume(start)
             _tell(writer, settings, program, data, start)
             if changed:
                 writer.message(_extension(settings, start, changed))
-            finished = _train(settings, program, data, start, current, compilation, checkpoints, writer, stop)
+            parts = program, data, start, current, compilation, checkpoints, writer
+            finished = _train(settings, *parts, stop, still_alone)
+        if finished:
+            stop.end()
     except BaseException:
         if compilation is not None:
             compilation.give_up()
         raise
-    return evaluate_workdir(config, workdir, program=program) if finished else None
+    return finished, program
 
 
 def _make(workdir: pathlib.Path) -> None:
@@ -128,7 +146,9 @@ def _extension(settings: Settings, start: int, changed: extension.Changes) -> st
     return "; ".join(lines)
 
 
-def _train(settings, program, data, start, current, compilation, checkpoints, writer, stop) -> bool:
+def _train(
+    settings, program, data, start, current, compilation, checkpoints, writer, stop, still_alone
+) -> bool:  # fmt: skip
     """The steps from `start` to the last; False if a signal stopped them before."""
     teacher, losses, skipped = program.teacher(), _Losses(settings.log_every, writer, checkpoints), 0
     for step in range(start + 1, settings.total_steps + 1):
@@ -138,6 +158,11 @@ def _train(settings, program, data, start, current, compilation, checkpoints, wr
         if step == start + 1 and compilation is not None:
             writer.message("compiling the training step")
             compilation.wait()
+        if step == start + 1:
+            if stop.agreed(start, now=True):
+                writer.message("stopped by a signal before the first step; run the same command to go on")
+                return False
+            stop.begin()
         with jax.transfer_guard("disallow"):
             current, terms = program.train_step(current, batch, teacher)
         losses.push(step, terms, skipped)
@@ -146,14 +171,15 @@ def _train(settings, program, data, start, current, compilation, checkpoints, wr
         last = step == settings.total_steps
         validate = step % settings.eval_every == 0 or last
         save = validate or (settings.checkpoint_every and step % settings.checkpoint_every == 0)
-        stopping = stop.agreed(step)
+        stopping = stop.agreed(step, now=last)
         if validate or save or stopping:
             losses.flush()  # a state that is not finite is never saved
             writer.pause()
             score = _validate(step, settings, program, data, current, teacher, writer) if validate else None
+            still_alone()
             # Evaluate, save, and only then draw the next batch: the position belongs to this step.
             checkpoints.save(step, current, data.batches.get_state(), None if score is None else {"mIoU": score})
-        if stopping and not last:
+        if stopping:
             checkpoints.wait()
             writer.message(f"stopped by a signal at step {step}; run the same command to go on")
             return False
