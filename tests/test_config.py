@@ -1,5 +1,6 @@
 """Settings are checked one by one, and a workdir keeps to the settings it was begun with."""
 
+import importlib.metadata
 import json
 import pathlib
 import runpy
@@ -197,3 +198,20 @@ def test_what_older_versions_took_is_taken():
     """Whoever wrote these has workdirs of them."""
     settings = checks.resolve(tiny(checkpoint_every=0, clip_norm=float("inf")))
     assert settings.checkpoint_every == 0 and settings.clip_norm == float("inf")
+
+
+@pytest.mark.parametrize("reader, jpeg, refused", [(None, True, False), ("1.0", True, False), (None, False, True)])
+def test_other_pixels_are_other_data_unless_jpegs_were_decoded_by_another_version(tmp_path, reader, jpeg, refused):
+    """Workdirs of versions that read JPEG through Pillow go on; GDAL's own versions differ, too."""
+    (tmp_path / "run.json").write_text(json.dumps({"data": {"train": "a"}, "versions": {"rasterio": reader}}))
+    assert records.compare_data(tmp_path, {"train": "a"}, jpeg=jpeg) is None
+    if refused:
+        with pytest.raises(UserError, match="the train data are not those that .* was begun with; use another"):
+            records.compare_data(tmp_path, {"train": "b"}, jpeg=jpeg)
+    else:
+        line = records.compare_data(tmp_path, {"train": "b"}, jpeg=jpeg)
+        assert f"decoded otherwise (rasterio was {reader or 'not used'} then); going on" in line
+    now = importlib.metadata.version("rasterio")
+    (tmp_path / "run.json").write_text(json.dumps({"data": {"train": "a"}, "versions": {"rasterio": now}}))
+    with pytest.raises(UserError):
+        records.compare_data(tmp_path, {"train": "b"}, jpeg=jpeg)

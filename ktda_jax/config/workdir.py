@@ -99,18 +99,23 @@ def compare(
     return {}
 
 
-def compare_data(workdir: pathlib.Path, fingerprints: Mapping[str, str]) -> None:
-    """Refuses to go on with other tiles than those a run has begun with."""
+def compare_data(workdir: pathlib.Path, fingerprints: Mapping[str, str], *, jpeg: bool) -> str | None:
+    """Refuses to go on with other tiles than those a run has begun with; or says in a line what is to be doubted.
+
+    jpeg: whether there are JPEG tiles, of which another version of GDAL gives other pixels.
+    """
     try:
-        saved = json.loads((workdir / RUN).read_text())["data"]
+        run = json.loads((workdir / RUN).read_text())
+        saved, reader = run["data"], run["versions"].get("rasterio")
     except (OSError, ValueError, KeyError):
-        return  # nothing to compare with
+        return None  # nothing to compare with
     changed = [split for split in fingerprints if saved.get(split, fingerprints[split]) != fingerprints[split]]
-    if changed:
-        raise UserError(
-            f"the {' and '.join(changed)} data are not those that {workdir} was begun with; use another --workdir, "
-            "or the former data"
-        )
+    if not changed:
+        return None
+    which = f"the {' and '.join(changed)} data are not those that {workdir} was begun with"
+    if jpeg and reader != _version("rasterio"):
+        return f"{which}, or its JPEGs were decoded otherwise (rasterio was {reader or 'not used'} then); going on"
+    raise UserError(f"{which}; use another --workdir, or the former data")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -153,13 +158,8 @@ def write_run(
     """What a later reader needs to know about how the numbers came about. `extended`: see extension.py."""
     import jax
 
-    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ktda-jax")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "rasterio", "ktda-jax")
+    versions = {package: _version(package) for package in packages}
     weights = settings.weights
     write_json(
         workdir / RUN,
@@ -174,3 +174,10 @@ def write_run(
             **({"extended": list(extended)} if extended else {}),
         },
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

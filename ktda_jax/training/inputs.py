@@ -40,6 +40,11 @@ def eval_source(data: Data, split: str, batch_size: int) -> tuple[Any, SplitSumm
     return batches, summary, doubts(data, source, split, summary)
 
 
+def holds_jpeg(source: Source) -> bool:
+    """Whether images are JPEGs, which versions of GDAL do not decode alike."""
+    return any(path.lower().endswith((".jpg", ".jpeg")) for path in getattr(source, "image_paths", ()))
+
+
 def doubts(data: Data, source: Source, split: str, summary: SplitSummary) -> list[str]:
     """What would train or score as silent garbage, one line each."""
     trained = split == data.train_split

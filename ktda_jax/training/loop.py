@@ -24,7 +24,15 @@ from ktda_jax.figures import plots
 from ktda_jax.models import flat
 from ktda_jax.training import evaluate, lock, optim, whole
 from ktda_jax.training.checkpoint import Checkpoints
-from ktda_jax.training.inputs import doubts, eval_source, features_folder, open_features, open_source, processes
+from ktda_jax.training.inputs import (
+    doubts,
+    eval_source,
+    features_folder,
+    holds_jpeg,
+    open_features,
+    open_source,
+    processes,
+)
 from ktda_jax.training.program import Compilation, Program, build
 from ktda_jax.training.state import TrainState
 from ktda_jax.training.stop import StopSignal
@@ -98,7 +106,8 @@ def _begin(
     """The step and state to go on from, and the workdir's record of the training."""
     start = checkpoints.latest_step() or 0
     if start:
-        records.compare_data(workdir, data.fingerprints)
+        if doubt := records.compare_data(workdir, data.fingerprints, jpeg=data.jpeg):
+            data.doubtful.append(doubt)
     if jax.process_index() == 0:
         records.write_run(workdir, settings, data.fingerprints, extended)  # first: a kill between them loses nothing
         records.write(workdir, settings)
@@ -229,7 +238,8 @@ class _Data(NamedTuple):
     val_batches: Any  # to go through from the start each time
     fingerprints: dict[str, str]  # of the splits and of precomputed features
     features: TeacherFeatures | None
-    doubtful: list[str]  # what may be wrong with the labels
+    doubtful: list[str]  # what may be wrong with the tiles
+    jpeg: bool  # whether they are JPEGs
 
 
 def _open_data(settings: Settings, first_row: int = 0) -> _Data:
@@ -254,7 +264,9 @@ def _open_data(settings: Settings, first_row: int = 0) -> _Data:
         photometric=data.photometric, on_corrupt=data.on_corrupt, features=features, first_row=first_row,
         **processes(data.num_threads),
     )  # fmt: skip
-    return _Data(batches, len(source), val_batches, fingerprints, features, list(dict.fromkeys(doubtful)))
+    return _Data(
+        batches, len(source), val_batches, fingerprints, features, list(dict.fromkeys(doubtful)), holds_jpeg(source)
+    )
 
 
 def _latest(workdir: pathlib.Path) -> int:
