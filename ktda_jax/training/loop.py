@@ -38,6 +38,8 @@ def train_and_evaluate(
     extend: goes on although total_steps or batch_size are others than those that the workdir has.
     """
     workdir, settings = pathlib.Path(workdir), checks.resolve(config)
+    if workdir.is_dir():
+        _make(workdir)
     whole.check(workdir / "checkpoints")
     changed = records.compare(workdir, settings, extend=extend)
     extended = extension.recorded(workdir, _latest(workdir), changed)
