@@ -207,7 +207,7 @@ def test_a_full_disk_under_tensorboards_thread_is_one_line_too(tmp_path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def write():
-        with Writer(tmp_path, total_steps=9, stream=io.StringIO()) as writer:
+        with writers.Writer(tmp_path, total_steps=9, stream=io.StringIO()) as writer:
             writer.write(1, {"loss": 1.0})
             monkeypatch.setattr(record_writer.RecordWriter, "write", full)
             for step in range(2, 1000):
