@@ -134,7 +134,7 @@ def test_compute_dtype():
 
 def begun(workdir, config):
     """A workdir with a checkpoint."""
-    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    (workdir / "checkpoints" / "3" / "state").mkdir(parents=True)
     records.write(workdir, Settings.of(config))
     return workdir
 
@@ -160,7 +160,7 @@ def test_how_it_runs_may_change(tmp_path):
 def test_a_workdir_without_a_checkpoint_binds_nobody(tmp_path):
     """A run that failed before its first checkpoint, on a learning rate say, can be started again in place."""
     begun(tmp_path, tiny())
-    (tmp_path / "checkpoints" / "3").rmdir()
+    (tmp_path / "checkpoints" / "3" / "state").rmdir()  # an empty folder is no checkpoint
     records.compare(tmp_path, Settings.of(tiny(seed=7)))
 
 

@@ -60,7 +60,7 @@ def model(what: str, **other):
 
 # What is said of ~/none, by the flag or setting that it was given for.
 REFUSED = {
-    "main --workdir": (train, "workdir HOME/none was begun with another config"),
+    "main --workdir": (train, "checkpoint HOME/none/checkpoints/3 is damaged"),
     "main --mode=eval --workdir": (lambda home: loop.evaluate_workdir(runs.config(home), "~/none"), "in HOME/none;"),
     "predict --checkpoint --input --output": (predicted, "no file or folder HOME/none"),
     "export --checkpoint --output": (exported, "no file or folder HOME/none"),

@@ -210,7 +210,7 @@ def test_what_none_of_the_scenes_allows_is_said_before_anything_is_computed(run,
         sf.write(tmp_path / f"{k}.tif", sf.smooth(64, 64).astype(np.uint16))
     monkeypatch.setattr(mapping, "map_scenes", None)
     with pytest.raises(
-        UserError, match="7 of 7 scenes could not be mapped:\n.*0.tif holds uint16.*give --scale="
+        UserError, match="7 of 7 scenes could not be mapped:\n.*0.tif holds uint16.*set --scale="
     ) as caught:
         run(tmp_path / "*.tif", "maps")
     assert str(caught.value).count("\n") == 6 and str(caught.value).endswith("and 2 more")
@@ -235,7 +235,7 @@ def test_one_scene_that_ends_early_is_an_error_and_leaves_nothing(run, tmp_path)
 def test_what_an_error_demanded_is_no_warning(run, tmp_path, monkeypatch):
     monkeypatch.setattr(mapping, "map_scenes", lambda *_, **__: dict(pixels=1, seconds=1.0))
     deep = sf.write(tmp_path / "deep.tif", sf.smooth(64, 64).astype(np.uint16))
-    with pytest.raises(UserError, match="give --scale=LOW,HIGH"):
+    with pytest.raises(UserError, match="set --scale=LOW,HIGH"):
         run(deep)
     assert "warning" not in run(deep, scale=[0, 3000])
     five = sf.write(tmp_path / "five.tif", sf.smooth(64, 64, bands=5))

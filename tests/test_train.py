@@ -164,6 +164,16 @@ def test_a_workdir_that_cannot_be_made_is_one_line(toy, tiles, tmp_path):
         loop.train_and_evaluate(runs.config(tiles), tmp_path / "file")
 
 
+def test_a_workdir_that_can_be_written_no_more_is_one_line_before_anything_else(toy, tiles, tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(loop.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(loop, "build", pytest.fail)
+    with pytest.raises(UserError, match="cannot write to --workdir=.*: Read-only file system"):
+        loop.train_and_evaluate(runs.config(tiles), tmp_path)
+
+
 def test_averaged_parameters_are_the_ones_evaluated(toy, tiles, tmp_path):
     toy(quality={99: 0.8}, ema=99.0)
     result = loop.train_and_evaluate(runs.config(tiles), tmp_path)

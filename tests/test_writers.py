@@ -1,15 +1,20 @@
 """The record of a run survives kills and resumes; the bar fits its terminal and stays out of log files."""
 
+import errno
 import io
 import json
 import struct
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
+from tensorboardX import record_writer
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from ktda_jax import UserError
 from ktda_jax.training import writers
 
 
@@ -195,3 +200,21 @@ def test_writing_loads_no_tensorflow(tmp_path):
         "assert not {'tensorflow', 'jax'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_full_disk_under_tensorboards_thread_is_one_line_too(tmp_path, monkeypatch, capfd):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write():
+        with writers.Writer(tmp_path, total_steps=9, stream=io.StringIO()) as writer:
+            writer.write(1, {"loss": 1.0})
+            monkeypatch.setattr(record_writer.RecordWriter, "write", full)
+            for step in range(2, 1000):
+                writer.write(step, {"loss": 1.0})
+                time.sleep(0.01)
+
+    hook = threading.excepthook
+    with pytest.raises(UserError, match=r"cannot write .*events.*: No space left on device; make room"):
+        write()
+    assert capfd.readouterr().err == "" and threading.excepthook is hook

@@ -178,7 +178,7 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:  # Orbax raises of all kinds, a plain Exception for one
-            what = " ".join(str(error).split())[:200]
+            what = " ".join(str(error.__cause__ or error).split())[:200]
         raise whole.refusal(self._directory, step, what)
 
     def restore_model(self, step: int, params: Arrays, stats: Arrays) -> tuple[Arrays, Arrays]:

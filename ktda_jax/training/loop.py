@@ -61,6 +61,8 @@ def _to_the_end(
     settings: Settings, workdir: pathlib.Path, still_alone: Callable[[], None], stop: StopSignal, extend: bool
 ) -> tuple[bool, Program]:
     """Trains what is left of it; whether that was finished, and what it was made with."""
+    if workdir.is_dir():
+        _make(workdir)
     whole.check(workdir / "checkpoints")
     changed = records.compare(workdir, settings, extend=extend)
     extended = extension.recorded(workdir, _latest(workdir), changed)
