@@ -158,6 +158,7 @@ def trained(tmp_path_factory):
     return tiles, workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["empty folder", "manifest empty", "metrics gone"])
 def test_every_verb_says_so_in_a_line(trained, tmp_path, damage):
     tiles, workdir = trained
@@ -179,6 +180,7 @@ def test_every_verb_says_so_in_a_line(trained, tmp_path, damage):
     reported.check(copy)
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_a_checkpoint_is_written_is_one_line(trained, tmp_path):
     tiles, workdir = trained
     shutil.copytree(workdir, tmp_path / "run")

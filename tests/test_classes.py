@@ -90,6 +90,7 @@ def test_masks_of_0_and_255_are_named_and_their_map_mends_them(masks, tmp_path, 
     assert inspect_verb.run(config, tmp_path / "out", samples=2) == []
 
 
+@pytest.mark.slow
 def test_training_warns_of_them(masks, tmp_path, capsys):
     loop.train_and_evaluate(
         runs.config(masks, MASKS | {"total_steps": 2, "eval_every": 2, "schedule.warmup": 1}), tmp_path / "run"

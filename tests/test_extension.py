@@ -13,6 +13,7 @@ from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.program import build
 
 
+@pytest.mark.slow
 def test_from_there_on_it_is_the_longer_training_bit_for_bit(tmp_path, capsys):
     """The state of step 4 of 4, and then the steps 5 to 8 of 8: their batches, random draws and learning rates."""
     tiles = runs.make_tiles(tmp_path / "tiles")

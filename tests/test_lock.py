@@ -227,6 +227,7 @@ def test_file_systems_without_flock(tmp_path, monkeypatch):
         hold(tmp_path).__enter__()
 
 
+@pytest.mark.slow
 def test_the_same_command_twice(tmp_path):
     """The second one says so before it has built anything; after a kill it goes on at once."""
     tiles = runs.make_tiles(tmp_path / "tiles")

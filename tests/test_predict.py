@@ -239,7 +239,7 @@ def test_what_an_error_demanded_is_no_warning(run, tmp_path, monkeypatch):
         run(deep)
     assert "warning" not in run(deep, scale=[0, 3000])
     five = sf.write(tmp_path / "five.tif", sf.smooth(64, 64, bands=5))
-    with pytest.raises(UserError, match="name them, such as --bands=1,2,3"):
+    with pytest.raises(UserError, match="choose some with --bands, such as --bands=1,2,3"):
         run(five)
     assert "warning" not in run(five, bands=[3, 2, 1])
     plain = sf.write(tmp_path / "plain.tif", sf.smooth(64, 64))  # which needs neither

@@ -147,7 +147,7 @@ def test_while_libraries_are_imported(tiles, tmp_path, verb):
     ended(process, signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", LINES)
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_while_a_training_compiles(tiles, tmp_path, number):
     """There is nothing to save yet, so it is not waited for; nor is there anything to go on from."""
     process = runs.start(*runs.arguments(tiles, tmp_path / "run"), **runs.AS_USERS_COMPILE)
@@ -158,6 +158,7 @@ def test_while_a_training_compiles(tiles, tmp_path, number):
     assert not list((tmp_path / "run").glob("*lock*")) and not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_a_training_that_was_stopped_has_not_succeeded(tiles, tmp_path):
     """It saves first, so the same command goes on; a second ctrl-c does not wait for that."""
     settings = {"total_steps": 1000, "eval_every": 1000, "distill": False, "model.aux_channels": 0}

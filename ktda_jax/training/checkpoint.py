@@ -1,8 +1,8 @@
 """The only file that knows Orbax: the latest train state and the best one by validation mIoU."""
 
-import asyncio
 import contextlib
 import functools
+import logging as standard_logging
 import os
 import pathlib
 import re
@@ -25,20 +25,6 @@ from ktda_jax.training.state import TrainState
 from ktda_jax.training.whole import METRIC
 
 
-class _Loop(asyncio.SelectorEventLoop):
-    """TensorStore goes on answering after the first error, for which Orbax closes the loop: a stack each otherwise."""
-
-    def call_soon_threadsafe(self, callback, *arguments, **options):
-        return None if self.is_closed() else super().call_soon_threadsafe(callback, *arguments, **options)
-
-
-class _Loops(asyncio.DefaultEventLoopPolicy):
-    def new_event_loop(self) -> asyncio.AbstractEventLoop:
-        loop = _Loop()
-        loop.set_exception_handler(lambda *_: None)  # of errors after the first
-        return loop
-
-
 @functools.cache
 def _quiet() -> None:
     """Leaves the word to the one error that Orbax raises: it logs it as well, and Python the others of its threads.
@@ -47,16 +33,17 @@ def _quiet() -> None:
     """
     ours = f"{os.sep}orbax{os.sep}"
     logging.get_absl_logger().addFilter(lambda record: ours not in record.pathname)
+    standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     hook = sys.unraisablehook
 
     def elsewhere(failed) -> None:
         code = getattr(failed.object, "cr_code", None)
-        if code is None or ours not in code.co_filename:
+        late = str(failed.exc_value) == "Event loop is closed"  # TensorStore's answers after the first error
+        if not late and (code is None or ours not in code.co_filename):
             hook(failed)
 
     sys.unraisablehook = elsewhere
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
-    asyncio.set_event_loop_policy(_Loops())
 
 
 class _StateHandler(ocp.StandardCheckpointHandler):

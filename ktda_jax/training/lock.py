@@ -191,7 +191,19 @@ def _read(path: pathlib.Path) -> dict | None:
 
 def _create(path: pathlib.Path, mine: dict) -> bool:
     """False if there is one already."""
-    text = json.dumps(mine | {"beat": time.time()})
+    temporary = _aside(path, mine)
+    try:
+        os.link(temporary, path)  # whole at once, and never over another
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        return _create_in_place(path, temporary.read_text())
+    finally:
+        temporary.unlink()
+    return True
+
+
+def _create_in_place(path: pathlib.Path, text: str) -> bool:
     try:
         file = open(path, "x")
     except FileExistsError:
@@ -206,6 +218,15 @@ def _create(path: pathlib.Path, mine: dict) -> bool:
 
 
 def _write(path: pathlib.Path, mine: dict) -> None:
+    os.replace(_aside(path, mine), path)
+
+
+def _aside(path: pathlib.Path, mine: dict) -> pathlib.Path:
+    """The record with this moment's heartbeat, under another name."""
     temporary = path.with_name(f".{path.name}.{mine['token']}.tmp")
-    temporary.write_text(json.dumps(mine | {"beat": time.time()}))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(mine | {"beat": time.time()}))
+    except BaseException:  # a full disk, a signal
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
