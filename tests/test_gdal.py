@@ -12,6 +12,7 @@ from PIL import Image
 from test_images import error_of, write_raster
 
 from ktda_jax import UserError
+from ktda_jax.data import plain
 from ktda_jax.data.gdal import upright
 from ktda_jax.data.images import Reading, read_bands, read_image
 from ktda_jax.data.labels import label_size, read_label
@@ -79,6 +80,36 @@ def test_training_and_prediction_read_the_same(tmp_path, name):
     if path.suffix != ".jpg" and name not in ("jpeg.tif", "fourth.tif", "unnamed.tif"):  # nothing for Pillow
         with Image.open(path) as file:
             np.testing.assert_array_equal(pixels, np.asarray(file.convert("RGB")))
+
+
+@pytest.mark.parametrize("name", ["rgb.png", "grey.png", "strips.tif", "grey.tif", "big_endian.tif", "lzw.tif"])
+def test_plain_files_are_what_gdal_makes_of_them(tmp_path, name):
+    """They are read by OpenCV, also with a byte changed anywhere or cut short; None is for GDAL to say."""
+    path, rng = tmp_path / name, np.random.default_rng(0)
+    if name in ZOO:
+        ZOO[name](path)
+    elif name == "grey.tif":
+        Image.fromarray(blocks()[..., 0]).save(path)
+    else:
+        write_raster(path, blocks(), ENDIANNESS="BIG", blockysize=7)
+    with rasterio.open(path) as file:
+        wanted = np.moveaxis(file.read(), 0, -1)
+    assert (plain.decode(str(path)) is None) == (name == "lzw.tif")
+    data, equal = path.read_bytes(), 0
+    for place in (None, *rng.integers(8, len(data), 300)):
+        damaged = bytearray(data)
+        if place is not None:
+            damaged[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        found = plain.decode(str(path))
+        if found is not None:
+            with rasterio.open(path) as file:
+                np.testing.assert_array_equal(found.reshape(*found.shape[:2], -1), np.moveaxis(file.read(), 0, -1))
+            equal += np.array_equal(found.reshape(wanted.shape), wanted)
+    assert equal or name == "lzw.tif"
+    for end in (30, len(data) // 2, len(data) - 13):
+        path.write_bytes(data[:end])
+        assert plain.decode(str(path)) is None
 
 
 @pytest.mark.parametrize("compress", ["none", "deflate", "lzw"])

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 
 from ktda_jax.data.gdal import FileError, opened, orientation_of, upright
+from ktda_jax.data.plain import decode
 from ktda_jax.data.stretch import stretch
 
 
@@ -33,6 +34,8 @@ PREFIXES = {"config": "config.data.", "flags": "--"}  # where bands and scale ar
 
 def read_image(path: str) -> np.ndarray:
     """uint8 (H, W, 3) RGB, upright. Grey is repeated and alpha dropped; UserError if it is not 8-bit RGB."""
+    if (plain := decode(path)) is not None:
+        return plain if plain.ndim == 3 else cv2.cvtColor(plain, cv2.COLOR_GRAY2RGB)
     with opened(path) as file:
         layout = layout_of(file, Reading(), 3)
         return _interleaved(upright(in_colours(file.read(layout.bands), layout), orientation_of(file)))

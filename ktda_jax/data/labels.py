@@ -6,6 +6,7 @@ import numpy as np
 
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.gdal import FileError, opened, orientation_of, upright
+from ktda_jax.data.plain import decode
 
 Colour = tuple[int, int, int]
 _INDICES = "write the index of the class in every pixel (8-bit grey or palette PNG)"
@@ -18,9 +19,13 @@ def read_label(path: str, mapping: Mapping[int | Colour, int] | None = None) -> 
     in colours, {(255, 0, 0): 0, ...}. Of floating numbers, whole ones are taken, and NaN is ignored.
     """
     coloured = mapping is not None and isinstance(next(iter(mapping)), tuple)
-    with opened(path) as file:
-        values, ignored = _colours(file) if coloured else _numbers(file)
-        orientation = orientation_of(file)
+    plain = None if coloured else decode(path)
+    if plain is not None and plain.ndim == 2:
+        values, ignored, orientation = plain, None, 1
+    else:
+        with opened(path) as file:
+            values, ignored = _colours(file) if coloured else _numbers(file)
+            orientation = orientation_of(file)
     if mapping is not None:
         values = _mapped(path, values, ignored, mapping)
     else:
