@@ -224,6 +224,17 @@ def test_half_a_file_is_no_image(tmp_path, name, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    "data", [b"", b"II*\0abc", b"II*\0\xff\xff\xff\xff", b"MM\0*", b"\x89PNG\r\n\x1a\n", b"<html>"]
+)
+def test_the_beginning_of_a_file_is_no_image(tmp_path, data):
+    for name in ("a.tif", "a.png"):
+        path = tmp_path / name
+        path.write_bytes(data)
+        for read in (read_image, read_label, label_size, predicted):
+            assert f"cannot read {path}" in error_of(read, str(path))
+
+
 def test_many_threads_read_what_one_reads(tmp_path):
     paths = [str(tmp_path / f"{k}.{('tif', 'png', 'jpg')[k % 3]}") for k in range(24)]
     for number, path in enumerate(paths):

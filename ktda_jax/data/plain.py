@@ -6,6 +6,7 @@ alpha, orientation, other tags or files beside), and a test compares a zoo of th
 """
 
 import os
+import struct
 from typing import BinaryIO
 
 import cv2
@@ -70,5 +71,5 @@ def _is_tiff(file: BinaryIO, head: bytes) -> bool:
             and sum(counts) == expected
             and all(0 < offset <= size - count for offset, count in zip(offsets, counts, strict=True))
         )
-    except (KeyError, ValueError, TypeError, SyntaxError, OSError):  # whatever Pillow finds wrong
+    except (KeyError, ValueError, TypeError, SyntaxError, OSError, struct.error):  # whatever Pillow finds wrong
         return False
