@@ -162,6 +162,10 @@ def test_a_workdir_that_cannot_be_made_is_one_line(toy, tiles, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to --workdir=.*file: File exists"):
         loop.train_and_evaluate(runs.config(tiles), tmp_path / "file")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="cannot write to --workdir=.*run/checkpoints: Not a directory"):
+        loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
 
 
 def test_a_workdir_that_can_be_written_no_more_is_one_line_before_anything_else(toy, tiles, tmp_path, monkeypatch):

@@ -93,13 +93,17 @@ def _to_the_end(
 
 def _make(workdir: pathlib.Path) -> None:
     """The workdir, and whether its files can be written: now, since the first one is after the first steps."""
+    folder = workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            with tempfile.TemporaryFile(dir=workdir):
-                pass
+            for folder in (workdir, workdir / "checkpoints"):
+                if folder.exists():
+                    with tempfile.TemporaryFile(dir=folder):
+                        pass
     except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+        where = "" if folder == workdir else f"/{folder.name}"
+        raise UserError(f"cannot write to --workdir={workdir}{where}: {error.strerror}") from error
 
 
 def _begin(
