@@ -157,8 +157,12 @@ def in_one_line(main, argv):
 
 
 def _leave(message: str) -> None:
-    """Ends the process with status 1, without waiting for XLA, should it be compiling in its thread."""
-    if any(thread.name.startswith("compilation") for thread in threading.enumerate()):
+    """Ends the process with status 1, without waiting for threads: XLA's that compiles, or Orbax's after an error.
+
+    Of several processes JAX has to tell the others, so only the compiling one is left to itself.
+    """
+    others = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    if any(t.name.startswith("compilation") for t in others) or (others and not given("coordinator")):
         sys.stdout.flush()
         sys.stderr.write(message + "\n")
         sys.stderr.flush()

@@ -133,6 +133,8 @@ def _sheet(path: pathlib.Path, source, data: Data, seed: int, samples: int) -> N
         try:
             tile = read_tile(source, int(index))
             image, label = tile["image"], tile["label"]
+            if image.shape[:2] != label.shape or min(np.subtract(label.shape, data.crop)) < 0:
+                continue  # reported, too
             shown = image[..., rgb]
             row = [shown, sheets.paint(label, info.palette), sheets.overlay(shown, label, info.palette)]
             for _ in range(AUGMENTED):

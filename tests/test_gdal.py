@@ -235,6 +235,20 @@ def test_the_beginning_of_a_file_is_no_image(tmp_path, data):
             assert f"cannot read {path}" in error_of(read, str(path))
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_a_png_with_a_hole_is_no_image(tmp_path, number, capfd):
+    """OpenCV refuses it, and GDAL alone would fill the hole with whatever lies in memory."""
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)).save(path)
+    data, half = path.read_bytes(), path.stat().st_size // 2
+    holes = [data[:8192] + data[12288:], data[:half] + data[-12:], data[:half] + bytes(half - 12) + data[-12:],
+             data[: half - 1] + bytes([data[half - 1] ^ 255]) + data[half:]]  # fmt: skip
+    path.write_bytes(holes[number])
+    for read in (read_image, predicted, lambda path: read_label(path, {(0, 0, 0): 0})):
+        assert f"cannot read {path}" in error_of(read, str(path))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_many_threads_read_what_one_reads(tmp_path):
     paths = [str(tmp_path / f"{k}.{('tif', 'png', 'jpg')[k % 3]}") for k in range(24)]
     for number, path in enumerate(paths):

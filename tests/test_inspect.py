@@ -73,6 +73,16 @@ def test_all_that_is_wrong_is_said_for_every_split(tiles, tmp_path):
     assert "cannot be read" in second and "t1.png" in second
 
 
+@pytest.mark.parametrize("size, said", [((80, 72), "image and label differ in size"), ((40, 40), "smaller than")])
+def test_a_tile_of_another_size_does_not_end_the_inspection(tiles, tmp_path, size, said):
+    Image.new("RGB", size).save(tiles / "img_dir/train/t0.png")
+    if "smaller" in said:
+        Image.new("L", size).save(tiles / "ann_dir/train/t0.png")
+    (problem,) = run(tiles, tmp_path / "out")
+    assert said in problem and "t0" in problem
+    assert json.loads((tmp_path / "out" / "inspection.json").read_text())["problems"] == [problem]
+
+
 def test_no_data_is_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "ktda_jax.inspect", "--config=configs/grass.py", "--config.data.root=/nowhere",

@@ -30,7 +30,8 @@ def recorded(workdir: pathlib.Path, step: int, changed: Changes) -> list[dict]:
     """
     try:
         before = json.loads((workdir / "run.json").read_text()).get("extended", [])
-    except (OSError, ValueError, AttributeError):
+        before = [entry for entry in before if {"step", "changed"} <= entry.keys()]
+    except (OSError, ValueError, AttributeError, TypeError):  # it is not as we wrote it
         before = []
     entries = [entry for entry in before if entry["step"] < step]
     here = {}

@@ -106,8 +106,8 @@ def compare_data(workdir: pathlib.Path, fingerprints: Mapping[str, str], *, jpeg
     """
     try:
         run = json.loads((workdir / RUN).read_text())
-        saved, reader = run["data"], run["versions"].get("rasterio")
-    except (OSError, ValueError, KeyError):
+        saved, reader = dict(run["data"]), dict(run["versions"]).get("rasterio")
+    except (OSError, ValueError, KeyError, TypeError):
         return None  # nothing to compare with
     changed = [split for split in fingerprints if saved.get(split, fingerprints[split]) != fingerprints[split]]
     if not changed:

@@ -24,7 +24,6 @@ SETTINGS = {
 }
 ORIENTATION = 274  # tag of TIFF and EXIF
 _thread = threading.local()
-_PNG_END = b"IEND\xaeB`\x82"  # with its checksum
 
 
 class FileError(UserError):
@@ -87,8 +86,8 @@ def opened(path: str | os.PathLike, **options) -> Iterator[Any]:
             raise FileError("image", path, "holds several rasters and none of its own", "name the one that is meant")
         if file.driver == "PNG":
             with _mapped(file.name) as data:
-                if data and data.rfind(_PNG_END) < 0:  # GDAL takes whatever lies in memory for the rest
-                    raise EOFError("the file is cut short")
+                if data and not whole_png(data):  # GDAL takes whatever lies in memory for what is missing
+                    raise EOFError("the file is damaged or cut short")
         yield file
 
 
@@ -151,6 +150,20 @@ def _png_tag(path: str) -> int:
                 return exif.get(ORIENTATION, 1)
             place = data.find(b"eXIf", place + 4)
     return 1
+
+
+def whole_png(data: bytes | mmap.mmap) -> bool:
+    """Whether all its chunks, to the last one, are what their checksums say."""
+    place, size = 8, len(data)
+    while place + 12 <= size:
+        end = place + 8 + int.from_bytes(data[place : place + 4], "big")
+        kind = data[place + 4 : place + 8]
+        if zlib.crc32(data[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            return False
+        if kind == b"IEND":
+            return True
+        place = end + 4
+    return False
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from ktda_jax.data.gdal import whole_png
+
 # Of TIFF: kind of copy, size, bits, compression, meaning, texts, strips, samples, resolution, order, program, date, ...
 _TAGS = {254, 256, 257, 258, 259, 262, 269, 270, 271, 272, 273, 277, 278, 279, 282, 283, 284, 296, 305, 306, 315, 339}
 _GREY_OR_RGB = (b"\x08\0", b"\x08\2")  # of a PNG, 8 bits each
@@ -35,8 +37,8 @@ def decode(path: str) -> np.ndarray | None:
                 head[:8] == _PNG and head[24:26] in (b"\x08\0", b"\x08\2") and not _described(path)
             ):  # 8 bits, grey or RGB
                 data = head + opened.read()
-                # Nothing that turns it or makes colours transparent, and an end.
-                if b"eXIf" not in data and b"tRNS" not in data and b"IEND" in data[-32:]:
+                # Nothing that turns it or makes colours transparent, or of which libpng has something to say.
+                if not any(kind in data for kind in (b"eXIf", b"tRNS", b"iCCP")) and whole_png(data):
                     return _rgb(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
     except OSError:
         pass

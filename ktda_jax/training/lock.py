@@ -61,7 +61,11 @@ def hold(
             locked = _flock(folder)
             _take(path, mine, refuse, say, flocked=locked is not None)
         except BlockingIOError as error:
+            made = False  # it is the other's now
             raise refuse(_read(path)) from error
+        except UserError:
+            made = False
+            raise
         except OSError as error:
             raise UserError(f"cannot write to {place}: {error.strerror or error}") from error
         beating.start()
