@@ -46,6 +46,10 @@ def test_the_map_that_would_mend_them(held, classes, mended):
         assert "label_map" not in advice(found, classes, "built")
 
 
+def test_soft_edges_get_no_map():
+    assert "soft edges" in (text := advice(counts(v0=60, v254=1, v255=40), 2, "stored")) and "label_map" not in text
+
+
 def test_one_class_and_none():
     def lines(pixels, ignored=0, trained=True):
         names = ("soil", "grass", "rock")[: len(pixels)]

@@ -137,6 +137,12 @@ def test_floating_labels(tmp_path, mapping):
         assert f"holds fractions, such as {shown};" in error_of(read_label, path, mapping)
 
 
+@pytest.mark.parametrize("nodata", [-9999.0, -3.4028234663852886e38])
+def test_what_a_floating_label_declares_as_no_data_is_ignored(tmp_path, nodata):
+    path = write_raster(tmp_path / "a.tif", np.float32([[0, 1], [nodata, 1]])[..., None], nodata=nodata)
+    assert read_label(path).tolist() == read_label(path, {0: 0, 1: 1}).tolist() == [[0, 1], [255, 1]]
+
+
 def test_several_bands_are_named_for_what_they_are(tmp_path):
     classes = np.random.default_rng(0).integers(0, 4, (20, 20))
     for one in (1, 255):

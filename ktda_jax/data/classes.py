@@ -68,6 +68,8 @@ def advice(counts: np.ndarray, num_classes: int, made: str) -> str:
     elif below == list(range(num_classes + 1)):
         looks = f"classes counted from 1, with 0 where nothing is labelled (or {num_classes + 1} classes)"
         pairs = [(0, IGNORE), *((v, v - 1) for v in below[1:])]
+    elif IGNORE in held and below and below[-1] > IGNORE - 6:
+        return "; they look like masks drawn as 0 and 255 with soft edges: write them without smoothing"
     elif below and below[-1] >= num_classes and num_classes in (len(below), len(held)):
         values = below if len(below) == num_classes else held
         looks, pairs = "classes under other numbers", [(v, k) for k, v in enumerate(values)]

@@ -18,7 +18,7 @@ class Reading:
     bands: tuple[int, ...] | None = None  # counted from 1; None: 8-bit RGB
     scale: tuple | None = None  # (low, high), or one such pair per band; None: 8-bit values
     nodata: float | None = None  # beside what the file declares
-    by_band: bool = False  # a missing band was 0 in training, instead of its value as in plain 8-bit RGB
+    by_band: bool = False  # a missing band was 0 in training; plain 8-bit RGB keeps what is stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +165,8 @@ def read_window(
     else:
         low, high = np.asarray(scale, np.float64).T
         pixels = np.moveaxis(stretch(np.moveaxis(values, 0, -1), low, high), -1, 0)
-    if not present.all():
-        pixels = pixels * (present if reading.by_band or scale is not None else present.any(0))
+    if (reading.by_band or scale is not None) and not present.all():  # else as training saw plain 8-bit RGB
+        pixels = pixels * present
     count = len(layout.bands) if layout.table is None else 3
     return np.broadcast_to(pixels, (count, *pixels.shape[1:])), present.any(0)
 

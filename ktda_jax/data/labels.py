@@ -66,6 +66,8 @@ def _numbers(file) -> tuple[np.ndarray, np.ndarray | None]:
     if kind.kind != "f":
         return values, None
     absent = np.isnan(values)
+    if file.nodata is not None and file.nodata not in range(IGNORE + 1):  # no class could be meant
+        absent |= values == values.dtype.type(file.nodata)
     whole = absent | (np.isfinite(values) & (values == np.floor(values)))
     if not whole.all():
         some = ", ".join(f"{v:g}" for v in np.unique(values[~whole])[:3])

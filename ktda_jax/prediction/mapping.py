@@ -17,7 +17,7 @@ from ktda_jax.prediction.files import Outputs
 from ktda_jax.prediction.outputs import PREVIEW, Legend, SceneWriter
 from ktda_jax.tiling.device import Step
 
-FAILURES_SHOWN = 5  # at the end of a run; each is said when it is found
+FAILURES_SHOWN = 50  # at the end of a run; each is said when it is found
 
 
 def trained_reading(data: dict | None) -> Reading:
