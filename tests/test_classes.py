@@ -63,7 +63,7 @@ def test_one_class_and_none():
     assert "every labelled pixel of split 's' is 'rock', so there is nothing to learn" in lines([0, 0, 7])[0]
     assert "a map of 'rock' alone scores 100 (values 2: 70 %, 255 (ignored): 30 %)" in lines([0, 0, 7], 3, False)[0]
     assert "there is one class, 'soil'" in lines([7])[0]
-    assert "only 1 pixels of split 's' are labelled 'grass', and many are ignored" in lines([60_000, 1], 40_000)[0]
+    assert "only 1 pixels of split 's' are labelled 'grass'; many are ignored" in lines([60_000, 1], 40_000)[0]
     assert lines([60_000, 1]) == []
 
 
