@@ -36,9 +36,7 @@ def doubts(
         lines.append(f"no pixel of split {split!r} is labelled {names}, so it cannot be learnt")
     elif trained and ignored > pixels.sum() / 20 and pixels.min() < pixels.sum() / 1e4:
         rare = int(np.argmin(pixels))
-        lines.append(
-            f"only {pixels[rare]} pixels of split {split!r} are labelled {classes[rare]!r}, and many are ignored"
-        )
+        lines.append(f"only {pixels[rare]} pixels of split {split!r} are labelled {classes[rare]!r}; many are ignored")
     if lines:
         counts = np.zeros(256, np.int64)
         counts[: len(pixels)], counts[IGNORE] = pixels, ignored
