@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
@@ -123,17 +124,20 @@ def check_split(
 def _complaint(kind, tiles: list[_Tile], total: int, num_classes: int, crop) -> str:
     """One line on all tiles with one fault: what, the first few, how many more, and what to do."""
     if isinstance(kind, tuple):
-        what, remedy = kind
-        found = {tile.found for tile in tiles}
-        head = f"{len(tiles)} of {total} tiles {what}"
-        if len(found) == 1 and len(tiles) > 1:
-            return f"{head}: {some([tile.text for tile in tiles], SHOWN)}: {tiles[0].found}; {remedy}"
-        return f"{head}: {some([f'{tile.text} {tile.found}' for tile in tiles], SHOWN)}; {remedy}"
+        return complaint(*kind, [(tile.text, tile.found) for tile in tiles], f"{total} tiles")
     what, remedy = _PROBLEMS[kind]
     what = what.format(
         bad=len(tiles), total=total, last=num_classes - 1, crop=crop and f"{crop[0]} x {crop[1]}"
     )  # fmt: skip
     return f"{what}: {some([tile.text for tile in tiles], SHOWN)}; {remedy}"
+
+
+def complaint(what: str, remedy: str, named: Sequence[tuple[str, str]], of: str) -> str:
+    """The same of files: `named` has each and what it holds, said once if all hold the same; of: '20 tiles'."""
+    head, found = f"{len(named)} of {of} {what}", {held for _, held in named}
+    if len(found) == 1 and len(named) > 1:
+        return f"{head}: {some([name for name, _ in named], SHOWN)}: {named[0][1]}; {remedy}"
+    return f"{head}: {some([f'{name} {held}'.strip() for name, held in named], SHOWN)}; {remedy}"
 
 
 def _examine(source, index: int, num_classes: int, crop: tuple[int, int] | None) -> _Tile:

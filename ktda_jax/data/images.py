@@ -38,7 +38,7 @@ def read_image(path: str) -> np.ndarray:
         return plain if plain.ndim == 3 else cv2.cvtColor(plain, cv2.COLOR_GRAY2RGB)
     with opened(path) as file:
         layout = layout_of(file, Reading(), 3)
-        return _interleaved(upright(in_colours(file.read(layout.bands), layout), orientation_of(file)))
+        return interleaved(upright(in_colours(file.read(layout.bands), layout), orientation_of(file)))
 
 
 def read_bands(
@@ -54,10 +54,10 @@ def read_bands(
         layout = layout_of(file, reading, len(bands) if bands else 3)
         pixels, present = read_window(file, layout, reading)
         orientation = orientation_of(file)
-    return _interleaved(upright(pixels, orientation)), np.ascontiguousarray(upright(present, orientation))
+    return interleaved(upright(pixels, orientation)), np.ascontiguousarray(upright(present, orientation))
 
 
-def _interleaved(planes: np.ndarray) -> np.ndarray:
+def interleaved(planes: np.ndarray) -> np.ndarray:
     """(bands, H, W) -> (H, W, bands); numpy takes twice as long."""
     return cv2.merge([np.ascontiguousarray(plane) for plane in planes]).reshape(*planes.shape[1:], len(planes))
 

@@ -36,10 +36,13 @@ class Scene:
         return is_located(self.place)
 
 
-def open_scene(path: pathlib.Path, reading: Reading, bands: int) -> Scene:
-    """Looks at a raster without reading its pixels. UserError unless it can give a model of `bands` bands its input."""
+def open_scene(path: pathlib.Path, reading: Reading, bands: int, *, by: str = "flags") -> Scene:
+    """Looks at a raster without reading its pixels. UserError unless it can give a model of `bands` bands its input.
+
+    by: whether flags or settings are to be named, see `layout_of`.
+    """
     with opened(path) as file:
-        layout = layout_of(file, reading, bands, by="flags")
+        layout = layout_of(file, reading, bands, by=by)
         alphas = tuple(band for band in alpha_bands(file, layout.bands) if _is_alpha(file, band))
         orientation, height, width = orientation_of(file), file.height, file.width
         if orientation != 1 and height * width > LARGEST_TURNED:

@@ -1,7 +1,6 @@
 """Which files are mapped, and what their maps are called."""
 
 import dataclasses
-import glob
 import os
 import pathlib
 import tempfile
@@ -9,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from ktda_jax import UserError
 from ktda_jax.data.paths import expand as expand_home
+from ktda_jax.data.paths import found
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".vrt", ".jp2")  # of scenes in a folder
 MAPS = (".tif", ".tiff", ".png")
@@ -32,20 +32,7 @@ class Outputs:
 
 def expand(text: str) -> list[pathlib.Path]:
     """The files of --input: one file, a glob pattern, or the scenes right in a folder. UserError if there are none."""
-    path = expand_home(text)
-    if path.is_dir():
-        found = [p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-        if not found:
-            raise UserError(f"no scene in the folder --input={text}; its files must end in {', '.join(SUFFIXES)}")
-    elif path.exists():
-        return [path]
-    elif glob.has_magic(text):
-        found = [p for p in map(pathlib.Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
-        if not found:
-            raise UserError(f"no file matches --input={text}")
-    else:
-        raise UserError(f"there is no file --input={text}")
-    return found
+    return found(text, SUFFIXES, what="scene", called=f"--input={text}")
 
 
 def name_outputs(
