@@ -1,6 +1,7 @@
-"""`python -m ktda_jax.extract --config=...`: the frozen teacher's features of the training split, once and for all.
+"""`python -m ktda_jax.extract --config=...`: the frozen teacher's features of the training images, once and for all.
 
-Runs the teacher over every training tile and its mirror image, sharded over all devices, into config.teacher.features.
+Runs the teacher over every training tile and its mirror image, sharded over all devices, into config.teacher.features;
+and over a fixed grid of windows of the images without labels, config.data.unlabelled, into a folder beside it.
 Training with --config.teacher.mode=precomputed then reads them in step with the tiles. Of several processes each writes
 a file of its own, so that all must see the folder.
 """
@@ -29,6 +30,7 @@ from ml_collections import ConfigDict
 from ktda_jax import UserError, sharding
 from ktda_jax.config import checks
 from ktda_jax.config.model import compute_dtype, model_of, teacher_identity
+from ktda_jax.config.settings import Settings
 from ktda_jax.config.workdir import write_json
 from ktda_jax.data import pipeline
 from ktda_jax.data.check import check_split
@@ -46,12 +48,12 @@ from ktda_jax.data.teacher_features import (
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDAConfig, teacher_images
 from ktda_jax.training import lock
-from ktda_jax.training.inputs import features_folder, open_source, processes
+from ktda_jax.training.inputs import UNLABELLED, features_folder, open_source, open_windows, processes
 from ktda_jax.training.program import frozen_teacher
 
 
 def run(config: ConfigDict) -> pathlib.Path:
-    """Extracts, unless the features are there; returns their folder. UserError if it cannot be done.
+    """Extracts what training needs, unless it is there; returns the folder. UserError if it cannot be done.
 
     Every tile must be readable, whatever config.data.on_corrupt says.
     """
@@ -62,33 +64,53 @@ def run(config: ConfigDict) -> pathlib.Path:
     sharding.check_batch_size(mesh, settings.eval_batch_size, "config.eval_batch_size")
     identity = teacher_identity(chosen, settings.seed, model)
     graphdef, _, place = frozen_teacher(chosen, settings.seed, model, dtype, mesh)
-    folder, split = features_folder(stored, data), data.train_split
-    source = open_source(data, split)
-    summary = check_split(source, crop=data.crop, num_threads=data.num_threads)
-    made_from = {"split": split, "tiles": summary.fingerprint, **identity}
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not (folder / MANIFEST).exists():
-            raise UserError(f"config.teacher.features={folder} exists and holds no teacher features; choose another")
-        manifest = read_manifest(folder)
-        check(folder, manifest, made_from)
-        if manifest["dtype"] != stored.dtype:
-            raise UserError(
-                f"the teacher features in {folder} are there, but as {manifest['dtype']}, not {stored.dtype}; "
-                "choose another config.teacher.features, or remove them"
-            )
-        _say(f"the features are in {folder} already")
-        return folder
-    if chosen is None:
+    jobs, tiles = [], None
+    if settings.supervised:
+        tiles = open_source(data, data.train_split)
+        summary = check_split(tiles, crop=data.crop, num_threads=data.num_threads)
+        made_from = {"split": data.train_split, "tiles": summary.fingerprint, **identity}
+        jobs.append((features_folder(stored, data), tiles, made_from))
+    if data.unlabelled:
+        windows, found, _ = open_windows(
+            dataclasses.replace(data, on_corrupt="stop"), tiles, held_out=None if settings.supervised else False
+        )
+        made_from = {"split": UNLABELLED, "tiles": found.fingerprint, **identity}
+        jobs.append((features_folder(stored, data, of_windows=True), windows, made_from))
+    jobs = [job for job in jobs if not _there(job[0], job[2], stored.dtype)]
+    if chosen is None and jobs:
         _say("warning: the teacher is random; set config.weights.teacher")
+    step = _step(graphdef, model, dtype, DTYPES[stored.dtype], mesh)
+    for folder, source, made_from in jobs:
+        _extract(folder, source, made_from, settings, model, step, place, mesh)
+    return features_folder(stored, data)
 
-    rows = dict(crop=None, batch_size=settings.eval_batch_size, **processes(data.num_threads))
+
+def _there(folder: pathlib.Path, made_from: dict, dtype: str) -> bool:
+    """Whether a folder holds these features already; UserError for others."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"config.teacher.features={folder} exists and holds no teacher features; choose another")
+    manifest = read_manifest(folder)
+    check(folder, manifest, made_from)
+    if manifest["dtype"] != dtype:
+        raise UserError(
+            f"the teacher features in {folder} are there, but as {manifest['dtype']}, not {dtype}; "
+            "choose another config.teacher.features, or remove them"
+        )
+    _say(f"the features are in {folder} already")
+    return True
+
+
+def _extract(folder, source, made_from: dict, settings: Settings, model: KTDAConfig, step, place, mesh) -> None:
+    """The features of one source's tiles into `folder`."""
+    stored = settings.teacher
+    rows = dict(crop=None, batch_size=settings.eval_batch_size, **processes(settings.data.num_threads))
     batches = pipeline.eval_batches(source, **rows)
     records, per_shard = _records(batches, model, jax.process_count())
     itemsize = DTYPES[stored.dtype].itemsize * len(stored_layers(model.teacher.tapped))
     size = sum(2 * h * w * model.teacher.width * itemsize for *_, h, w in records)
     _say(f"{len(source)} tiles and their mirror images, {size / 1e9:.2f} GB of {stored.dtype} before compression")
-
-    step = _step(graphdef, model, dtype, DTYPES[stored.dtype], mesh)
     temporary = folder.with_name(f".{folder.name}.tmp")
     with _claim(temporary, folder) if jax.process_index() == 0 else contextlib.nullcontext():
         _meet("folder made")
@@ -100,7 +122,7 @@ def run(config: ConfigDict) -> pathlib.Path:
                 "format": FORMAT,
                 "made_from": made_from,
                 "padding": PADDING,
-                "computed_in": str(dtype),
+                "computed_in": str(compute_dtype(settings.dtype)),
                 "dtype": stored.dtype,
                 "shards": {_shard(k): (temporary / _shard(k)).stat().st_size for k, n in enumerate(per_shard) if n},
             }
@@ -108,7 +130,6 @@ def run(config: ConfigDict) -> pathlib.Path:
             write_json(temporary / MANIFEST, manifest)
             os.replace(temporary, folder)
     _meet("done")
-    return folder
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from ktda_jax.config import checks
 from ktda_jax.config.model import model_of
 from ktda_jax.config.settings import Settings
 from ktda_jax.models import flat
+from ktda_jax.models.initial import HostRngs
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.vit import ViT
 from ktda_jax.plan import flops
@@ -119,9 +120,11 @@ def test_a_step_with_tap_scales_is_one_on_multiplied_taps(tmp_path):
 
 def test_tap_scales_multiply_what_the_teacher_gives(tmp_path):
     taps = [np.full((1, 2, 2, 3), k + 1.0) for k in range(4)]
-    scaled = model_of(runs.settings(tmp_path, {"model.tap_scales": SCALES})).scaled(taps)
+    scaled, unscaled = (
+        KTDA(model_of(runs.settings(tmp_path, {"model.tap_scales": scales})), rngs=HostRngs(0)).scaled(taps)
+        for scales in (SCALES, None)
+    )
     assert [float(t.mean()) for t in scaled] == [4.0, 4.0, 3.0, 2.0]
-    unscaled = model_of(runs.settings(tmp_path)).scaled(taps)
     assert all(a is b for a, b in zip(unscaled, taps, strict=True))  # as published
     for wrong in ((1.0, 2.0, 3.0), (1.0, 1.0, 1.0, 0.0), (1.0, "a", 1.0, 1.0)):
         with pytest.raises(UserError, match="config.model.tap_scales is .*; give (four numbers above 0|numbers)"):

@@ -10,6 +10,7 @@ from ktda_jax import sharding
 from ktda_jax.config import extension
 from ktda_jax.training import loop, optim
 from ktda_jax.training.checkpoint import Checkpoints
+from ktda_jax.training.inputs import open_inputs
 from ktda_jax.training.program import build
 
 
@@ -23,7 +24,7 @@ def test_from_there_on_it_is_the_longer_training_bit_for_bit(tmp_path, capsys):
     program = build(settings)
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         state, position = checkpoints.restore(4, program.abstract, program.shardings)
-    batches, teacher = loop._open_data(settings).batches, program.teacher()
+    batches, teacher = open_inputs(settings, None).batches, program.teacher()
     batches.set_state(position)
     for _ in range(4):
         batch = next(batches)

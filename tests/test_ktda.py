@@ -31,7 +31,16 @@ pytestmark = pytest.mark.usefixtures("all_recomputed")
 
 NAMES = ("grass_tiny", "grass_tiny_resized")
 LOSS = ConfigDict(
-    dict(class_weights=None, avg_non_ignore=False, aux_weight=0.4, alpha=0.5, temperature=1.0, kl_axis="width")
+    dict(
+        class_weights=None,
+        avg_non_ignore=False,
+        aux_weight=0.4,
+        alpha=0.5,
+        temperature=1.0,
+        kl_axis="width",
+        distance="published",
+        tap_weights=None,
+    )
 )
 
 

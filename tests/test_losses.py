@@ -88,3 +88,24 @@ def test_maps_of_different_size_are_refused_by_name():
 
 def test_the_axes_are_those_of_the_settings():
     assert tuple(losses.KL_AXES) == settings.KL_AXES
+
+
+def test_distances_and_weights_by_hand():
+    """mse is the plain mean, not halved; cosine is over channels; weights multiply levels; the mean is over taps."""
+    rng = np.random.default_rng(2)
+    s, t = ([rng.normal(size=(2, 3, 4, 5)).astype(np.float32) for _ in range(4)] for _ in range(2))
+    t[1] = None
+    weights = (2.0, 7.0, 0.0, 0.5)
+    squares = [np.square(a - b).mean() for a, b in zip(s, t, strict=True) if b is not None]
+    np.testing.assert_allclose(losses.distillation(s, t, distance="mse"), np.mean(squares), rtol=1e-6)
+    weighted = losses.distillation(s, t, distance="mse", weights=weights)
+    np.testing.assert_allclose(weighted, np.dot([2, 0, 0.5], squares) / 3, rtol=1e-6)
+    cosines = [
+        1 - ((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).mean()
+        for a, b in zip(s, t, strict=True)
+        if b is not None
+    ]
+    np.testing.assert_allclose(losses.distillation(s, t, distance="cosine"), np.mean(cosines), rtol=1e-6)
+    zeros = [np.zeros_like(a) for a in s]
+    grads = jax.grad(lambda x: losses.distillation(x, t, distance="cosine"))(zeros)
+    assert all(np.isfinite(g).all() for g in grads)

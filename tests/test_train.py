@@ -16,7 +16,8 @@ import runs
 
 from ktda_jax import UserError, sharding
 from ktda_jax.config.settings import Settings
-from ktda_jax.training import lock, loop
+from ktda_jax.data import pipeline, rows
+from ktda_jax.training import inputs, lock, loop, scoring
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.program import Program, build
 from ktda_jax.training.state import TrainState
@@ -40,8 +41,8 @@ def toy(monkeypatch):
 
     def install(quality=None, at=None, loss=None, ema=None, figures=False):
         if not figures:
-            monkeypatch.setattr(loop.evaluate, "write_report", lambda *_: "scores")
-            monkeypatch.setattr(loop.plots, "save_curves", lambda *_: None)
+            monkeypatch.setattr(scoring.evaluate, "write_report", lambda *_: "scores")
+            monkeypatch.setattr(scoring.plots, "save_curves", lambda *_: None)
         mesh = sharding.make_mesh(1)
 
         def init():
@@ -77,7 +78,8 @@ def toy(monkeypatch):
             shardings=sharding.tree_shardings(mesh, start), init=init, teacher=dict, train_step=train_step,
             eval_step=eval_step, compile_step=lambda *args, **options: None, arguments=(),
         )  # fmt: skip
-        monkeypatch.setattr(loop, "build", lambda config, **options: program)
+        for module in (loop, scoring):
+            monkeypatch.setattr(module, "build", lambda config, **options: program)
         return program
 
     return install
@@ -122,10 +124,10 @@ def test_other_tiles_are_refused_on_resume(toy, tiles, tmp_path):
 
 def test_other_teacher_features_are_refused_on_resume(toy, tiles, tmp_path, monkeypatch):
     """Wherever they lie: what they are made from counts."""
-    monkeypatch.setattr(loop.pipeline, "train_iterator", functools.partial(_without_features, loop.pipeline))
+    monkeypatch.setattr(pipeline, "train_iterator", _without_features)
     for number, (fingerprint, message) in enumerate((("a", None), ("a", None), ("b", "the teacher features data are"))):
         features = type("Features", (), {"fingerprint": fingerprint, "folder": f"f{number}", "source": None})
-        monkeypatch.setattr(loop, "open_features", lambda *_, features=features: features)
+        monkeypatch.setattr(inputs, "open_features", lambda *_, features=features: features)
         toy()
         config = runs.config(tiles, {"teacher.mode": "precomputed"})
         if message is None:
@@ -135,7 +137,7 @@ def test_other_teacher_features_are_refused_on_resume(toy, tiles, tmp_path, monk
                 loop.train_and_evaluate(config, tmp_path / "run")
 
 
-def _without_features(pipeline, *arguments, features, original=loop.pipeline.train_iterator, **options):
+def _without_features(*arguments, features, original=pipeline.train_iterator, **options):
     return original(*arguments, **options)
 
 
@@ -257,8 +259,8 @@ def test_skipped_tiles_are_counted(toy, tmp_path):
 def test_a_tile_that_breaks_during_training_is_named(toy, tmp_path, monkeypatch):
     tiles = runs.make_tiles(tmp_path / "tiles")
     toy()
-    opened = loop.pipeline.train_iterator
-    monkeypatch.setattr(loop.pipeline, "train_iterator", lambda *a, **k: corrupt(tiles, "t2") or opened(*a, **k))
+    opened = pipeline.train_iterator
+    monkeypatch.setattr(pipeline, "train_iterator", lambda *a, **k: corrupt(tiles, "t2") or opened(*a, **k))
     with pytest.raises(UserError, match=r"t2\.png.*repair or remove the tile, or train with on_corrupt='skip'"):
         loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
 
@@ -288,9 +290,9 @@ def test_evaluation_on_another_split(toy, tiles, tmp_path, capsys):
 def test_extended_is_as_if_it_had_been_so_from_there(toy, tiles, tmp_path, capsys):
     """Steps 5 to 8 of 4 + 4, stopped at 6, with other batches: the tiles go on where they were."""
     seen = []
-    opened = loop.pipeline._TrainRows._read
+    opened = rows.Shuffled.read
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.pipeline._TrainRows, "_read", lambda self, i: seen.append(i) or opened(self, i))
+        patch.setattr(rows.Shuffled, "read", lambda self, i: seen.append(i) or opened(self, i))
         flags = {"eval_every": 2, "data.num_threads": 0}
         toy()
         loop.train_and_evaluate(runs.config(tiles, {**flags, "total_steps": 4, "batch_size": 2}), tmp_path)

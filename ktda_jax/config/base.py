@@ -43,6 +43,9 @@ def base() -> ConfigDict:
         scale=config_dict.placeholder(tuple),  # (low, high), or one pair per band: what becomes 0 and 255
         nodata=config_dict.placeholder(float),  # value of pixels without data; None: as the file declares
         label_map=config_dict.placeholder(tuple),  # ((stored value or (r, g, b), class), ...); None: as stored
+        unlabelled=config_dict.placeholder(tuple),  # images or scenes without labels, for the distillation
+        unlabelled_share=0.5,  # of a batch's rows that come from them
+        unlabelled_val=config_dict.placeholder(tuple),  # score a distillation without labels; None: a tenth of them
         crop=(256, 256),
         flip=0.5,
         photometric=True,
@@ -57,6 +60,7 @@ def base() -> ConfigDict:
                      taps=config_dict.placeholder(tuple)),  # which layers teach, from 1; None: the last of each quarter
         encoder=config_dict.placeholder(str),  # None: the student; or teacher: the frozen one under the same decoder
         tap_scales=config_dict.placeholder(tuple),  # of the teacher's four taps; None: 1, as published
+        standardize_taps=False,  # their channels, over the training images
         fam=True,
         fmm=dict(enabled=True, form="transformer", blocks=4, heads=8, mlp_ratio=4.0, remat=False),
         grid=config_dict.placeholder(tuple),  # of the FAM's output; None: the teacher's
@@ -66,6 +70,7 @@ def base() -> ConfigDict:
         dropout=0.1,
     )  # fmt: skip
     config.distill = True
+    config.supervised = True  # False: student and FAM learn from the teacher alone (configs/distill.py)
     config.teacher = dict(
         mode="computed",  # in every training step; or precomputed, by python -m ktda_jax.extract
         features=config_dict.placeholder(str),  # folder of precomputed ones; None: features/<data.name>
@@ -84,6 +89,8 @@ def base() -> ConfigDict:
         aux_weight=0.4,
         class_weights=config_dict.placeholder(tuple),
         avg_non_ignore=False,  # as published: ignored pixels count in the mean's denominator
+        distance="published",  # of student and teacher: KL and MSE; or mse, cosine
+        tap_weights=config_dict.placeholder(tuple),  # of the four levels in it; None: 1
     )
     config.optimizer = dict(lr=6e-4, b1=0.9, b2=0.999, weight_decay=0.01)
     config.schedule = dict(warmup=1150, poly_begin=config_dict.placeholder(int), power=0.9)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ktda_jax import UserError
-from ktda_jax.config.settings import KL_AXES, Settings
+from ktda_jax.config.settings import DISTANCES, KL_AXES, Settings
 from ktda_jax.data import reading
 from ktda_jax.data.paths import expand
 
@@ -27,6 +27,7 @@ def check(settings: Settings) -> None:
         raise UserError(f"config.loss.class_weights has {len(loss.class_weights)} values for {len(classes)} classes")
     _choose("dtype", settings.dtype, ("auto", "float32", "bfloat16"), also=("float64",))
     _choose("loss.kl_axis", loss.kl_axis, KL_AXES)
+    _choose("loss.distance", loss.distance, DISTANCES)
     _choose("data.source", data.source, ("tfds", "folder"))
     _choose("data.on_corrupt", data.on_corrupt, ("stop", "skip"))
     reading.check(data, len(classes))
@@ -38,6 +39,30 @@ def check(settings: Settings) -> None:
         raise UserError("config.model.encoder='teacher' has no student; leave config.weights.student out")
     if settings.distill and not model.fam:
         raise UserError("config.distill needs the FAM; set config.model.fam=True or config.distill=False")
+    _check_distillation(settings)
+
+
+TEACHERS = (  # how one gets a teacher
+    "give a pretrained one, such as --config.weights.teacher=hf://facebook/dinov2-small with "
+    "--config.model.teacher.preset=small"
+)
+
+
+def _check_distillation(settings: Settings) -> None:
+    """Of what learns from the teacher alone: images without labels, and students without a decoder."""
+    data, stored = settings.data, settings.teacher.mode == "precomputed"
+    images = "config.data.unlabelled"
+    if not settings.supervised and not data.unlabelled:
+        raise UserError(f"config.supervised=False trains on images alone; name them by {images}=DIR,SCENE.tif")
+    what = "config.supervised=False" if not settings.supervised else images if data.unlabelled else None
+    if what is not None and not settings.distill:
+        raise UserError(f"{what} only serves the distillation; set config.distill=True")
+    if what is not None and settings.weights.teacher is None and not (stored and settings.supervised):
+        raise UserError(f"{what} would teach what a random teacher says; {TEACHERS}")
+    if data.unlabelled_val and settings.supervised:
+        raise UserError(f"{images}_val scores a training with config.supervised=False; leave it out")
+    if not settings.supervised and settings.weights.model is not None:
+        raise UserError("config.supervised=False trains no decoder; give config.weights.student, not .model")
 
 
 def _choose(name: str, value: str, known: tuple[str, ...], *, also: tuple[str, ...] = ()) -> None:

@@ -33,6 +33,7 @@ def model_of(settings: Settings) -> KTDAConfig:
     data, parts = settings.data, dataclasses.asdict(settings.model)
     student = {**parts["student"], "bands": data.num_bands}
     values = {**parts, "student": student, "num_classes": len(data.info.classes), "rgb": data.rgb_positions}
+    values["decoder"] = settings.supervised
     model = KTDAConfig.from_dict(values)
     _check_grid(settings, model)
     return model

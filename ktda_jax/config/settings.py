@@ -17,6 +17,7 @@ from ktda_jax.data.datasets import DatasetInfo, dataset_info
 
 VERSION = 1  # of config.json; raised when an old one needs more than `absent` to be understood
 PUBLISHED = "Zhang et al., ICME 2025, and their code"
+DISTANCES = ("published", "mse", "cosine")  # of the FAM's outputs from the teacher's taps
 KL_AXES = ("width", "channel", "position")  # that the softmax of the distillation may run along
 
 
@@ -48,6 +49,15 @@ class Data:
     scale: tuple | None = setting("(low, high), or a pair per band: what becomes 0 and 255", absent=None)
     nodata: float | None = setting("value of pixels without data; None: as the file declares", absent=None)
     label_map: tuple | None = setting("((stored value or (r, g, b), class), ...); None: as stored", absent=None)
+    unlabelled: tuple[str, ...] | None = setting(
+        "images and scenes without labels, for the distillation: files, patterns, folders; None: none", absent=None
+    )
+    unlabelled_share: float = setting(
+        "of a batch's rows that come from them", absent=0.5, fits=(lambda x: 0 < x < 1, "a share between 0 and 1")
+    )
+    unlabelled_val: tuple[str, ...] | None = setting(
+        "those that score a distillation without labels; None: a tenth of `unlabelled`", absent=None
+    )
     crop: tuple[int, int] = setting("height and width trained on, and evaluated at", unit="px", source=PUBLISHED)
     flip: float = setting(
         "probability of a mirror image", source=PUBLISHED, fits=(lambda x: 0 <= x <= 1, "a probability")
@@ -149,6 +159,9 @@ class Model:
     tap_scales: tuple[float, ...] | None = setting(
         "what the teacher's taps are multiplied by; None: 1, as published", absent=None
     )
+    standardize_taps: bool = setting(
+        "each channel of the teacher's taps to mean 0 and variance 1 over the training images", absent=False
+    )
     fam: bool = setting("whether there is a feature alignment module", source=PUBLISHED, absent=True)
     grid: tuple[int, int] | None = setting(
         "rows and columns of the FAM's output; None: the teacher's", fits=SIZES, absent=None
@@ -196,6 +209,13 @@ class Loss:
         fits=(lambda x: min(x, default=-1) >= 0 and max(x) > 0, "numbers from 0, not all 0"),
     )
     avg_non_ignore: bool = setting("mean over labelled pixels instead of all", source=PUBLISHED)
+    distance: str = setting(
+        "of student and teacher: published (KL and MSE by alpha), mse or cosine", absent="published"
+    )
+    tap_weights: tuple[float, ...] | None = setting(
+        "of the four levels in the distillation; None: 1", absent=None,
+        fits=(lambda x: len(x) == 4 and min(x) >= 0 and max(x) > 0, "four numbers from 0, not all 0"),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +265,7 @@ class Settings:
         "how many of the latest checkpoints stay, besides the best", fits=SIZE, absent=1, runtime=True
     )
     distill: bool = setting("whether the student learns from the teacher", source=PUBLISHED)
+    supervised: bool = setting("False: student and FAM learn from the teacher alone, without labels", absent=True)
     mesh: Mesh = section("how devices share the work", runtime=True)
     data: Data = section("the tiles")
     model: Model = section("the networks")

@@ -5,20 +5,20 @@ of its random draws come from (seed, that number). So batches do not depend on t
 share them, or on whether the run was interrupted.
 """
 
-import functools
-import threading
 from collections.abc import Iterator
 from typing import TypedDict
 
 import cv2
 import grain
 import numpy as np
-from absl import logging
 
 from ktda_jax import UserError
-from ktda_jax.data import augment, libc
+from ktda_jax.data import libc
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.sources import Source, cpu_threads, label_sizes, read_tile, tile_name
+from ktda_jax.data.mixture import Mixture
+from ktda_jax.data.rows import Shuffled, TrainRows
+from ktda_jax.data.scene_windows import UnlabelledSource
+from ktda_jax.data.sources import Source, cpu_threads, label_sizes, read_tile
 from ktda_jax.data.teacher_features import TeacherFeatures
 
 ON_CORRUPT = ("stop", "skip")
@@ -38,7 +38,7 @@ class Batch(TypedDict, total=False):
 
 
 def train_iterator(
-    source: Source,
+    source: Source | None,
     *,
     crop: int | tuple[int, int],
     batch_size: int,
@@ -51,6 +51,9 @@ def train_iterator(
     num_threads: int | None = None,
     features: TeacherFeatures | None = None,
     first_row: int = 0,
+    unlabelled: UnlabelledSource | None = None,
+    unlabelled_features: TeacherFeatures | None = None,
+    mixture: Mixture | None = None,
 ) -> grain.DatasetIterator:
     """Endless training batches of this process; the iterator's `get_state` / `set_state` are its position.
 
@@ -64,21 +67,27 @@ def train_iterator(
 
     With `features` a batch also has `taps`, of each level (b, h, w, C) or None: what the teacher saw of each row, flips
     included, colour changes not. Crops then begin at multiples of the teacher's patch.
+
+    Of `unlabelled` images come the rows that `mixture` says, with labels of 255; without a `source`, all of them.
     """
     rows = _rows_per_process(batch_size, process_index, process_count)
     if on_corrupt not in ON_CORRUPT:
         raise UserError(f"on_corrupt is {on_corrupt!r}: choose one of {ON_CORRUPT}")
     if seed < 0:
         raise UserError(f"seed is {seed}: give a number from 0")
-    if not len(source):
-        raise UserError(f"{source!r} has no tiles")
-    if features is not None and len(features) != len(source):
-        raise UserError(f"{len(features)} tiles have teacher features, but {source!r} has {len(source)}")
+    for tiles, taps in ((source, features), (unlabelled, unlabelled_features)):
+        if tiles is not None and not len(tiles):
+            raise UserError(f"{tiles!r} has no tiles")
+        if taps is not None and len(taps) != len(tiles):
+            raise UserError(f"{len(taps)} tiles have teacher features, but {tiles!r} has {len(tiles)}")
     cv2.setNumThreads(0)  # the parallelism is Grain's: one thread per batch in flight
     libc.keep_tile_sized_blocks()
-    rows_source = _TrainRows(
-        source, seed=seed, crop=crop, flip=flip, photometric=photometric, on_corrupt=on_corrupt, features=features,
-        first_row=first_row,
+    skip, crop = on_corrupt == "skip", (crop, crop) if isinstance(crop, int) else tuple(crop)
+    rows_source = TrainRows(
+        source and Shuffled(source, features, seed, skip),
+        unlabelled and Shuffled(unlabelled, unlabelled_features, seed, skip, order=(1,)),
+        mixture,
+        seed=seed, crop=crop, flip=flip, photometric=photometric, first_row=first_row,
     )  # fmt: skip
     batches = grain.MapDataset.source(rows_source).batch(rows, batch_fn=_stack)[
         # Batches of b rows, every process_count-th one: local batch k of process p is then number
@@ -187,86 +196,6 @@ def _read_options(num_threads: int | None) -> grain.ReadOptions:
     """One batch in work per thread and two more ready; num_threads=0 reads in the caller's thread."""
     threads = cpu_threads() if num_threads is None else num_threads
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2 if threads else 0)
-
-
-class _TrainRows:
-    """The endless sequence of augmented training rows, by position; a Grain random access source.
-
-    It shuffles by itself because Grain's `shuffle` costs about 4 ms per draw on a set of three tiles, several
-    times what reading and augmenting one takes.
-    """
-
-    def __init__(
-        self, source, *, seed: int, crop, flip: float, photometric: bool, on_corrupt: str, features, first_row: int = 0
-    ):
-        self._first_row = first_row
-        self._source, self._seed, self._skip, self._features = source, seed, on_corrupt == "skip", features
-        self._crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
-        self._flip, self._photometric = flip, photometric
-        self._order = functools.lru_cache(maxsize=4)(self._shuffled)  # neighbouring epochs overlap in a batch
-        self._reported, self._lock = set(), threading.Lock()
-
-    def __len__(self) -> int:
-        return 2**60  # endless; Grain counts batches in floats, which rounds sys.maxsize up
-
-    def __repr__(self) -> str:
-        return f"_TrainRows({self._source!r}, seed={self._seed})"
-
-    def __getitem__(self, position: int) -> dict:
-        """Row number `position`, counted from the start of the run over the rows of all processes."""
-        position += self._first_row
-        epoch, place = divmod(position, len(self._source))
-        wanted = int(self._order(epoch)[place])
-        tile, index = self._read(wanted)
-        rng = np.random.Generator(np.random.Philox(key=np.array([self._seed, position], np.uint64)))
-        row = {"skipped": index != wanted}
-        if self._features is None:
-            try:
-                image, label = augment.random_crop(tile["image"], tile["label"], self._crop, rng)
-            except ValueError as error:
-                raise UserError(f"tile {tile['name']}: {error}") from error
-            image, label = augment.random_flip(image, label, rng, self._flip)
-        else:
-            image, label, row["taps"] = self._aligned(tile, index, rng)
-        if self._photometric:
-            image = augment.photometric_distortion(image, rng)
-        return {"image": image, "label": label, **row}
-
-    def _aligned(self, tile: dict, index: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        """Crop and flip at the teacher's patches: image, label and the tap (h, w, C) of each level, or None."""
-        patch, (height, width) = self._features.patch, self._crop
-        top, left, mirrored = augment.draw_aligned(tile["label"].shape, self._crop, patch, rng, self._flip)
-        image, label = tile["image"], tile["label"]
-        if mirrored:  # before the cut: the mirror image's patches begin at its own left edge
-            image, label = augment.mirror(image, label)
-        window = np.s_[top : top + height, left : left + width]
-        first, second = top // patch, left // patch
-        taps = self._features.read(index, mirrored)
-        taps = taps[:, first : first - (-height // patch), second : second - (-width // patch)]
-        return image[window], label[window], [None if k is None else taps[k] for k in self._features.levels]
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        """The order of one epoch; a whole permutation takes less than decoding one tile."""
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._source))
-
-    def _read(self, index: int) -> tuple[dict, int]:
-        """Tile `index`, or in skip mode the next one that can be read; and which one it is."""
-        for step in range(len(self._source)):
-            candidate = (index + step) % len(self._source)
-            try:
-                return read_tile(self._source, candidate), candidate
-            except UserError as error:
-                if not self._skip:
-                    raise UserError(f"{error}; repair or remove the tile, or train with on_corrupt='skip'") from error
-                self._warn_once(candidate, error)
-        raise UserError(f"no readable tile in {self._source!r}")
-
-    def _warn_once(self, index: int, error: UserError) -> None:
-        with self._lock:
-            new = index not in self._reported
-            self._reported.add(index)
-        if new:
-            logging.warning("skipping tile %s: %s", tile_name(self._source, index), error)
 
 
 def _stack(rows: list[dict]) -> Batch:

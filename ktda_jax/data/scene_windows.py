@@ -160,6 +160,10 @@ class UnlabelledSource:
             self._files, self._windows[list(indices)], self._reading, self.bands, self.crop, self._skip
         )
 
+    @property
+    def image_paths(self) -> tuple[str, ...]:
+        return tuple(str(file.path) for file in self._files)
+
     def unused(self) -> list[pathlib.Path]:
         """The files without windows."""
         used = set(self._windows[:, 0].tolist())

@@ -5,11 +5,11 @@
 
 Without the FAM the student's own pyramid goes to the FMM and the decoders; the neck, which turns maps of one
 size into a pyramid, goes with it. With `encoder='teacher'` there is no student, and the frozen
-teacher's taps go to the neck.
+teacher's taps go to the neck. A model that is only distilled has no `decoder`: it ends at the FAM.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from ktda_jax.models.fmm import FMM, FMMConfig
 from ktda_jax.models.heads import FCNHead, UPerHead
 from ktda_jax.models.layers import at_least_float32, resize
 from ktda_jax.models.neck import MultiLevelNeck
+from ktda_jax.models.taps import TapStatistics
 from ktda_jax.models.vit import MEAN, STD, ViT, ViTConfig
 
 AUX_LEVEL = 2
@@ -37,9 +38,11 @@ class KTDAConfig:
     teacher: ViTConfig  # sets the FAM's width and grid, also where no teacher is run
     encoder: str = "student"  # or "teacher": the frozen one, whose taps take the place of the FAM's outputs
     fam: bool = True
+    decoder: bool = True  # neck, FMM and heads; without them there is only something to distil
     fmm: FMMConfig | None = FMMConfig()
     grid: tuple[int, int] | None = None  # of the FAM's output; None: the teacher's for the input at hand
     tap_scales: tuple[float, ...] | None = None  # what the teacher's four taps are multiplied by; None: 1, as published
+    standardize_taps: bool = False  # their channels, by statistics that the model holds
     neck_channels: int | None = None  # of the neck and all behind it; None: the teacher's width, as published
     head_channels: int = 512
     aux_channels: int = 256  # 0: no auxiliary head
@@ -73,12 +76,6 @@ class KTDAConfig:
             return (self.neck_channels or self.teacher.width,) * 4
         return tuple(self.student.channels)
 
-    def scaled(self, taps: Sequence[jax.Array | None]) -> list[jax.Array | None]:
-        """The teacher's taps times `tap_scales`. Unscaled, the last, alone normalised, outweighs the others."""
-        if self.tap_scales is None:
-            return list(taps)
-        return [None if tap is None else scale * tap for scale, tap in zip(self.tap_scales, taps, strict=True)]
-
     @classmethod
     def from_dict(cls, config) -> "KTDAConfig":
         """From the nested mapping of a config file, where `preset` names a size and `None` means unset."""
@@ -111,7 +108,7 @@ def _build(cls, name: str, values, presets: dict):
 
 
 class Outputs(NamedTuple):
-    logits: jax.Array  # (B, h, w, classes) at head resolution
+    logits: jax.Array | None  # (B, h, w, classes) at head resolution; None without a decoder
     aux_logits: jax.Array | None  # (B, h / 4, w / 4, classes)
     student: list[jax.Array] | None  # FAM outputs, four of (B, gh, gw, C)
     taps: list[jax.Array | None] | None  # the teacher's, of the same shapes, when one was given
@@ -155,16 +152,28 @@ class KTDA(nnx.Module):
         """`own_encoder`: a frozen encoder is part of the model, as prediction wants it, instead of an argument."""
         common = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         channels, width, frozen = config.channels, config.teacher.width, config.encoder == "teacher"
+        self.taps = TapStatistics(4, width, param_dtype=param_dtype) if config.standardize_taps else None
         self.teacher = ViT(config.teacher, **common) if frozen and own_encoder else None
         self.student = None if frozen else ConvNeXt(config.student, **common)
         self.fam = FAM(config.student.channels, width, **common) if config.fam else None
-        self.neck = MultiLevelNeck((width,) * 4, channels[0], **common) if config.fam or frozen else None
-        self.fmm = FMM(channels, config.fmm, **common) if config.fmm else None
-        heads = dict(dropout=config.dropout, **common)
-        self.decode_head = UPerHead(channels, config.head_channels, config.num_classes, **heads)
+        decoder, heads = config.decoder, dict(dropout=config.dropout, **common)
+        fits = decoder and (config.fam or frozen)
+        self.neck = MultiLevelNeck((width,) * 4, channels[0], **common) if fits else None
+        self.fmm = FMM(channels, config.fmm, **common) if decoder and config.fmm else None
+        self.decode_head = UPerHead(channels, config.head_channels, config.num_classes, **heads) if decoder else None
         aux = (channels[AUX_LEVEL], config.aux_channels, config.num_classes)
-        self.auxiliary_head = FCNHead(*aux, **heads) if config.aux_channels else None
+        self.auxiliary_head = FCNHead(*aux, **heads) if decoder and config.aux_channels else None
         self.config, self.dtype = config, dtype
+
+    def scaled(self, taps: Sequence[jax.Array | None]) -> list[jax.Array | None]:
+        """The teacher's taps as they are to be matched: standardised, where it is so configured, times `tap_scales`.
+
+        As published they are neither, and the last one, alone normalised by the teacher, outweighs the others.
+        """
+        taps = list(taps) if self.taps is None else self.taps(taps)
+        if self.config.tap_scales is None:
+            return taps
+        return [None if tap is None else scale * tap for scale, tap in zip(self.config.tap_scales, taps, strict=True)]
 
     def __call__(
         self,
@@ -173,17 +182,19 @@ class KTDA(nnx.Module):
         train: bool = False,
         key: jax.Array | None = None,
         teacher: ViT | None = None,
+        decoded: Callable[[jax.Array], jax.Array] | None = None,
     ) -> Outputs:
         """images: (B, H, W, bands) 0..255. `key` draws drop path and dropout; None leaves both out.
 
-        Of a model whose encoder is the teacher, `teacher` is that encoder.
+        Of a model whose encoder is the teacher, `teacher` is that encoder. `decoded` takes the rows that go on to the
+        decoders, and so into BatchNorm's statistics, from an array of all; None: all do.
         """
         rgb, bands = self.config.rgb, self.config.student.bands
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         taps, aligned, teacher = None, None, teacher or self.teacher
         if teacher is not None:
             seen = teacher_images(images, rgb, teacher.config, self.dtype)
-            taps = self.config.scaled(jax.lax.stop_gradient(teacher(seen)))
+            taps = self.scaled(jax.lax.stop_gradient(teacher(seen)))
         if self.student is not None:
             x = normalize(images, self.dtype, *band_statistics(bands, rgb))
             features = self.student(x, key=keys[0])
@@ -194,6 +205,10 @@ class KTDA(nnx.Module):
         if self.fam is not None:
             grid = self.config.grid or self.config.teacher.grid_of(*images.shape[1:3])
             features = aligned = self.fam(features, grid)
+        if self.decode_head is None:
+            return Outputs(None, None, aligned, taps)
+        if decoded is not None:
+            features = [decoded(x) for x in features]
         if self.neck is not None:
             features = self.neck(features)
         if self.fmm is not None:

@@ -100,6 +100,11 @@ def find(
     """
     heads = dict(teacher_heads=teacher_heads, fmm_heads=fmm_heads)
     found = trained.read(path, **heads)
+    if found.kind == "ktda" and not found.config.decoder:
+        raise UserError(
+            f"{path} holds a student that was distilled without labels, so it has no decoder; train one on labelled "
+            f"tiles with --config.weights.student={path}"
+        )
     loading.check_heads(path, found, **heads)
     if line := loading.assumptions(path, found):
         say(line)

@@ -50,14 +50,15 @@ def precomputed(trained: Trained, features: TeacherFeatures, source, count: int)
     """With the features on disk, which are those of the training split's tiles, `source`."""
 
     @jax.jit
-    def run(params, stats, image):
-        return flat.merge(trained.graphdef, params, stats)(image).student
+    def run(params, stats, image, taps):
+        model = flat.merge(trained.graphdef, params, stats)
+        return model(image).student, model.scaled(taps)
 
     pairs, names, images = [], [], []
     for index in np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist():
         tile, stored = source[index], features.read(index, False)
-        teacher = trained.model.scaled([None if k is None else stored[k] for k in features.levels])
-        student = jax.device_get(run(trained.params, trained.stats, tile["image"][None]))
+        taps = [None if k is None else stored[k] for k in features.levels]
+        student, teacher = jax.device_get(run(trained.params, trained.stats, tile["image"][None], taps))
         pairs.append([(t, s[0]) for t, s in zip(teacher, student, strict=True) if t is not None])
         names.append(tile["name"])
         images.append(tile["image"])

@@ -35,6 +35,8 @@ def load(workdir: pathlib.Path, dtype: str) -> Trained:
         raise UserError("no checkpoint in the workdir yet")
     dtype = compute_dtype(dtype)
     found = from_workdir(workdir)
+    if not found.config.decoder:
+        raise UserError("it was distilled without labels, so there is no map to look at")
     graphdef, params, stats = flat.abstract(lambda: KTDA(found.config, own_encoder=True, dtype=dtype, rngs=nnx.Rngs(0)))
     params, stats = ({k: found.arrays[k] for k in names} for names in (params, stats))
     mesh = sharding.make_mesh(1, 1)

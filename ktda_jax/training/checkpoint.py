@@ -22,7 +22,6 @@ from ktda_jax import UserError, sharding
 from ktda_jax.models.flat import Arrays, check_finite, check_shapes
 from ktda_jax.training import whole
 from ktda_jax.training.state import TrainState
-from ktda_jax.training.whole import METRIC
 
 
 @functools.cache
@@ -89,7 +88,7 @@ class Checkpoints:
         self._scores = {step: whole.score(self._directory / str(step)) for step in whole.steps(self._directory)}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self._scores)]),
-            best_fn=lambda metrics: metrics[METRIC],  # without it no metrics are written
+            best_fn=whole.only,  # without it no metrics are written
             lightweight_initialize=True,
         )
         self._state = _StateHandler()
@@ -99,7 +98,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data: dict, metrics: dict[str, float] | None) -> None:
         """Starts writing `state` and the data position; returns once the arrays are copied."""
         self.wait()  # for the former one, as Orbax would
-        self._state.beside, self._scores[step] = (data, metrics), metrics and metrics[METRIC]
+        self._state.beside, self._scores[step] = (data, metrics), metrics and whole.only(metrics)
         with self._written():
             self._manager.save(
                 step,

@@ -1,18 +1,25 @@
-"""The tiles that a config names: which source, checked, and this process's share of the batches."""
+"""The images that a config names: which sources, checked, and this process's share of the batches."""
 
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from ktda_jax import UserError
-from ktda_jax.config.settings import Data, StoredTaps
-from ktda_jax.data import classes, pipeline, reading
+from ktda_jax.config.model import model_of, teacher_identity
+from ktda_jax.config.settings import Data, Settings, StoredTaps
+from ktda_jax.data import classes, pipeline, reading, unlabelled
 from ktda_jax.data.check import SplitSummary, check_split
+from ktda_jax.data.mixture import Mixture
 from ktda_jax.data.paths import expand
-from ktda_jax.data.sources import FolderSource, Source, labels_are
+from ktda_jax.data.sources import FolderSource, Source, labels_are, read_tile
 from ktda_jax.data.teacher_features import TeacherFeatures
+from ktda_jax.data.unlabelled import UnlabelledSource, UnlabelledSummary
+
+SAMPLED = 64  # tiles whose values are compared with those of images without labels
+UNLABELLED = "unlabelled"  # the split that these images stand for
 
 
 def open_source(data: Data, split: str, *, build: bool = True) -> Source:
@@ -53,9 +60,52 @@ def doubts(data: Data, source: Source, split: str, summary: SplitSummary) -> lis
     )
 
 
-def features_folder(stored: StoredTaps, data: Data) -> pathlib.Path:
-    """Where the teacher's precomputed features of the training split are."""
-    return expand(stored.features or f"features/{data.name.replace('/', '_')}")
+def open_windows(
+    data: Data, tiles: Source | None, *, held_out: bool | None
+) -> tuple[UnlabelledSource, UnlabelledSummary, list[str]]:
+    """Windows of the unlabelled images, what was found in them, and what makes one doubt that they fit the `tiles`.
+
+    `held_out`: those that score (True), those that do not (False), or all.
+    """
+    paths, setting = data.unlabelled, unlabelled.SETTING
+    if held_out is not None and data.unlabelled_val:
+        paths, setting = (data.unlabelled_val, f"{setting}_val") if held_out else (paths, setting)
+        held_out = None
+    source, summary = unlabelled.open_unlabelled(
+        paths, crop=data.crop, bands=data.bands, scale=data.scale, nodata=data.nodata, held_out=held_out,
+        on_corrupt=data.on_corrupt, num_threads=data.num_threads, setting=setting,
+    )  # fmt: skip
+    found = list(summary.warnings)
+    if tiles is not None:
+        found += unlabelled.compare(summary, *_statistics(tiles))
+    return source, summary, found
+
+
+def _statistics(tiles: Source) -> tuple[np.ndarray, np.ndarray, float]:
+    """Mean and deviation of some tiles' bands, float64 (bands,), and the share of values at 0 or 255."""
+    count, sums, squares, saturated = 0, 0.0, 0.0, 0.0
+    for index in np.unique(np.linspace(0, len(tiles) - 1, SAMPLED).round().astype(int)).tolist():
+        try:
+            values = read_tile(tiles, index)["image"].reshape(-1, tiles.bands).astype(np.float64)
+        except UserError:  # the check has told of it
+            continue
+        count, sums, squares = count + len(values), sums + values.sum(0), squares + np.square(values).sum(0)
+        saturated += np.isin(values, (0, 255)).mean(1).sum()
+    mean = sums / count
+    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0)), saturated / count
+
+
+def held_out_batches(data: Data, batch_size: int) -> tuple[Any, UnlabelledSummary]:
+    """Batches of the unlabelled images that score a distillation."""
+    source, summary, _ = open_windows(data, None, held_out=True)
+    batches = pipeline.eval_batches(source, crop=None, batch_size=batch_size, **processes(data.num_threads))
+    return batches, summary
+
+
+def features_folder(stored: StoredTaps, data: Data, *, of_windows: bool = False) -> pathlib.Path:
+    """Where the teacher's precomputed features of the training split are; or those `of_windows` without labels."""
+    folder = expand(stored.features or f"features/{data.name.replace('/', '_')}")
+    return folder.with_name(f"{folder.name}_{UNLABELLED}") if of_windows else folder
 
 
 def open_features(folder: pathlib.Path, identity: dict[str, Any], split: str, fingerprint: str) -> TeacherFeatures:
@@ -71,3 +121,60 @@ def processes(num_threads: int | None) -> dict[str, Any]:
         process_count=jax.process_count(),
         num_threads=num_threads,
     )
+
+
+class Inputs(NamedTuple):
+    batches: Any  # an iterator over the training batches, with get_state and set_state
+    what: str  # is trained on, in words
+    val_batches: Any  # to go through from the start each time
+    fingerprints: dict[str, str]  # of the splits and of precomputed features
+    features: TeacherFeatures | None
+    doubtful: list[str]  # what may be wrong with the tiles
+    jpeg: bool  # whether they are JPEGs
+
+
+def open_inputs(settings: Settings, mixture: Mixture | None, first_row: int = 0) -> Inputs:
+    """Makes the tiles where they can be made, and checks all of them. `first_row`: see pipeline.train_iterator."""
+    data, size = settings.data, settings.eval_batch_size
+    source = windows = features = window_features = None
+    fingerprints, doubtful, what = {}, [], []
+    if settings.supervised:
+        source = open_source(data, data.train_split)
+        summary = check_split(source, crop=data.crop, on_corrupt=data.on_corrupt, num_threads=data.num_threads)
+        doubtful += doubts(data, source, data.train_split, summary)
+        val_batches, val, found = eval_source(data, data.val_split, size)
+        fingerprints |= {"train": summary.fingerprint, "val": val.fingerprint}
+        doubtful += found
+        what.append(f"{len(source)} training tiles")
+        if data.test_split not in (None, data.val_split):  # what is wrong with it must not wait for the end
+            _, test, found = eval_source(data, data.test_split, size)
+            fingerprints["test"], doubtful = test.fingerprint, doubtful + found
+    if data.unlabelled:
+        windows, seen, doubtful_images = open_windows(data, source, held_out=None if settings.supervised else False)
+        fingerprints["unlabelled"], doubtful = seen.fingerprint, doubtful + doubtful_images
+        what.append(f"{seen.windows:,} windows of {seen.files:,} unlabelled images")
+    if not settings.supervised:
+        val_batches, held_out = held_out_batches(data, size)
+        fingerprints["held out"] = held_out.fingerprint
+        what.append(f"{held_out.windows:,} windows held out")
+    if settings.distill and settings.teacher.mode == "precomputed":
+        identity = teacher_identity(settings.weights.teacher, settings.seed, model_of(settings))
+        if source is not None:
+            folder = features_folder(settings.teacher, data)
+            features = open_features(folder, identity, data.train_split, summary.fingerprint)
+            fingerprints["teacher features"] = features.fingerprint
+        if windows is not None:
+            folder = features_folder(settings.teacher, data, of_windows=True)
+            window_features = open_features(folder, identity, UNLABELLED, seen.fingerprint)
+            fingerprints["unlabelled teacher features"] = window_features.fingerprint
+    batches = pipeline.train_iterator(
+        source, crop=data.crop, batch_size=settings.batch_size, seed=settings.seed, flip=data.flip,
+        photometric=data.photometric, on_corrupt=data.on_corrupt, features=features, first_row=first_row,
+        unlabelled=windows, unlabelled_features=window_features, mixture=mixture,
+        **processes(data.num_threads),
+    )  # fmt: skip
+    jpeg = any(holds_jpeg(tiles) for tiles in (source, windows) if tiles is not None)
+    return Inputs(
+        batches, ", ".join(what), val_batches, fingerprints, features or window_features,
+        list(dict.fromkeys(doubtful)), jpeg,
+    )  # fmt: skip

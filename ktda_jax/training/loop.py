@@ -2,11 +2,10 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,26 +13,15 @@ import numpy as np
 from ktda_jax import UserError, sharding
 from ktda_jax.config import checks, extension
 from ktda_jax.config import workdir as records
-from ktda_jax.config.model import compute_dtype, model_of, teacher_identity
+from ktda_jax.config.model import compute_dtype
 from ktda_jax.config.settings import Settings
-from ktda_jax.data import pipeline
-from ktda_jax.data.check import check_split
 from ktda_jax.data.paths import expand
-from ktda_jax.data.teacher_features import TeacherFeatures
-from ktda_jax.figures import plots
 from ktda_jax.models import flat
-from ktda_jax.training import evaluate, lock, optim, whole
+from ktda_jax.training import lock, optim, tap_statistics, whole
 from ktda_jax.training.checkpoint import Checkpoints
-from ktda_jax.training.inputs import (
-    doubts,
-    eval_source,
-    features_folder,
-    holds_jpeg,
-    open_features,
-    open_source,
-    processes,
-)
+from ktda_jax.training.inputs import Inputs, open_inputs
 from ktda_jax.training.program import Compilation, Program, build
+from ktda_jax.training.scoring import Scored, evaluate_workdir, validate
 from ktda_jax.training.state import TrainState
 from ktda_jax.training.stop import StopSignal
 from ktda_jax.training.writers import Writer
@@ -41,7 +29,7 @@ from ktda_jax.training.writers import Writer
 
 def train_and_evaluate(
     config: Mapping[str, Any], workdir: str | pathlib.Path, *, extend: bool = False, stop: StopSignal | None = None
-) -> evaluate.Evaluation | None:
+) -> Scored | None:
     """Trains, or resumes, then evaluates the best checkpoint; None if a signal (`stop.number`) stopped it before.
 
     config: a ConfigDict, or nested mappings as config.json has them. UserError says in a line what is wrong.
@@ -69,7 +57,7 @@ def _to_the_end(
     program = build(settings)
     compilation = Compilation(program) if _latest(workdir) < settings.total_steps else None
     try:
-        data = _open_data(settings, extension.first_row(extended))
+        data = open_inputs(settings, program.mixture, extension.first_row(extended))
         _make(workdir)
         writer = Writer(workdir, total_steps=settings.total_steps, enabled=jax.process_index() == 0)
         still_alone()
@@ -107,7 +95,7 @@ def _make(workdir: pathlib.Path) -> None:
 
 
 def _begin(
-    workdir: pathlib.Path, settings: Settings, program: Program, data: "_Data", checkpoints: Checkpoints, extended: list
+    workdir: pathlib.Path, settings: Settings, program: Program, data: Inputs, checkpoints: Checkpoints, extended: list
 ) -> tuple[int, TrainState]:
     """The step and state to go on from, and the workdir's record of the training."""
     start = checkpoints.latest_step() or 0
@@ -118,16 +106,24 @@ def _begin(
         records.write_run(workdir, settings, data.fingerprints, extended)  # first: a kill between them loses nothing
         records.write(workdir, settings)
     if not start:
-        return 0, program.init()
+        return 0, _initial(settings, program, data)
     current, position = checkpoints.restore(start, program.abstract, program.shardings)
     data.batches.set_state(position)
     return start, current
 
 
-def _tell(writer: Writer, settings: Settings, program: Program, data: "_Data", start: int) -> None:
+def _initial(settings: Settings, program: Program, data: Inputs) -> TrainState:
+    """Before the first step; with the taps' statistics, unless they came with the weights."""
+    current = program.init()
+    if settings.model.standardize_taps and tap_statistics.MEAN not in program.loaded:
+        return tap_statistics.with_statistics(current, program, settings, data.batches)
+    return current
+
+
+def _tell(writer: Writer, settings: Settings, program: Program, data: Inputs, start: int) -> None:
     """What will be trained, where, and from what."""
     writer.message(
-        f"{flat.count(program.abstract.params) / 1e6:.1f} M parameters to train, {data.tiles} training tiles, "
+        f"{flat.count(program.abstract.params) / 1e6:.1f} M parameters to train, {data.what}, "
         f"{program.mesh.size} {jax.default_backend()} device(s), compute in {compute_dtype(settings.dtype)}"
         + (f", resuming at step {start}" if start else "")
     )
@@ -138,6 +134,8 @@ def _tell(writer: Writer, settings: Settings, program: Program, data: "_Data", s
         writer.message(f"warning: {line}")
     if start:
         return
+    for line in program.notes:
+        writer.message(line)
     if weights.student is None and weights.model is None and not settings.encodes:
         writer.message("warning: the student starts from random weights; set config.weights.student")
     if weights.teacher is None and (settings.encodes or (settings.distill and features is None)):
@@ -166,10 +164,11 @@ def _train(
 ) -> bool:  # fmt: skip
     """The steps from `start` to the last; False if a signal stopped them before."""
     teacher, losses, skipped = program.teacher(), _Losses(settings.log_every, writer, checkpoints), 0
+    needed = ("image", "label", "taps") if settings.supervised else ("image", "taps")
     for step in range(start + 1, settings.total_steps + 1):
         batch = next(data.batches)
         skipped += int(batch.pop("skipped", 0))
-        batch = sharding.to_global(program.mesh, {k: batch[k] for k in ("image", "label", "taps") if k in batch})
+        batch = sharding.to_global(program.mesh, {k: batch[k] for k in needed if k in batch})
         if step == start + 1 and compilation is not None:
             writer.message("compiling the training step")
             compilation.wait()
@@ -184,16 +183,16 @@ def _train(
         checkpoints.look()
 
         last = step == settings.total_steps
-        validate = step % settings.eval_every == 0 or last
-        save = validate or (settings.checkpoint_every and step % settings.checkpoint_every == 0)
+        scored = step % settings.eval_every == 0 or last
+        save = scored or (settings.checkpoint_every and step % settings.checkpoint_every == 0)
         stopping = stop.agreed(step, now=last)
-        if validate or save or stopping:
+        if scored or save or stopping:
             losses.flush()  # a state that is not finite is never saved
             writer.pause()
-            score = _validate(step, settings, program, data, current, teacher, writer) if validate else None
+            score = validate(step, settings, program, data, current, teacher, writer) if scored else None
             still_alone()
             # Evaluate, save, and only then draw the next batch: the position belongs to this step.
-            checkpoints.save(step, current, data.batches.get_state(), None if score is None else {"mIoU": score})
+            checkpoints.save(step, current, data.batches.get_state(), score)
         if stopping:
             checkpoints.wait()
             writer.message(f"stopped by a signal at step {step}; run the same command to go on")
@@ -222,129 +221,12 @@ class _Losses:
         if step % self._log_every == 0 or step == 1:
             logged = {**terms, "skipped_tiles": skipped} if skipped else terms
             self._writer.write(step, {f"train/{k}": v for k, v in logged.items()})
-        self._writer.progress(step, {k: terms[k] for k in ("loss", "acc")})
-
-
-def _validate(step, settings, program, data, current, teacher, writer) -> float | None:
-    """The validation mIoU; None where no pixel is labelled: NaN cannot be ranked."""
-    result = evaluate.evaluate(
-        program.eval_step, current.params if current.ema is None else current.ema, current.batch_stats,
-        data.val_batches, program.mesh, num_classes=settings.data.info.num_classes,
-        frozen=teacher if settings.encodes else None,
-    )  # fmt: skip
-    scores = result.metrics.summary
-    writer.write(step, {f"val/{k}": v for k, v in scores.items()})
-    writer.message(f"step {step}: val mIoU {scores['mIoU']:.2f}, aAcc {scores['aAcc']:.2f}")
-    return scores["mIoU"] if np.isfinite(scores["mIoU"]) else None
-
-
-class _Data(NamedTuple):
-    batches: Any  # an iterator over the training batches, with get_state and set_state
-    tiles: int  # for training
-    val_batches: Any  # to go through from the start each time
-    fingerprints: dict[str, str]  # of the splits and of precomputed features
-    features: TeacherFeatures | None
-    doubtful: list[str]  # what may be wrong with the tiles
-    jpeg: bool  # whether they are JPEGs
-
-
-def _open_data(settings: Settings, first_row: int = 0) -> _Data:
-    """Makes the tiles where they can be made, and checks all of them. `first_row`: see pipeline.train_iterator."""
-    data, size = settings.data, settings.eval_batch_size
-    source = open_source(data, data.train_split)
-    summary = check_split(source, crop=data.crop, on_corrupt=data.on_corrupt, num_threads=data.num_threads)
-    doubtful = doubts(data, source, data.train_split, summary)
-    val_batches, val, found = eval_source(data, data.val_split, size)
-    fingerprints, doubtful = {"train": summary.fingerprint, "val": val.fingerprint}, doubtful + found
-    if data.test_split not in (None, data.val_split):  # what is wrong with it must not wait for the end
-        _, test, found = eval_source(data, data.test_split, size)
-        fingerprints["test"], doubtful = test.fingerprint, doubtful + found
-    features = None
-    if settings.distill and settings.teacher.mode == "precomputed":
-        identity = teacher_identity(settings.weights.teacher, settings.seed, model_of(settings))
-        folder = features_folder(settings.teacher, data)
-        features = open_features(folder, identity, data.train_split, summary.fingerprint)
-        fingerprints["teacher features"] = features.fingerprint
-    batches = pipeline.train_iterator(
-        source, crop=data.crop, batch_size=settings.batch_size, seed=settings.seed, flip=data.flip,
-        photometric=data.photometric, on_corrupt=data.on_corrupt, features=features, first_row=first_row,
-        **processes(data.num_threads),
-    )  # fmt: skip
-    return _Data(
-        batches, len(source), val_batches, fingerprints, features, list(dict.fromkeys(doubtful)), holds_jpeg(source)
-    )
+        self._writer.progress(step, {k: terms[k] for k in ("loss", "acc", "explained") if k in terms})
 
 
 def _latest(workdir: pathlib.Path) -> int:
     """The step of the last checkpoint, by the folders' names; 0 without one."""
     return max(records.steps(workdir), default=0)
-
-
-def evaluate_workdir(
-    config: Mapping[str, Any], workdir: str | pathlib.Path, *, program: Program | None = None
-) -> evaluate.Evaluation:
-    """Evaluates the best checkpoint on the test split, or on validation without one; writes the figures."""
-    workdir, settings = expand(workdir), checks.resolve(config)
-    split = settings.data.test_split or settings.data.val_split
-    trained = (workdir / "checkpoints").is_dir()
-    if trained:
-        whole.check(workdir / "checkpoints", latest=False)
-        decides = (
-            "model.",
-            "data.name",
-            "data.classes",
-            "data.palette",
-            "data.bands",
-            "data.rgb",
-            "data.scale",
-            "data.nodata",
-        )
-        if settings.encodes:
-            decides += ("weights.teacher",)
-        records.compare(workdir, settings, only=decides)
-    if not trained and settings.weights.model is None:
-        raise UserError(
-            f"no checkpoints in {workdir}; train first, give --workdir of a trained run, or config.weights.model"
-        )
-    said = program is not None  # training has warned already
-    program = program or build(settings, teacher=False, initial=not trained)
-    batches, _, doubtful = eval_source(settings.data, split, settings.eval_batch_size)
-    if not said and jax.process_index() == 0:
-        for line in doubtful:
-            print(f"warning: {line}", flush=True)
-    if trained:
-        with Checkpoints(workdir / "checkpoints") as checkpoints:
-            step = checkpoints.best_step()
-            if step is None:
-                raise UserError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
-            current, _ = checkpoints.restore(step, program.abstract, program.shardings)
-    else:
-        step, current = 0, program.init()  # the weights of settings.weights.model as they came
-    info = settings.data.info
-    params = current.params if current.ema is None else current.ema
-    result = evaluate.evaluate(
-        program.eval_step, params, current.batch_stats, batches, program.mesh, num_classes=len(info.classes),
-        frozen=None if program.encoder is None else program.teacher(),
-    )  # fmt: skip
-    if jax.process_index() == 0:
-        with records.writing(workdir / "figures"):
-            table = evaluate.write_report(result, workdir, split, info, settings.data.rgb_positions)
-            if (workdir / "metrics.jsonl").exists():
-                plots.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
-        with records.writing(workdir / "metrics.jsonl"):
-            _append_final(workdir, step, split, result)
-        print(f"\n{split} split, step {step}:\n{table}\nfigures in {workdir / 'figures'}", flush=True)
-    return result
-
-
-def _append_final(workdir: pathlib.Path, step: int, split: str, result: evaluate.Evaluation) -> None:
-    """Adds a row to `metrics.jsonl`, if it is not there. Never rewrites: a training may have the file open."""
-    row = {"step": step, "split": split}
-    row |= {f"final/{k}": v if np.isfinite(v) else None for k, v in result.metrics.summary.items()}
-    with open(workdir / "metrics.jsonl", "a+", encoding="utf-8") as file:
-        file.seek(0)
-        if json.dumps(row) not in file.read().splitlines():
-            file.write(json.dumps(row) + "\n")
 
 
 def _check_finite(step: int, terms: dict[str, float], saved: int | None) -> None:

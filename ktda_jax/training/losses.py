@@ -51,37 +51,60 @@ def kl_divergence(student: jax.Array, teacher: jax.Array, *, temperature: float,
 
 def distillation(
     student: Sequence[jax.Array], taps: Sequence[jax.Array | None], *, alpha: float = 0.5, temperature: float = 1.0,
-    axis: str = "width",
+    axis: str = "width", distance: str = "published", weights: Sequence[float] | None = None,
 ) -> jax.Array:  # fmt: skip
-    """FAM outputs against the teacher's taps, (B, h, w, C) per level -> scalar, averaged over the levels with a tap."""
-    pairs, total = [(s, t) for s, t in zip(student, taps, strict=True) if t is not None], 0.0
-    for s, t in pairs:
+    """FAM outputs against the teacher's taps, (B, h, w, C) per level -> scalar, averaged over the levels with a tap.
+
+    `distance`: published (`alpha` of KL, the rest MSE), mse, or cosine (1 - cosine of a token's channels, in the mean
+    over tokens); `weights`: of the four levels.
+    """
+    weights, total, levels = weights or (1.0,) * len(student), 0.0, 0
+    for s, t, weight in zip(student, taps, weights, strict=True):
+        if t is None:
+            continue
         if s.shape != t.shape:
             raise UserError(
                 f"the FAM's output is {s.shape[1]}x{s.shape[2]}x{s.shape[3]} but the teacher's features are "
                 f"{t.shape[1]}x{t.shape[2]}x{t.shape[3]}; leave config.model.grid unset, or set it to the "
                 "teacher's grid"
             )
-        s, t = at_least_float32(s), at_least_float32(t)
-        total += (1 - alpha) * jnp.square(s - t).mean()
-        if alpha != 0:
-            total += alpha * temperature**2 * kl_divergence(s, t, temperature=temperature, axis=axis)
-    total = total / len(pairs)
-    return total / 2 if alpha == 0 else total  # upstream halves the pure-MSE form
+        s, t, levels = at_least_float32(s), at_least_float32(t), levels + 1
+        if distance == "cosine":
+            total += weight * (1 - _cosine(s, t)).mean()
+            continue
+        share = alpha if distance == "published" else 0.0
+        total += weight * (1 - share) * jnp.square(s - t).mean()
+        if share != 0:
+            total += weight * share * temperature**2 * kl_divergence(s, t, temperature=temperature, axis=axis)
+    total = total / levels
+    return total / 2 if distance == "published" and alpha == 0 else total  # upstream halves the pure-MSE form
 
 
-def total_loss(outputs: Outputs, labels: jax.Array, config: Loss) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`decode + aux_weight * aux + distill` and its terms; labels: (B, H, W), `config`: config.loss."""
-    options = dict(class_weights=config.class_weights, avg_non_ignore=config.avg_non_ignore)
-    logits = full_size(outputs.logits, labels.shape[1:3])
-    terms = {"decode": cross_entropy(logits, labels, **options)}
+def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Over the last axis; the clamp keeps the gradient of a zero vector finite."""
+    norms = jnp.maximum(jnp.square(a).sum(-1) * jnp.square(b).sum(-1), 1e-12)
+    return (a * b).sum(-1) * jax.lax.rsqrt(norms)
+
+
+def total_loss(outputs: Outputs, labels: jax.Array | None, config: Loss) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`decode + aux_weight * aux + distill` and its terms; labels: (B, H, W) of the rows that have logits.
+
+    Without logits it is the distillation alone. `config`: config.loss.
+    """
+    terms = {}
+    if outputs.logits is not None:
+        options = dict(class_weights=config.class_weights, avg_non_ignore=config.avg_non_ignore)
+        logits = full_size(outputs.logits, labels.shape[1:3])
+        terms["decode"] = cross_entropy(logits, labels, **options)
     if outputs.aux_logits is not None:
         aux = full_size(outputs.aux_logits, labels.shape[1:3])
         terms["aux"] = config.aux_weight * cross_entropy(aux, labels, **options)
     if outputs.taps is not None:
         terms["distill"] = distillation(
             outputs.student, outputs.taps, alpha=config.alpha, temperature=config.temperature,
-            axis=config.kl_axis,
+            axis=config.kl_axis, distance=config.distance, weights=config.tap_weights,
         )  # fmt: skip
     loss = sum(terms.values())
+    if outputs.logits is None:
+        return loss, {"loss": loss, **terms}
     return loss, {"loss": loss, **terms, "acc": accuracy(logits, labels)}

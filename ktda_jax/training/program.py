@@ -17,13 +17,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ktda_jax import UserError, sharding
 from ktda_jax.config.model import compute_dtype, model_of, teacher_arrays
-from ktda_jax.config.settings import Settings, Weights
+from ktda_jax.config.settings import Settings
 from ktda_jax.data import libc
+from ktda_jax.data.mixture import Mixture
 from ktda_jax.models import flat
 from ktda_jax.models.initial import HostRngs
 from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.models.vit import ViT
-from ktda_jax.training import evaluate, losses, optim, trained
+from ktda_jax.training import distilled, evaluate, explained, losses, optim, trained
 from ktda_jax.training.state import TrainState
 from ktda_jax.weights import loading
 
@@ -44,6 +45,10 @@ class Program:
     eval_step: Callable
     compile_step: Callable  # compiles train_step for such arguments, which a call may otherwise do as well
     arguments: tuple  # train_step's three, as ShapeDtypeStructs with shardings: enough to compile it
+    teacher_graphdef: nnx.GraphDef | None = None  # of the frozen teacher, where it is run
+    mixture: Mixture | None = None  # of labelled and unlabelled rows
+    loaded: frozenset[str] = frozenset()  # what did not start at random, by path
+    notes: Sequence[str] = ()  # on where it came from
 
 
 def train_step(
@@ -57,20 +62,26 @@ def train_step(
     optimizer,
     schedule,
     mesh,
+    mixture: Mixture | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step. batch: `image` (B, H, W, bands), `label` (B, H, W), the rows of all devices.
 
-    The teacher's taps are those of the batch (`taps`, precomputed), or `teacher`'s for these images.
+    The teacher's taps are those of the batch (`taps`, precomputed), or `teacher`'s for these images. All rows are
+    distilled; only those that have labels by the `mixture` go through the decoders and into the cross entropy.
     """
     key = jax.random.fold_in(jax.random.key(settings.seed), current.step)
 
     def loss_fn(params, stats, rows, key):
         model = flat.merge(graphdef, params, stats)
-        frozen = None if teacher_graphdef is None else flat.merge(teacher_graphdef, teacher, {})
-        outputs = model(rows["image"], train=True, key=key, teacher=frozen)
+        given = teacher_graphdef is None or "taps" in rows
+        frozen = None if given else flat.merge(teacher_graphdef, teacher, {})
+        decoded, labels = (mixture.labelled, mixture.labelled(rows["label"])) if mixture else (None, rows.get("label"))
+        outputs = model(rows["image"], train=True, key=key, teacher=frozen, decoded=decoded)
         if "taps" in rows:
-            outputs = outputs._replace(taps=model.config.scaled(rows["taps"]))
-        loss, terms = losses.total_loss(outputs, rows["label"], settings.loss)
+            outputs = outputs._replace(taps=model.scaled(rows["taps"]))
+        loss, terms = losses.total_loss(outputs, labels, settings.loss)
+        if model.taps is not None and outputs.taps is not None:
+            terms["explained"] = explained.of_batch(outputs.student, outputs.taps)
         return loss, (terms, flat.batch_stats(model))
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
@@ -110,8 +121,9 @@ def batch_shapes(settings: Settings, model: KTDAConfig) -> dict:
     rows, crop = settings.batch_size, tuple(settings.data.crop)
     shapes = {
         "image": jax.ShapeDtypeStruct((rows, *crop, model.student.bands), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((rows, *crop), jnp.uint8),
     }
+    if settings.supervised:
+        shapes["label"] = jax.ShapeDtypeStruct((rows, *crop), jnp.uint8)
     if settings.distill and settings.teacher.mode == "precomputed":
         taps = (rows, *model.teacher.grid_of(*crop), model.teacher.width)
         tap = jax.ShapeDtypeStruct(taps, jnp.dtype(settings.teacher.dtype))
@@ -133,16 +145,21 @@ def build(
     mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
     sharding.check_batch_size(mesh, settings.batch_size, "config.batch_size", settings.grad_accum)
     sharding.check_batch_size(mesh, settings.eval_batch_size, "config.eval_batch_size")
+    mixture = None
+    if settings.supervised and settings.data.unlabelled:
+        rows = settings.batch_size // mesh.size // settings.grad_accum
+        mixture = Mixture.of(settings.data.unlabelled_share, rows, settings.grad_accum)
     model_config = model_of(settings)
     options = dataclasses.asdict(settings.optimizer)
     schedule = optim.warmup_poly(options.pop("lr"), settings.total_steps, **dataclasses.asdict(settings.schedule))
     optimizer = optim.adamw(schedule, clip_norm=settings.clip_norm, **options)
     common = dict(dtype=dtype, param_dtype=param_dtype)
     graphdef, params, stats = flat.abstract(lambda: KTDA(model_config, **common, rngs=nnx.Rngs(0)))
-    loaded = _loaded(settings.weights, model_config, params, stats) if initial else {}
+    loaded, notes = _loaded(settings, model_config, params, stats) if initial else ({}, [])
     teacher_graphdef, teacher_shapes, teacher_arrays = None, {}, dict
     encodes = model_config.encoder == "teacher"
-    if encodes or (teacher and settings.distill and settings.teacher.mode == "computed"):
+    computed = settings.teacher.mode == "computed" or not settings.supervised  # which the teacher scores as well
+    if encodes or (teacher and settings.distill and computed):
         teacher_graphdef, teacher_shapes, teacher_arrays = frozen_teacher(
             settings.weights.teacher, settings.seed, model_config, dtype, mesh
         )
@@ -164,7 +181,7 @@ def build(
 
     step = functools.partial(
         train_step, settings=settings, graphdef=graphdef, teacher_graphdef=teacher_graphdef, optimizer=optimizer,
-        schedule=schedule, mesh=mesh,
+        schedule=schedule, mesh=mesh, mixture=mixture,
     )  # fmt: skip
     options = compiler_options(mesh)
     placed = (shardings, sharding.replicated(mesh))
@@ -179,9 +196,17 @@ def build(
         shardings=shardings,
         init=init,
         encoder=encoder,
+        teacher_graphdef=teacher_graphdef,
+        mixture=mixture,
+        loaded=frozenset(loaded),
+        notes=notes,
         teacher=teacher_arrays,
         train_step=jitted,
-        eval_step=evaluate.make_eval_step(graphdef, len(info.classes), mesh, encoder, options),
+        eval_step=(
+            evaluate.make_eval_step(graphdef, len(info.classes), mesh, encoder, options)
+            if settings.supervised
+            else explained.make_eval_step(graphdef, teacher_graphdef, mesh, options)
+        ),
         compile_step=functools.partial(compile_ahead, jitted),
         arguments=(sharding.abstract(abstract, shardings), batch, teacher_shapes),
     )
@@ -225,8 +250,11 @@ def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     return {"xla_backend_optimization_level": 1}
 
 
-def _loaded(chosen: Weights, model: KTDAConfig, params: flat.Arrays, stats: flat.Arrays) -> dict:
-    """Parameters and statistics that do not start at random."""
+def _loaded(
+    settings: Settings, model: KTDAConfig, params: flat.Arrays, stats: flat.Arrays
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Parameters and statistics that do not start at random, and what to say of them."""
+    chosen = settings.weights
     if chosen.model is not None:
         if chosen.student is not None:
             raise UserError("config.weights.model brings its own student; leave config.weights.student out")
@@ -234,14 +262,16 @@ def _loaded(chosen: Weights, model: KTDAConfig, params: flat.Arrays, stats: flat
         if chosen.new_classifier:
             expected = {k: v for k, v in expected.items() if "/conv_seg/" not in k}
         options = dict(new_classifier=chosen.new_classifier, rgb=model.rgb, read=trained.read)
-        return loading.load(chosen.model, expected, "model", model, **options)
+        return loading.load(chosen.model, expected, "model", model, **options), []
     if chosen.new_classifier:
         raise UserError("config.weights.new_classifier says what not to take from config.weights.model; give that too")
     if chosen.student is None:
-        return {}
+        return {}, []
+    read = functools.cache(trained.read)  # once for both
     student = {k.removeprefix("student/"): v for k, v in params.items() if k.startswith("student/")}
-    tensors = loading.load(chosen.student, student, "student", model.student, rgb=model.rgb, read=trained.read)
-    return {f"student/{k}": v for k, v in tensors.items()}
+    tensors = loading.load(chosen.student, student, "student", model.student, rgb=model.rgb, read=read)
+    fam, notes = distilled.fam_of(read(chosen.student), settings, model, {**params, **stats})
+    return {f"student/{k}": v for k, v in tensors.items()} | fam, notes
 
 
 def frozen_teacher(

@@ -16,7 +16,6 @@ import numpy as np
 
 from ktda_jax import UserError
 
-METRIC = "mIoU"
 SUMS, WRITTEN_LATER = "sums.json", "commit_success.txt"
 DATA, SCORE = "data/metadata", "metrics/metrics"
 PAGE, BLOCK = 4096, 1 << 20  # bytes
@@ -58,10 +57,16 @@ def score(folder: pathlib.Path) -> float | None:
     """The validation score of a checkpoint; None if it has none, or none that can be read."""
     for read in (lambda: _json(folder / SCORE), lambda: _json(folder / "state" / SUMS)["metrics"]):
         try:
-            return float(read()[METRIC])
-        except (OSError, ValueError, KeyError, TypeError):
+            return only(read())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
     return None
+
+
+def only(metrics: Mapping[str, float]) -> float:
+    """The score among a checkpoint's metrics: mIoU, or of a distillation the variance explained."""
+    (value,) = metrics.values()
+    return float(value)
 
 
 def best(scores: Mapping[int, float | None]) -> int | None:

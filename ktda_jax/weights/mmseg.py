@@ -8,6 +8,7 @@ from ktda_jax.weights import convnext, vit
 from ktda_jax.weights.table import BN, LAYER, NORM, POINT, Row, convert, convert_back, find
 
 HEADS = [
+    Row("teacher_taps", "taps", {"mean": "mean", "var": "var"}),  # ours alone; the published code leaves it out
     Row("fam.convert.{}", "fam/convert/{}", POINT),
     Row("neck.lateral_convs.{}.conv", "neck/lateral_convs/{}", POINT),
     Row("neck.convs.{}.conv", "neck/convs/{}", LAYER),

@@ -127,6 +127,8 @@ def to_upstream(weights: Weights, path: pathlib.Path) -> None:
     """Writes a `.pth` that the published PyTorch code loads; aside first, then renamed."""
     if weights.kind != "ktda":
         raise UserError(f"--to=upstream writes whole KTDA models; this is a {weights.kind}")
+    if not weights.config.decoder:
+        raise UserError("--to=upstream writes whole KTDA models; this one was distilled without labels: no decoder")
     check_finite(weights.arrays, f"what {path} would hold")
     torch = files.import_torch(f"writing {path}")
     try:

@@ -1,0 +1,68 @@
+"""Starting from a student that was distilled on images without labels (configs/distill.py): its FAM comes along."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ktda_jax import UserError
+from ktda_jax.config import workdir as records
+from ktda_jax.config.model import teacher_identity
+from ktda_jax.config.settings import Settings
+from ktda_jax.data.paths import expand
+from ktda_jax.models import flat
+from ktda_jax.models.ktda import KTDAConfig
+from ktda_jax.weights.folder import Weights
+
+
+def fam_of(
+    found: Weights, settings: Settings, model: KTDAConfig, shapes: Mapping[str, flat.Arrays]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The FAM and the taps' statistics of a distilled workdir, where the model has such, and what to say of that.
+
+    shapes: the model's parameters and statistics. UserError where the distillation would go on with another teacher.
+    """
+    path, theirs = settings.weights.student, found.config
+    if found.kind != "ktda" or theirs.decoder:
+        return {}, []
+    fam = {k: v for k, v in found.arrays.items() if k.startswith(("fam/", "taps/"))}
+    ours = {k for k in shapes if k.startswith(("fam/", "taps/"))}
+    if any(k.startswith("fam/") and (k not in ours or fam[k].shape != shapes[k].shape) for k in fam):
+        what = f"one for a teacher of width {model.teacher.width}" if model.fam else "none"
+        return {}, [
+            f"the student comes from {path}; its FAM, for a teacher of width {theirs.teacher.width}, does not: "
+            f"this model has {what}"
+        ]
+    notes = _same_teacher(found, settings, model) if settings.distill else []
+    taken = {k: v for k, v in fam.items() if k in ours}
+    with_them = " with the taps' statistics" if "taps/mean" in taken else ""
+    return taken, [f"student and FAM{with_them} come from {path}", *notes]
+
+
+def _same_teacher(found: Weights, settings: Settings, model: KTDAConfig) -> list[str]:
+    """UserError unless the teacher of the distillation goes on to teach; or a warning where that cannot be told."""
+    path, theirs = settings.weights.student, found.config
+    named = f"config.weights.student: {path} was distilled"
+    for name, was, now in (
+        ("config.model.teacher.taps", theirs.teacher.tapped, model.teacher.tapped),
+        ("config.model.standardize_taps", theirs.standardize_taps, model.standardize_taps),
+        ("config.model.tap_scales", theirs.tap_scales, model.tap_scales),
+    ):
+        if was != now:
+            if name.endswith("taps") and isinstance(was, list | tuple):  # layers, which settings count from 1
+                was, now = (tuple(None if k is None else k + 1 for k in layers) for layers in (was, now))
+            raise UserError(f"{named} with {name}={was}, now it is {now}; set it as it was, or config.distill=False")
+    if not records.is_workdir(expand(path)) or settings.weights.teacher is None:  # which do not say, each
+        return []
+    before, now = records.read(expand(path)).weights.teacher, settings.weights.teacher
+    if before == now:
+        return []
+    try:
+        was = teacher_identity(before, 0, theirs)["sha256"]
+    except UserError:
+        return [f"warning: {path} was distilled from {before}, which cannot be read any more; taken to be {now}"]
+    if was != teacher_identity(now, 0, model)["sha256"]:
+        raise UserError(
+            f"{named} from the teacher {before}, now config.weights.teacher is {now}, which is another; give the "
+            "former, or set config.distill=False"
+        )
+    return []

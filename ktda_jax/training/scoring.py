@@ -1,0 +1,154 @@
+"""A state scored: on validation while it is trained, and the best one of a workdir."""
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ktda_jax import UserError
+from ktda_jax.config import checks
+from ktda_jax.config import workdir as records
+from ktda_jax.config.model import model_of
+from ktda_jax.config.settings import Settings
+from ktda_jax.data.paths import expand
+from ktda_jax.figures import plots
+from ktda_jax.models.flat import Arrays
+from ktda_jax.training import evaluate, explained, whole
+from ktda_jax.training.checkpoint import Checkpoints
+from ktda_jax.training.inputs import Inputs, eval_source, held_out_batches
+from ktda_jax.training.program import Program, build
+from ktda_jax.training.state import TrainState
+from ktda_jax.training.writers import Writer
+
+Scored = evaluate.Evaluation | explained.Explained
+
+
+def validate(
+    step: int, settings: Settings, program: Program, data: Inputs, current: TrainState, teacher: Arrays, writer: Writer
+) -> dict[str, float] | None:
+    """The score that ranks checkpoints: the validation mIoU, or of a distillation the variance explained.
+
+    None where no pixel is labelled: NaN cannot be ranked.
+    """
+    if not settings.supervised:
+        found = explain(settings, program, data.val_batches, current, teacher)
+        writer.write(step, {f"val/{k}": v for k, v in found.summary.items()})
+        shares = " ".join(f"{share:.3f}" for share in found.shares)
+        writer.message(f"step {step}: of the held-out images' teacher features {found.mean:.3f} explained ({shares})")
+        return {"explained": found.mean}
+    result = evaluate.evaluate(
+        program.eval_step, current.params if current.ema is None else current.ema, current.batch_stats,
+        data.val_batches, program.mesh, num_classes=settings.data.info.num_classes,
+        frozen=teacher if settings.encodes else None,
+    )  # fmt: skip
+    scores = result.metrics.summary
+    writer.write(step, {f"val/{k}": v for k, v in scores.items()})
+    writer.message(f"step {step}: val mIoU {scores['mIoU']:.2f}, aAcc {scores['aAcc']:.2f}")
+    return {"mIoU": scores["mIoU"]} if np.isfinite(scores["mIoU"]) else None
+
+
+def explain(
+    settings: Settings, program: Program, batches: Iterable[dict], current: TrainState, teacher: Arrays
+) -> explained.Explained:
+    return explained.evaluate(
+        program.eval_step, current.params if current.ema is None else current.ema, current.batch_stats, batches,
+        program.mesh, teacher, tapped=model_of(settings).teacher.tapped, distance=settings.loss.distance,
+    )  # fmt: skip
+
+
+def evaluate_workdir(
+    config: Mapping[str, Any], workdir: str | pathlib.Path, *, program: Program | None = None
+) -> Scored:
+    """Evaluates the best checkpoint on the test split, or on validation without one; writes the figures.
+
+    A distillation without labels is evaluated on its held-out images.
+    """
+    workdir, settings = expand(workdir), checks.resolve(config)
+    split = settings.data.test_split or settings.data.val_split
+    trained = (workdir / "checkpoints").is_dir()
+    if trained:
+        whole.check(workdir / "checkpoints", latest=False)
+        decides = (
+            "model.",
+            "data.name",
+            "data.classes",
+            "data.palette",
+            "data.bands",
+            "data.rgb",
+            "data.scale",
+            "data.nodata",
+        )
+        if settings.encodes:
+            decides += ("weights.teacher",)
+        records.compare(workdir, settings, only=decides)
+    if not trained and settings.weights.model is None:
+        raise UserError(
+            f"no checkpoints in {workdir}; train first, give --workdir of a trained run, or config.weights.model"
+        )
+    said = program is not None  # training has warned already
+    program = program or build(settings, teacher=not settings.supervised, initial=not trained)
+    if not settings.supervised:
+        return _evaluate_distilled(settings, workdir, program)
+    batches, _, doubtful = eval_source(settings.data, split, settings.eval_batch_size)
+    if not said and jax.process_index() == 0:
+        for line in doubtful:
+            print(f"warning: {line}", flush=True)
+    if trained:
+        with Checkpoints(workdir / "checkpoints") as checkpoints:
+            step = checkpoints.best_step()
+            if step is None:
+                raise UserError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
+            current, _ = checkpoints.restore(step, program.abstract, program.shardings)
+    else:
+        step, current = 0, program.init()  # the weights of settings.weights.model as they came
+    info = settings.data.info
+    params = current.params if current.ema is None else current.ema
+    result = evaluate.evaluate(
+        program.eval_step, params, current.batch_stats, batches, program.mesh, num_classes=len(info.classes),
+        frozen=None if program.encoder is None else program.teacher(),
+    )  # fmt: skip
+    if jax.process_index() == 0:
+        with records.writing(workdir / "figures"):
+            table = evaluate.write_report(result, workdir, split, info, settings.data.rgb_positions)
+            if (workdir / "metrics.jsonl").exists():
+                plots.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
+        with records.writing(workdir / "metrics.jsonl"):
+            _append_final(workdir, step, split, result.metrics.summary)
+        print(f"\n{split} split, step {step}:\n{table}\nfigures in {workdir / 'figures'}", flush=True)
+    return result
+
+
+def _evaluate_distilled(settings: Settings, workdir: pathlib.Path, program: Program) -> explained.Explained:
+    batches, held_out = held_out_batches(settings.data, settings.eval_batch_size)
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        step = checkpoints.best_step()
+        if step is None:
+            raise UserError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
+        current, _ = checkpoints.restore(step, program.abstract, program.shardings)
+    result = explain(settings, program, batches, current, program.teacher())
+    if jax.process_index() == 0:
+        with records.writing(workdir / "figures"):
+            table = explained.write_report(result, workdir, held_out.windows)
+            if (workdir / "metrics.jsonl").exists():
+                plots.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
+        with records.writing(workdir / "metrics.jsonl"):
+            _append_final(workdir, step, "held out", result.summary)
+        print(
+            f"\n{held_out.windows:,} windows held out, step {step}, variance of the teacher explained:\n{table}\n"
+            f"start a training from it with --config.weights.student={workdir}",
+            flush=True,
+        )
+    return result
+
+
+def _append_final(workdir: pathlib.Path, step: int, split: str, summary: Mapping[str, float]) -> None:
+    """Adds a row to `metrics.jsonl`, if it is not there. Never rewrites: a training may have the file open."""
+    row = {"step": step, "split": split}
+    row |= {f"final/{k}": v if np.isfinite(v) else None for k, v in summary.items()}
+    with open(workdir / "metrics.jsonl", "a+", encoding="utf-8") as file:
+        file.seek(0)
+        if json.dumps(row) not in file.read().splitlines():
+            file.write(json.dumps(row) + "\n")
