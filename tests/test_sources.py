@@ -14,6 +14,7 @@ from ktda_jax import UserError
 from ktda_jax.data.check import check_split
 from ktda_jax.data.images import read_image
 from ktda_jax.data.sources import FolderSource
+from ktda_jax.training.inputs import may_hide
 
 SAMPLES = pathlib.Path(__file__).parents[2] / "shared" / "real_samples"
 
@@ -86,6 +87,13 @@ def test_16_bit_images_are_refused(tmp_path, extension):
     path = str(tmp_path / f"deep{extension}")
     cv2.imwrite(path, np.full((8, 8, 3), 3000, np.uint16))
     assert "not 8-bit values; set config.data.scale" in error_of(read_image, path)
+
+
+def test_only_what_is_read_by_bands_may_hide_pixels(tiles):
+    """An alpha band that one tile has; 8-bit RGB is trained on as its labels say."""
+    assert not may_hide(source_of(tiles, bands=(1, 2, 3)))
+    Image.fromarray(random_tile(0)[0]).convert("RGBA").save(tiles / "img_dir/train/t2.tif")
+    assert may_hide(source_of(tiles, bands=(1, 2, 3))) and not may_hide(source_of(tiles))
 
 
 def test_missing_directory_says_what_is_there(tiles):

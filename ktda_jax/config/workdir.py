@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -17,6 +17,7 @@ from ktda_jax.config.settings import VERSION, Settings
 from ktda_jax.data.paths import expand
 
 CONFIG, RUN = "config.json", "run.json"
+READING = 2  # how tiles are read: since 2, alpha bands with soft edges count, and masks beside config.data.nodata
 
 
 def write(workdir: pathlib.Path, settings: Settings) -> None:
@@ -99,14 +100,17 @@ def compare(
     return {}
 
 
-def compare_data(workdir: pathlib.Path, fingerprints: Mapping[str, str], *, jpeg: bool) -> str | None:
+def compare_data(
+    workdir: pathlib.Path, fingerprints: Mapping[str, str], *, jpeg: bool, may_hide: Callable[[], bool] = lambda: False
+) -> str | None:
     """Refuses to go on with other tiles than those a run has begun with; or says in a line what is to be doubted.
 
-    jpeg: whether there are JPEG tiles, of which another version of GDAL gives other pixels.
+    jpeg: whether there are JPEG tiles, of which another version of GDAL gives other pixels. may_hide: whether there are
+    tiles with alpha bands or masks, of which a former version of ours (see READING) gave others.
     """
     try:
         run = json.loads((workdir / RUN).read_text())
-        saved, reader = dict(run["data"]), dict(run["versions"]).get("rasterio")
+        saved, reader, ours = dict(run["data"]), dict(run["versions"]).get("rasterio"), run.get("reading", 1)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # nothing to compare with
     changed = [split for split in fingerprints if saved.get(split, fingerprints[split]) != fingerprints[split]]
@@ -115,6 +119,8 @@ def compare_data(workdir: pathlib.Path, fingerprints: Mapping[str, str], *, jpeg
     which = f"the {' and '.join(changed)} data are not those that {workdir} was begun with"
     if jpeg and reader != _version("rasterio"):
         return f"{which}, or its JPEGs were decoded otherwise (rasterio was {reader or 'not used'} then); going on"
+    if ours < READING and may_hide():
+        return f"{which}, or an alpha band or a mask of theirs was not heeded then; going on"
     raise UserError(f"{which}; use another --workdir, or the former data")
 
 
@@ -170,6 +176,7 @@ def write_run(
             "processes": jax.process_count(),
             "seed": settings.seed,
             "weights": {name: getattr(weights, name) for name in ("student", "teacher", "model", "new_classifier")},
+            "reading": READING,
             "data": dict(fingerprints),
             **({"extended": list(extended)} if extended else {}),
         },

@@ -63,7 +63,7 @@ class FolderSource:
         self.split = split
         self.num_classes = num_classes
         self.bands = len(bands) if bands else 3
-        self._plain = bands is None and scale is None and nodata is None
+        self.plain = bands is None and scale is None and nodata is None
         self._reading, self.label_map = (bands, scale, nodata), label_map
         if not 1 <= num_classes <= IGNORE:
             raise UserError(f"num_classes is {num_classes}: give 1 to {IGNORE}, since {IGNORE} means ignore")
@@ -101,7 +101,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict:
         label = read_label(self.label_paths[index], self.label_map)
-        if self._plain:
+        if self.plain:
             image = read_image(self.image_paths[index])
         else:
             image, present = read_bands(self.image_paths[index], *self._reading)

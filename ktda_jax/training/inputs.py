@@ -8,7 +8,7 @@ from jax.experimental import multihost_utils
 
 from ktda_jax import UserError
 from ktda_jax.config.settings import Data, StoredTaps
-from ktda_jax.data import classes, pipeline, reading
+from ktda_jax.data import classes, images, pipeline, reading
 from ktda_jax.data.check import SplitSummary, check_split
 from ktda_jax.data.paths import expand
 from ktda_jax.data.sources import FolderSource, Source, labels_are
@@ -43,6 +43,12 @@ def eval_source(data: Data, split: str, batch_size: int) -> tuple[Any, SplitSumm
 def holds_jpeg(source: Source) -> bool:
     """Whether images are JPEGs, which versions of GDAL do not decode alike."""
     return any(path.lower().endswith((".jpg", ".jpeg")) for path in getattr(source, "image_paths", ()))
+
+
+def may_hide(source: Source) -> bool:
+    """Whether alpha bands or masks may say where images have no data: former versions took some of these for data."""
+    plain = not isinstance(source, FolderSource) or source.plain
+    return not plain and any(map(images.may_hide, source.image_paths))
 
 
 def doubts(data: Data, source: Source, split: str, summary: SplitSummary) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import tempfile
@@ -29,6 +30,7 @@ from ktda_jax.training.inputs import (
     eval_source,
     features_folder,
     holds_jpeg,
+    may_hide,
     open_features,
     open_source,
     processes,
@@ -112,7 +114,7 @@ def _begin(
     """The step and state to go on from, and the workdir's record of the training."""
     start = checkpoints.latest_step() or 0
     if start:
-        if doubt := records.compare_data(workdir, data.fingerprints, jpeg=data.jpeg):
+        if doubt := records.compare_data(workdir, data.fingerprints, jpeg=data.jpeg, may_hide=data.may_hide):
             data.doubtful.append(doubt)
     if jax.process_index() == 0:
         records.write_run(workdir, settings, data.fingerprints, extended)  # first: a kill between them loses nothing
@@ -246,6 +248,7 @@ class _Data(NamedTuple):
     features: TeacherFeatures | None
     doubtful: list[str]  # what may be wrong with the tiles
     jpeg: bool  # whether they are JPEGs
+    may_hide: Callable[[], bool]  # see inputs.py
 
 
 def _open_data(settings: Settings, first_row: int = 0) -> _Data:
@@ -271,8 +274,9 @@ def _open_data(settings: Settings, first_row: int = 0) -> _Data:
         **processes(data.num_threads),
     )  # fmt: skip
     return _Data(
-        batches, len(source), val_batches, fingerprints, features, list(dict.fromkeys(doubtful)), holds_jpeg(source)
-    )
+        batches, len(source), val_batches, fingerprints, features, list(dict.fromkeys(doubtful)), holds_jpeg(source),
+        functools.partial(may_hide, source),
+    )  # fmt: skip
 
 
 def _latest(workdir: pathlib.Path) -> int:
