@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -156,6 +157,20 @@ def writing(path: pathlib.Path) -> Iterator[None]:
             f"cannot write {path}: {error.strerror or error}; {'make room' if full else 'make that possible'}, "
             "and the same command goes on from the last checkpoint"
         ) from error
+
+
+def obstacle(workdir: pathlib.Path) -> str | None:
+    """In a line, why scores cannot be written to a workdir, somebody else's for one, and what follows; else None."""
+    there = next(path for path in (workdir, *workdir.parents) if path.exists())
+    for place in filter(pathlib.Path.exists, (there, workdir / "figures", workdir / "metrics.jsonl")):
+        try:
+            if place.is_file():
+                place.open("a").close()
+            else:
+                tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            return f"cannot write to {place}: {error.strerror}; the scores are printed, and nothing is written"
+    return None
 
 
 def write_run(

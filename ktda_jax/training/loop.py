@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping
@@ -287,22 +286,13 @@ def _latest(workdir: pathlib.Path) -> int:
 def evaluate_workdir(
     config: Mapping[str, Any], workdir: str | pathlib.Path, *, program: Program | None = None
 ) -> evaluate.Evaluation:
-    """Evaluates the best checkpoint on the test split, or on validation without one; writes the figures."""
+    """Evaluates the best checkpoint on the test split, or on validation without one; writes the figures, if it may."""
     workdir, settings = expand(workdir), checks.resolve(config)
     split = settings.data.test_split or settings.data.val_split
     trained = (workdir / "checkpoints").is_dir()
     if trained:
         whole.check(workdir / "checkpoints", latest=False)
-        decides = (
-            "model.",
-            "data.name",
-            "data.classes",
-            "data.palette",
-            "data.bands",
-            "data.rgb",
-            "data.scale",
-            "data.nodata",
-        )
+        decides = ("model.", *(f"data.{key}" for key in "name classes palette bands rgb scale nodata".split()))
         if settings.encodes:
             decides += ("weights.teacher",)
         records.compare(workdir, settings, only=decides)
@@ -313,8 +303,9 @@ def evaluate_workdir(
     said = program is not None  # training has warned already
     program = program or build(settings, teacher=False, initial=not trained)
     batches, _, doubtful = eval_source(settings.data, split, settings.eval_batch_size)
+    obstacle = None if said or jax.process_index() else records.obstacle(workdir)
     if not said and jax.process_index() == 0:
-        for line in doubtful:
+        for line in [*doubtful, *filter(None, [obstacle])]:
             print(f"warning: {line}", flush=True)
     if trained:
         with Checkpoints(workdir / "checkpoints") as checkpoints:
@@ -331,24 +322,16 @@ def evaluate_workdir(
         frozen=None if program.encoder is None else program.teacher(),
     )  # fmt: skip
     if jax.process_index() == 0:
+        print(f"\n{split} split, step {step}:\n{evaluate.table(result, info.classes)}", flush=True)
+    if jax.process_index() == 0 and not obstacle:
         with records.writing(workdir / "figures"):
-            table = evaluate.write_report(result, workdir, split, info, settings.data.rgb_positions)
+            evaluate.write_report(result, workdir, split, info, settings.data.rgb_positions)
             if (workdir / "metrics.jsonl").exists():
                 plots.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
         with records.writing(workdir / "metrics.jsonl"):
-            _append_final(workdir, step, split, result)
-        print(f"\n{split} split, step {step}:\n{table}\nfigures in {workdir / 'figures'}", flush=True)
+            evaluate.append_final(workdir, step, split, result)
+        print(f"figures in {workdir / 'figures'}", flush=True)
     return result
-
-
-def _append_final(workdir: pathlib.Path, step: int, split: str, result: evaluate.Evaluation) -> None:
-    """Adds a row to `metrics.jsonl`, if it is not there. Never rewrites: a training may have the file open."""
-    row = {"step": step, "split": split}
-    row |= {f"final/{k}": v if np.isfinite(v) else None for k, v in result.metrics.summary.items()}
-    with open(workdir / "metrics.jsonl", "a+", encoding="utf-8") as file:
-        file.seek(0)
-        if json.dumps(row) not in file.read().splitlines():
-            file.write(json.dumps(row) + "\n")
 
 
 def _check_finite(step: int, terms: dict[str, float], saved: int | None) -> None:
