@@ -41,6 +41,14 @@ def overwrite(path, at, number=8):
     path.write_bytes(content)
 
 
+def as_formerly(folder):
+    """A checkpoint as it was before there were sums: Orbax's own class has written the state."""
+    (folder / "state" / whole.SUMS).unlink()
+    written = (folder / whole.WRITER).read_text()
+    theirs = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
+    (folder / whole.WRITER).write_text(written.replace("ktda_jax.training.checkpoint._StateHandler", theirs))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])
 def test_eight_bytes_of_any_file_are_noticed(checkpoints, share):
     """Orbax alone restores other values without a word: only its index has checksums."""
@@ -82,9 +90,35 @@ def test_pages_that_change_places_are_noticed(tmp_path):
     assert len(sums) == 3
 
 
-def test_a_checkpoint_of_a_former_version_has_no_sums_and_restores(checkpoints):
-    (checkpoints / "7" / "state" / whole.SUMS).unlink()
-    assert restore(checkpoints)[1] == {"at": 7}
+@pytest.mark.parametrize("former", [(4,), (7,), (4, 7)])
+def test_a_checkpoint_of_a_former_version_has_no_sums_and_restores(checkpoints, former):
+    """Beside ours, before or after them, or alone; the golden one is in test_old_workdirs.py."""
+    for step in former:
+        as_formerly(checkpoints / str(step))
+    whole.check(checkpoints)
+    assert restore(checkpoints)[1] == {"at": 7} and restore(checkpoints, 4)[1] == {"at": 4}
+
+
+@pytest.mark.parametrize(
+    "lost, remedy",
+    [((7,), "remove this folder, .* with step 4, the newest whole one"), ((4, 7), "no other one here is whole; .*")],
+)
+def test_sums_that_are_lost_make_no_former_version(checkpoints, lost, remedy):
+    """Nothing would be compared any more: with the sums of one checkpoint gone, or of all."""
+    for step in lost:
+        (checkpoints / str(step) / "state" / whole.SUMS).unlink()
+    overwrite(max((checkpoints / "7").rglob("*"), key=lambda path: path.stat().st_size * path.is_file()), 3000)
+    state = make_state(7)
+    for use in (
+        lambda: whole.check(checkpoints),
+        lambda: restore(checkpoints),
+        lambda: Checkpoints(checkpoints).restore_model(7, *jax.eval_shape(lambda: (state.params, state.batch_stats))),
+    ):
+        with pytest.raises(UserError, match=f"/7 is damaged: it lacks state/sums.json; {remedy}$"):
+            use()
+    (checkpoints / "7" / whole.WRITER).unlink()  # every version has written that
+    with pytest.raises(UserError, match="/7 is damaged: it lacks _CHECKPOINT_METADATA; "):
+        whole.check(checkpoints)
 
 
 DAMAGE = {
@@ -113,7 +147,7 @@ def _cut(path) -> None:
 def test_every_damage_is_named(checkpoints, capfd, damage, sums):
     spoil, words = DAMAGE[damage]
     if not sums:
-        (checkpoints / "7" / "state" / whole.SUMS).unlink()
+        as_formerly(checkpoints / "7")
         words = "" if damage.startswith("data") else words  # Orbax's own, of a file that it does not find
     spoil(checkpoints / "7")
     with pytest.raises(UserError) as raised:
@@ -139,8 +173,8 @@ def test_half_of_one_that_was_being_removed_is_in_nobodys_way(checkpoints):
 
 def test_a_lost_score_leaves_the_best_open(tmp_path):
     saved(tmp_path, {1: 10.0, 2: None})
-    for name in (whole.SCORE, f"state/{whole.SUMS}"):
-        (tmp_path / "1" / name).unlink()
+    as_formerly(tmp_path / "1")
+    (tmp_path / "1" / whole.SCORE).unlink()
     with pytest.raises(UserError, match=r"/1 is damaged: it lacks metrics/metrics; remove .* with step 2"):
         Checkpoints(tmp_path).best_step()
     restore(tmp_path, 2)  # training goes on

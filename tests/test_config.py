@@ -215,3 +215,16 @@ def test_other_pixels_are_other_data_unless_jpegs_were_decoded_by_another_versio
     (tmp_path / "run.json").write_text(json.dumps({"data": {"train": "a"}, "versions": {"rasterio": now}}))
     with pytest.raises(UserError):
         records.compare_data(tmp_path, {"train": "b"}, jpeg=jpeg)
+
+
+def test_alpha_bands_that_a_former_version_took_for_data_are_no_other_tiles(tmp_path):
+    masked = dict(jpeg=False, may_hide=lambda: True)
+    (tmp_path / "run.json").write_text(json.dumps({"data": {"train": "a"}, "versions": {}}))
+    assert records.compare_data(tmp_path, {"train": "a"}, **masked) is None
+    line = records.compare_data(tmp_path, {"train": "b"}, **masked)
+    assert line.endswith("was begun with, or an alpha band or a mask of theirs was not heeded then; going on")
+    with pytest.raises(UserError, match="use another --workdir, or the former data"):
+        records.compare_data(tmp_path, {"train": "b"}, jpeg=False, may_hide=lambda: False)
+    records.write_run(tmp_path, runs.settings("unused"), {"train": "a"})  # by this version
+    with pytest.raises(UserError, match="use another --workdir, or the former data"):
+        records.compare_data(tmp_path, {"train": "b"}, **masked)

@@ -111,7 +111,8 @@ def test_the_report_holds_the_table_the_figures_and_strict_json(source, tmp_path
     workdir, info = tmp_path / "run", dataset_info("grass")
     (workdir / "figures").mkdir(parents=True)
     result = run(source, batch_size=4)
-    table = evaluate.write_report(result, workdir, "val", info)
+    evaluate.write_report(result, workdir, "val", info)
+    table = evaluate.table(result, info.classes)
     assert all(name in table for name in info.classes) and "best constant prediction" in table
     names = {p.name for p in (workdir / "figures").iterdir()}
     assert names == {"val_confusion.png", "val_samples.png", "val.json"}

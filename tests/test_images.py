@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import rasterio
 from PIL import Image
+from rasterio.enums import ColorInterp
 
 from ktda_jax import UserError
 from ktda_jax.data.check import check_split
-from ktda_jax.data.images import read_bands, read_image
+from ktda_jax.data.images import Reading, read_bands, read_image
+from ktda_jax.data.raster import RowReader, open_scene
 from ktda_jax.data.sources import FolderSource
 from ktda_jax.data.stretch import minmax, stretch
 
@@ -102,6 +104,84 @@ def test_a_fourth_band_is_no_alpha_unless_it_is_one(tmp_path):
     values[4:, :, 3] = 255  # nothing but 0 and 255: an alpha band, as mosaics have it
     pixels, present = read_bands(write_raster(tmp_path / "rgba.tif", values), (1, 2, 3), None, None)
     assert not present[:4].any() and present[4:].all() and not pixels[:4].any()
+
+
+def soft_alpha(size=80):
+    """uint8 (size, size): 0 outside, a ramp of 6 pixels, 255 in the middle."""
+    inside = np.minimum(np.arange(size), np.arange(size)[::-1])
+    return np.clip((np.minimum(inside[:, None], inside) - 9) * 40, 0, 255).astype(np.uint8)
+
+
+def soft_png(path, values, alpha):
+    Image.fromarray(np.dstack([values, alpha])).save(path.with_suffix(".png"))
+    return path.with_suffix(".png"), (1, 2, 3), None
+
+
+def soft_grey(path, values, alpha):
+    Image.fromarray(np.dstack([values[..., 0], alpha]), "LA").save(path.with_suffix(".png"))
+    return path.with_suffix(".png"), (1,), None
+
+
+def soft_tiff(path, values, alpha, scale=None):
+    kinds = ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha
+    write_raster(path, np.dstack([values, alpha]), photometric="RGB", alpha="unspecified")
+    with rasterio.open(path, "r+") as file:
+        file.colorinterp = kinds
+    return path, (1, 2, 3), scale
+
+
+def soft_grey_tiff(path, values, alpha):
+    write_raster(path, np.dstack([values[..., 0], alpha]))
+    with rasterio.open(path, "r+") as file:
+        file.colorinterp = ColorInterp.gray, ColorInterp.alpha
+    return path, (1,), None
+
+
+def soft_16_bits(path, values, alpha):
+    return soft_tiff(path, values * np.uint16(200), alpha * np.uint16(257), (0, 51000))
+
+
+@pytest.mark.parametrize("nodata", [None, 7])
+@pytest.mark.parametrize("make", [soft_png, soft_grey, soft_tiff, soft_grey_tiff, soft_16_bits])
+def test_soft_edges_of_an_alpha_band_mean_the_same_everywhere(tmp_path, make, nodata):
+    """Training, inspection (which reads as training) and prediction: what is transparent altogether is no data."""
+    values, alpha = random((80, 80, 3), np.uint8) | 8, soft_alpha()
+    path, bands, scale = make(tmp_path / "a.tif", values, alpha)
+    pixels, present = read_bands(str(path), bands, scale, nodata)
+    np.testing.assert_array_equal(present, alpha > 0)
+    assert 0.05 < np.isin(alpha[present], range(1, 255)).mean() and not pixels[~present].any()
+    scene = open_scene(path, Reading(bands, scale, nodata, by_band=True), len(bands))
+    with RowReader(scene) as reader:
+        mapped = reader.rows(0, 80)
+        np.testing.assert_array_equal(np.moveaxis(mapped[0], 0, -1), pixels)
+        np.testing.assert_array_equal(mapped[1], present)
+
+
+@pytest.mark.parametrize("kind", [ColorInterp.alpha, ColorInterp.undefined])
+def test_near_infrared_is_data_whatever_it_is_called(tmp_path, kind):
+    """Noise, patches of which a third is saturated, and what looks like soft edges but never reaches 255."""
+    for number, infrared in enumerate([random((80, 80), np.uint8) // 2 * (random((80, 80), np.uint8, 1) > 60),
+                                       np.uint8([0, 90, 200, 255]).repeat(20)[:, None] * np.ones(80, np.uint8),
+                                       soft_alpha() // 2]):  # fmt: skip
+        values = np.dstack([random((80, 80, 3), np.uint8), infrared.astype(np.uint8)])
+        path = write_raster(tmp_path / f"{number}.tif", values, photometric="RGB")
+        with rasterio.open(path, "r+") as file:
+            file.colorinterp = *file.colorinterp[:3], kind
+        assert (infrared == 0).any() and read_bands(path, (1, 2, 3), None, None)[1].all()
+        with RowReader(open_scene(pathlib.Path(path), Reading((1, 2, 3)), 3)) as reader:
+            assert reader.rows(0, 80)[1].all()
+
+
+def test_a_given_value_stands_before_the_declared_one_but_not_before_a_mask(tmp_path):
+    values = np.full((8, 9, 3), 50, np.uint8)
+    values[0], values[1] = 7, 9
+    path = write_raster(tmp_path / "declared.tif", values, nodata=7)
+    np.testing.assert_array_equal(read_bands(path, None, None, 9)[1], values[..., 0] != 9)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+        path = write_raster(tmp_path / "masked.tif", values)
+        with rasterio.open(path, "r+") as file:
+            file.write_mask(values[..., 0] != 7)
+    np.testing.assert_array_equal(read_bands(path, None, None, 9)[1], values[..., 0] == 50)
 
 
 def test_what_is_wrong_with_an_image_is_one_line(tmp_path):

@@ -14,6 +14,7 @@ from ktda_jax import UserError
 from ktda_jax.data.check import check_split
 from ktda_jax.data.images import read_image
 from ktda_jax.data.sources import FolderSource
+from ktda_jax.training.inputs import may_hide
 
 SAMPLES = pathlib.Path(__file__).parents[2] / "shared" / "real_samples"
 
@@ -88,6 +89,13 @@ def test_16_bit_images_are_refused(tmp_path, extension):
     assert "not 8-bit values; set config.data.scale" in error_of(read_image, path)
 
 
+def test_only_what_is_read_by_bands_may_hide_pixels(tiles):
+    """An alpha band that one tile has; 8-bit RGB is trained on as its labels say."""
+    assert not may_hide(source_of(tiles, bands=(1, 2, 3)))
+    Image.fromarray(random_tile(0)[0]).convert("RGBA").save(tiles / "img_dir/train/t2.tif")
+    assert may_hide(source_of(tiles, bands=(1, 2, 3))) and not may_hide(source_of(tiles))
+
+
 def test_missing_directory_says_what_is_there(tiles):
     message = error_of(FolderSource, tiles, "test", num_classes=3)
     assert str(tiles / "img_dir" / "test") in message and "holds train" in message
@@ -107,6 +115,61 @@ def test_no_pair_shows_both_namings(tiles):
     message = error_of(source_of, tiles)
     assert "t0, t1" in message and "t0_mask, t1_mask" in message
     assert "must be called NAME.png or NAME.tif or NAME.tiff; 4 of them are called NAME_mask: rename" in message
+
+
+def renamed(folder, rename):
+    for path in sorted(folder.iterdir()):
+        path.rename(path.with_name(rename(path.name)))
+
+
+@pytest.mark.parametrize(
+    "rename, hint",
+    [
+        (str.upper, "; 4 label(s) differ from an image only in upper and lower case, as T0.PNG from t0.tif: rename"),
+        (
+            lambda name: name.replace("t", "ｔ"),
+            "; 4 label(s) differ from an image only in letters that look alike (Unicode)",
+        ),
+        (lambda name: name.upper().replace(".", "_MASK."), "; 4 of them are called NAME_MASK: rename these to NAME"),
+    ],
+)
+def test_labels_that_are_almost_called_as_the_images(tiles, rename, hint):
+    renamed(tiles / "ann_dir" / "train", rename)
+    message = error_of(source_of, tiles)
+    assert message.startswith("no image in ") and hint in message
+
+
+def test_one_label_in_other_case(tiles):
+    (tiles / "ann_dir/train/t1.png").rename(tiles / "ann_dir/train/T1.Png")
+    (tiles / "ann_dir/train/t3.png").unlink()
+    message = error_of(source_of, tiles)
+    assert "2 of 4 images in" in message and "t1.tif, t3.tif; add the labels" in message
+    assert message.endswith("differ from an image only in upper and lower case, as T1.Png from t1.tif: rename "
+                            "them as the images")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path, hint",
+    [
+        ("img_dir/train", "its Train differs from train only in upper and lower case: rename that, or correct"),
+        ("ann_dir/train", "its Train differs from train only in upper and lower case: rename that, or correct"),
+        ("ann_dir", "its Ann_Dir differs from ann_dir only in upper and lower case: rename that, or correct"),
+    ],
+)
+def test_a_folder_in_other_case(tiles, path, hint):
+    for number in range(6):  # so that it is none of those that are named as being there
+        (tiles / path).with_name(f"A{number}").mkdir()
+    (tiles / path).rename((tiles / path).with_name((tiles / path).name.title()))
+    message = error_of(source_of, tiles)
+    assert f"no such directory: {tiles / path}" in message and hint in message
+
+
+def test_a_folder_with_its_umlauts_apart(tiles):
+    names = [unicodedata.normalize(form, "Wälder") for form in ("NFC", "NFD")]
+    for kind in ("img_dir", "ann_dir"):
+        (tiles / kind / "train").rename(tiles / kind / names[1])
+    message = error_of(FolderSource, tiles, names[0], num_classes=3)
+    assert "only in letters that look alike (Unicode): rename that, or correct" in message
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])

@@ -5,7 +5,9 @@ import errno
 import functools
 import json
 import os
+import pathlib
 import signal
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +180,32 @@ def test_a_workdir_that_can_be_written_no_more_is_one_line_before_anything_else(
     monkeypatch.setattr(loop, "build", pytest.fail)
     with pytest.raises(UserError, match="cannot write to --workdir=.*: Read-only file system"):
         loop.train_and_evaluate(runs.config(tiles), tmp_path)
+
+
+@pytest.mark.parametrize("locked", ["run", "run/figures", "run/metrics.jsonl"])
+def test_what_cannot_be_written_to_is_evaluated_all_the_same(toy, tiles, tmp_path, monkeypatch, capsys, locked):
+    """Somebody else's workdir, say: that nothing will be written is said at once, and the scores are printed."""
+    toy(figures=True)
+    loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+    def only_elsewhere(original):
+        def make(*arguments, dir=None, **options):
+            if tmp_path / locked in (dir, *arguments):
+                raise OSError(errno.EROFS, "Read-only file system")
+            return original(*arguments, **({"dir": dir} if dir else {}), **options)
+
+        return make
+
+    with monkeypatch.context() as patch:  # root may write where others may not
+        patch.setattr(tempfile, "TemporaryFile", only_elsewhere(tempfile.TemporaryFile))
+        patch.setattr(pathlib.Path, "open", only_elsewhere(pathlib.Path.open))
+        result = loop.evaluate_workdir(runs.config(tiles, {"data.test_split": "train"}), tmp_path / "run")
+    said = capsys.readouterr().out
+    line = f"warning: cannot write to {tmp_path / locked}: Read-only file system; the scores are printed, and nothing"
+    _, scores = said.split(line)
+    assert "train split, step 6:" in scores and f"mIoU {result.metrics.summary['mIoU']:.2f}" in scores
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
 def test_averaged_parameters_are_the_ones_evaluated(toy, tiles, tmp_path):

@@ -6,7 +6,8 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -17,6 +18,7 @@ from ktda_jax.config.settings import VERSION, Settings
 from ktda_jax.data.paths import expand
 
 CONFIG, RUN = "config.json", "run.json"
+READING = 2  # how tiles are read: since 2, alpha bands with soft edges count, and masks beside config.data.nodata
 
 
 def write(workdir: pathlib.Path, settings: Settings) -> None:
@@ -99,14 +101,17 @@ def compare(
     return {}
 
 
-def compare_data(workdir: pathlib.Path, fingerprints: Mapping[str, str], *, jpeg: bool) -> str | None:
+def compare_data(
+    workdir: pathlib.Path, fingerprints: Mapping[str, str], *, jpeg: bool, may_hide: Callable[[], bool] = lambda: False
+) -> str | None:
     """Refuses to go on with other tiles than those a run has begun with; or says in a line what is to be doubted.
 
-    jpeg: whether there are JPEG tiles, of which another version of GDAL gives other pixels.
+    jpeg: whether there are JPEG tiles, of which another version of GDAL gives other pixels. may_hide: whether there are
+    tiles with alpha bands or masks, of which a former version of ours (see READING) gave others.
     """
     try:
         run = json.loads((workdir / RUN).read_text())
-        saved, reader = dict(run["data"]), dict(run["versions"]).get("rasterio")
+        saved, reader, ours = dict(run["data"]), dict(run["versions"]).get("rasterio"), run.get("reading", 1)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # nothing to compare with
     changed = [split for split in fingerprints if saved.get(split, fingerprints[split]) != fingerprints[split]]
@@ -115,6 +120,8 @@ def compare_data(workdir: pathlib.Path, fingerprints: Mapping[str, str], *, jpeg
     which = f"the {' and '.join(changed)} data are not those that {workdir} was begun with"
     if jpeg and reader != _version("rasterio"):
         return f"{which}, or its JPEGs were decoded otherwise (rasterio was {reader or 'not used'} then); going on"
+    if ours < READING and may_hide():
+        return f"{which}, or an alpha band or a mask of theirs was not heeded then; going on"
     raise UserError(f"{which}; use another --workdir, or the former data")
 
 
@@ -152,6 +159,20 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
+def obstacle(workdir: pathlib.Path) -> str | None:
+    """In a line, why scores cannot be written to a workdir, somebody else's for one, and what follows; else None."""
+    there = next(path for path in (workdir, *workdir.parents) if path.exists())
+    for place in filter(pathlib.Path.exists, (there, workdir / "figures", workdir / "metrics.jsonl")):
+        try:
+            if place.is_file():
+                place.open("a").close()
+            else:
+                tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            return f"cannot write to {place}: {error.strerror}; the scores are printed, and nothing is written"
+    return None
+
+
 def write_run(
     workdir: pathlib.Path, settings: Settings, fingerprints: Mapping[str, str], extended: Sequence[Mapping] = ()
 ) -> None:
@@ -170,6 +191,7 @@ def write_run(
             "processes": jax.process_count(),
             "seed": settings.seed,
             "weights": {name: getattr(weights, name) for name in ("student", "teacher", "model", "new_classifier")},
+            "reading": READING,
             "data": dict(fingerprints),
             **({"extended": list(extended)} if extended else {}),
         },

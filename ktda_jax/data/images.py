@@ -29,6 +29,7 @@ class Layout:
     table: np.ndarray | None  # uint8 (256, 3): colours, where the band holds their numbers or fewer than 8 bits
 
 
+SMALL = 1 << 20  # pixels of a band that is looked at as a whole
 PREFIXES = {"config": "config.data.", "flags": "--"}  # where bands and scale are set
 
 
@@ -47,12 +48,13 @@ def read_bands(
     """`bands` of a raster (numbers from 1; None: RGB) -> uint8 (H, W, bands), and where there are data (H, W), upright.
 
     `scale`: (low, high) or one such pair per band, the values that become 0 and 255; None for 8-bit files. `nodata`
-    stands before what the file declares. A pixel has no data where none of its bands has; a single missing band is 0.
+    stands before the value that the file declares; its mask and its alpha count all the same. A pixel has no data where
+    none of its bands has; a single missing band is 0.
     """
     reading = Reading(bands and tuple(bands), scale, nodata, by_band=True)
     with opened(path) as file:
         layout = layout_of(file, reading, len(bands) if bands else 3)
-        pixels, present = read_window(file, layout, reading)
+        pixels, present = read_window(file, layout, reading, alphas_of(file, layout), declared=nodata is None)
         orientation = orientation_of(file)
     return interleaved(upright(pixels, orientation)), np.ascontiguousarray(upright(present, orientation))
 
@@ -145,19 +147,19 @@ def in_colours(values: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def read_window(
-    file, layout: Layout, reading: Reading, window=None, alphas: Sequence[int] | None = None
+    file, layout: Layout, reading: Reading, alphas: Sequence[int], window=None, *, declared: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `read_bands`, of an open file and one window, as it is stored: uint8 (bands, H, W), and bool (H, W).
 
-    `alphas`: of a scene, the bands that say where data are; then the file's own word counts beside `reading.nodata`.
-    None: to be found out from what they hold here.
+    `alphas`: see `alphas_of`. `declared`: whether the value that the file declares counts beside `reading.nodata`, as
+    it does in scenes.
     """
     bands = layout.bands if len(set(layout.bands)) > 1 else layout.bands[:1]  # grey is read once
     scale, nodata = reading.scale, reading.nodata
     values = file.read(bands, window=window)
-    present = True if nodata is None else values != nodata
-    if nodata is None or alphas is not None:
-        present = present & _present(file, bands, values, window, alphas)
+    present = _present(file, bands, values, window, alphas, declared)
+    if nodata is not None:
+        present = present & (values != nodata)
     if values.dtype.kind == "f":
         present = present & np.isfinite(values)
     if scale is None:
@@ -171,18 +173,17 @@ def read_window(
     return np.broadcast_to(pixels, (count, *pixels.shape[1:])), present.any(0)
 
 
-def _present(file, bands: Sequence[int], values: np.ndarray, window, alphas) -> np.ndarray:
-    """Where `bands` have data, by the file's own word: a value, a mask, or an alpha band.
+def _present(file, bands: Sequence[int], values: np.ndarray, window, alphas: Sequence[int], declared: bool):
+    """Where `bands` have data, by the file's own word: a value, if that counts (`declared`), a mask, or an alpha band.
 
     bool (bands, H, W), or (1, H, W) where it is the same for all.
-
-    GDAL calls the fourth band of every 8-bit file alpha that it is not told about, which in our files is as often near
-    infrared. So alpha counts only where it is no band of ours and says nothing but 0 and 255.
     """
     from rasterio.enums import MaskFlags
 
-    flags = [file.mask_flag_enums[band - 1] for band in bands]
-    own = [MaskFlags.alpha not in kinds and MaskFlags.all_valid not in kinds for kinds in flags]
+    others = {MaskFlags.alpha, MaskFlags.all_valid} | (set() if declared else {MaskFlags.nodata})
+    every = file.mask_flag_enums
+    flags = [every[band - 1] for band in bands]
+    own = [others.isdisjoint(kinds) for kinds in flags]
     if all(own) and all(MaskFlags.per_dataset in kinds for kinds in flags):
         present = file.read_masks(bands[0], window=window)[None] > 0
     elif any(own):
@@ -191,15 +192,47 @@ def _present(file, bands: Sequence[int], values: np.ndarray, window, alphas) -> 
             present[place] = file.read_masks(bands[place], window=window) > 0
     else:
         present = np.ones((1, *values.shape[1:]), bool)
-    for band in alpha_bands(file, bands) if alphas is None else alphas:
-        alpha = file.read(band, window=window)
-        if alphas is not None or np.isin(alpha, (0, 255)).all():
-            present &= alpha > 0
+    for band in alphas:
+        present &= file.read(band, window=window) > 0
     return present
 
 
-def alpha_bands(file, bands: Sequence[int]) -> list[int]:
-    """The bands that the file calls alpha, without those that are read as data."""
+def alphas_of(file, layout: Layout) -> tuple[int, ...]:
+    """The bands that say where data are, wherever they are not 0: one rule for tiles and scenes."""
     from rasterio.enums import ColorInterp
 
-    return [k for k, kind in enumerate(file.colorinterp, 1) if kind == ColorInterp.alpha and k not in bands]
+    called = [band for band, kind in enumerate(file.colorinterp, 1) if kind == ColorInterp.alpha]
+    return tuple(band for band in called if band not in layout.bands and _is_alpha(file, band))
+
+
+def may_hide(path: str) -> bool:
+    """Whether an image has a mask, or a band that is called alpha."""
+    from rasterio.enums import ColorInterp, MaskFlags
+
+    with opened(path) as file:
+        return ColorInterp.alpha in file.colorinterp or any(MaskFlags.per_dataset in k for k in file.mask_flag_enums)
+
+
+def _is_alpha(file, band: int) -> bool:
+    """Whether a band that is called alpha is one.
+
+    GDAL calls the fourth band of every 8-bit file alpha that it is not told about, which in our files is as often near
+    infrared. Of an alpha band most is opaque that is not 0, also if its edges are soft; of near infrared next to
+    nothing has the highest value, unless it is all clouds. Of a large file 16 places are looked at.
+    """
+    from rasterio.windows import Window
+
+    if file.driver in ("PNG", "WEBP") or file.count == 2:
+        return True  # there nothing is called alpha that is not
+    if file.height * file.width <= SMALL:
+        values = file.read(band)
+    else:
+        width, height = min(256, file.width), min(256, file.height)
+        columns, rows = (np.linspace(0, x, 4).astype(int) for x in (file.width - width, file.height - height))
+        windows = [Window(column, row, width, height) for row in rows for column in columns]
+        values = np.stack([file.read(band, window=window) for window in windows])
+        if not values.any():  # no data in these places, or a lake
+            values = file.read(band, out_shape=(min(file.height, 1024), min(file.width, 1024)))
+    shown = values[values > 0]
+    opaque = (1, 255) if shown.dtype.kind == "f" else (255, np.iinfo(shown.dtype).max)
+    return 2 * np.count_nonzero(np.isin(shown, opaque)) >= shown.size

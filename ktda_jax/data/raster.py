@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ktda_jax.data.gdal import FileError, is_located, one_line, opened, orientation_of, place_of, rasterio_for, upright
-from ktda_jax.data.images import Layout, Reading, alpha_bands, layout_of, read_window
+from ktda_jax.data.images import Layout, Reading, alphas_of, layout_of, read_window
 
 CHUNK = 1 << 21  # pixels read at once
 TALLEST_BLOCK = 1024  # rows; of files with taller blocks a block may be decoded more than once
@@ -43,8 +43,7 @@ def open_scene(path: pathlib.Path, reading: Reading, bands: int, *, by: str = "f
     """
     with opened(path) as file:
         layout = layout_of(file, reading, bands, by=by)
-        alphas = tuple(band for band in alpha_bands(file, layout.bands) if _is_alpha(file, band))
-        orientation, height, width = orientation_of(file), file.height, file.width
+        alphas, orientation, height, width = alphas_of(file, layout), orientation_of(file), file.height, file.width
         if orientation != 1 and height * width > LARGEST_TURNED:
             raise FileError("image", path, f"lies on its side (orientation {orientation})", "save it upright")
         if orientation >= 5:
@@ -53,24 +52,6 @@ def open_scene(path: pathlib.Path, reading: Reading, bands: int, *, by: str = "f
             path, height, width, file.dtypes[layout.bands[0] - 1], layout, alphas, reading, file.block_shapes[0],
             orientation, place_of(file), tuple(map(pathlib.Path, file.files)),
         )  # fmt: skip
-
-
-def _is_alpha(file, band: int) -> bool:
-    """Whether a band that is called alpha says where data are: next to nothing but 0 and 255 in 16 places."""
-    from rasterio.windows import Window
-
-    if file.driver == "PNG" or file.count == 2:
-        return True  # there nothing is called alpha that is not
-    seen = []
-    for row in np.linspace(0, max(file.height - 256, 0), 4).astype(int):
-        for column in np.linspace(0, max(file.width - 256, 0), 4).astype(int):
-            window = Window(column, row, min(256, file.width), min(256, file.height))
-            seen.append(np.bincount(file.read(band, window=window).astype(np.uint8).ravel(), minlength=256))
-    counts = np.sum(seen, 0)
-    if not counts[1:].any():  # no data in these places, or a lake
-        size = min(file.height, 1024), min(file.width, 1024)
-        counts = np.bincount(file.read(band, out_shape=size).astype(np.uint8).ravel(), minlength=256)
-    return counts[255] >= 0.9 * counts[1:].sum()
 
 
 class RowReader:
@@ -130,14 +111,14 @@ class RowReader:
 
         scene = self._scene
         window = Window(area.start, first, area.stop - area.start, end - first)
-        return read_window(self._file, scene.layout, scene.reading, window, scene.alphas)
+        return read_window(self._file, scene.layout, scene.reading, scene.alphas, window)
 
     def _turned(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of a scene that is not stored upright: read once as a whole."""
         scene = self._scene
         if self._pixels is None:
             with one_line(scene.path):
-                read = read_window(self._file, scene.layout, scene.reading, None, scene.alphas)
+                read = read_window(self._file, scene.layout, scene.reading, scene.alphas)
             self._pixels, self._present = (upright(array, scene.orientation) for array in read)
         return self._pixels[:, first:end], self._present[first:end]
 

@@ -63,7 +63,7 @@ class FolderSource:
         self.split = split
         self.num_classes = num_classes
         self.bands = len(bands) if bands else 3
-        self._plain = bands is None and scale is None and nodata is None
+        self.plain = bands is None and scale is None and nodata is None
         self._reading, self.label_map = (bands, scale, nodata), label_map
         if not 1 <= num_classes <= IGNORE:
             raise UserError(f"num_classes is {num_classes}: give 1 to {IGNORE}, since {IGNORE} means ignore")
@@ -78,13 +78,13 @@ class FolderSource:
             raise UserError(
                 f"no image in {self.image_dir} has a label in {self.label_dir}: images are named "
                 f"{some(sorted(images), 3)}, labels {some(sorted(labels), 3)}; the label of an image NAME must "
-                f"be called {wanted}{_affix(images, labels)}"
+                f"be called {wanted}{_respelt(images, labels) or _affix(images, labels)}"
             )
         if unlabelled := sorted(images.keys() - labels.keys()):
             raise UserError(
                 f"{len(unlabelled)} of {len(images)} images in {self.image_dir} have no label in "
                 f"{self.label_dir}: {some([images[stem] for stem in unlabelled])}; add the labels "
-                f"({wanted} of an image NAME) or remove the images"
+                f"({wanted} of an image NAME) or remove the images{_respelt(images, labels)}"
             )
         if orphans := sorted(labels.keys() - images.keys()):
             logging.warning(
@@ -101,7 +101,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict:
         label = read_label(self.label_paths[index], self.label_map)
-        if self._plain:
+        if self.plain:
             image = read_image(self.image_paths[index])
         else:
             image, present = read_bands(self.image_paths[index], *self._reading)
@@ -127,14 +127,37 @@ def _same(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def _spelt(name: str) -> str:
+    """The same for T0 and t0, and for letters that look alike and are others to Unicode, such as full-width digits."""
+    return unicodedata.normalize("NFKC", name).casefold()
+
+
+def _unlike(name: str, other: str) -> str:
+    """In what two names differ that `_spelt` makes one."""
+    return "upper and lower case" if name.casefold() == other.casefold() else "letters that look alike (Unicode)"
+
+
+def _respelt(images: dict[str, str], labels: dict[str, str]) -> str:
+    """'; ...' if labels without an image are called as images without a label, but for the case of letters."""
+    alone = {_spelt(name): name for name in images.keys() - labels.keys()}
+    found = [(alone[_spelt(name)], name) for name in labels if name not in images and _spelt(name) in alone]
+    if not found:
+        return ""
+    (image, label), how = found[0], _unlike(*found[0])
+    return (
+        f"; {len(found)} label(s) differ from an image only in {how}, as {labels[label]} from {images[image]}: "
+        "rename them as the images"
+    )
+
+
 def _affix(images, labels) -> str:
     """'; ...' if labels are called as the images with something before or behind, as annotation tools have it."""
-    found = collections.Counter()
+    found, names = collections.Counter(), {_spelt(name) for name in images}
     for name in labels:
         for cut in range(1, len(name)):
-            if name[:cut] in images:
+            if _spelt(name[:cut]) in names:
                 found["NAME" + name[cut:]] += 1
-            if name[cut:] in images:
+            if _spelt(name[cut:]) in names:
                 found[name[:cut] + "NAME"] += 1
     (pattern, count), *_ = found.most_common(1) or [("", 0)]
     return f"; {count} of them are called {pattern}: rename these to NAME" if count else ""
@@ -144,10 +167,12 @@ def _files_by_stem(directory: pathlib.Path, extensions: tuple[str, ...]) -> dict
     """{stem as `_same` has it: file name} of the visible files in `directory` with one of `extensions`, in any case."""
     if not directory.is_dir():
         parent = next(path for path in directory.parents if path.is_dir())
+        held, missing = sorted(entry.name for entry in parent.iterdir()), directory.relative_to(parent).parts[0]
+        twin = next((name for name in held if _spelt(name) == _spelt(missing) and (parent / name).is_dir()), None)
+        rename = twin and f"its {twin} differs from {missing} only in {_unlike(twin, missing)}: rename that, or "
         raise UserError(
-            f"no such directory: {directory}; {parent} holds "
-            f"{some(sorted(entry.name for entry in parent.iterdir()))}; "
-            "correct the data root or the split"
+            f"no such directory: {directory}; {parent} holds {some(held)}; "
+            f"{rename or ''}correct the data root or the split"
         )
     found, others = {}, []
     with os.scandir(directory) as entries:

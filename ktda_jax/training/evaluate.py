@@ -89,10 +89,15 @@ def evaluate(
     return Evaluation(total, summarize(total), samples)
 
 
+def table(result: Evaluation, classes: tuple[str, ...]) -> str:
+    scores = format_table(result.metrics, classes)
+    return f"{scores}\nbest constant prediction: mIoU {best_constant(result.confusion):.2f}"
+
+
 def write_report(
     result: Evaluation, workdir: pathlib.Path, name: str, info: DatasetInfo, rgb: tuple[int, int, int] = (0, 1, 2)
-) -> str:
-    """Writes `figures/<name>_{confusion,samples}.png` and `figures/<name>.json`; returns the table as text.
+) -> None:
+    """Writes `figures/<name>_{confusion,samples}.png` and `figures/<name>.json`.
 
     `rgb`: the bands of the images that are shown.
     """
@@ -117,8 +122,6 @@ def write_report(
     temporary = folder / f".{name}.json.tmp"
     temporary.write_text(json.dumps(values, indent=1) + "\n")
     os.replace(temporary, folder / f"{name}.json")
-    table = format_table(result.metrics, info.classes)
-    return f"{table}\nbest constant prediction: mIoU {best_constant(result.confusion):.2f}"
 
 
 def _tile_score(sample: dict, num_classes: int) -> float:

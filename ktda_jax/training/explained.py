@@ -106,16 +106,20 @@ def _share(sums: dict[str, np.ndarray], distance: str) -> float:
     return float(1 - error / max(variance, 1e-12))
 
 
-def write_report(result: Explained, workdir: pathlib.Path, images: int) -> str:
-    """Writes `figures/held_out.json`; returns the table as text."""
-    folder = workdir / "figures"
-    folder.mkdir(exist_ok=True)
-    temporary = folder / ".held_out.json.tmp"
-    temporary.write_text(json.dumps({"images": images, **result.summary}, indent=1) + "\n")
-    os.replace(temporary, folder / "held_out.json")
+def table(result: Explained) -> str:
+    """The share of each layer's variance, as text."""
     lines = [f"{'teacher layer':>14}{'level':>7}{'explained':>11}"]
     shares = iter(result.shares)
     for level, layer in enumerate(result.layers, 1):
         if layer:
             lines.append(f"{layer:14}{level:7}{next(shares):11.3f}")
     return "\n".join([*lines, f"{'mean':>14}{'':7}{result.mean:11.3f}"])
+
+
+def write_report(result: Explained, workdir: pathlib.Path, images: int) -> None:
+    """Writes `figures/held_out.json`."""
+    folder = workdir / "figures"
+    folder.mkdir(exist_ok=True)
+    temporary = folder / ".held_out.json.tmp"
+    temporary.write_text(json.dumps({"images": images, **result.summary}, indent=1) + "\n")
+    os.replace(temporary, folder / "held_out.json")

@@ -1,6 +1,8 @@
 """The images that a config names: which sources, checked, and this process's share of the batches."""
 
+import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +12,7 @@ from jax.experimental import multihost_utils
 from ktda_jax import UserError
 from ktda_jax.config.model import model_of, teacher_identity
 from ktda_jax.config.settings import Data, Settings, StoredTaps
-from ktda_jax.data import classes, pipeline, reading, unlabelled
+from ktda_jax.data import classes, images, pipeline, reading, unlabelled
 from ktda_jax.data.check import SplitSummary, check_split
 from ktda_jax.data.mixture import Mixture
 from ktda_jax.data.paths import expand
@@ -50,6 +52,12 @@ def eval_source(data: Data, split: str, batch_size: int) -> tuple[Any, SplitSumm
 def holds_jpeg(source: Source) -> bool:
     """Whether images are JPEGs, which versions of GDAL do not decode alike."""
     return any(path.lower().endswith((".jpg", ".jpeg")) for path in getattr(source, "image_paths", ()))
+
+
+def may_hide(source: Source | None) -> bool:
+    """Whether alpha bands or masks may say where images have no data: former versions took some of these for data."""
+    plain = not isinstance(source, FolderSource) or source.plain
+    return source is not None and not plain and any(map(images.may_hide, source.image_paths))
 
 
 def doubts(data: Data, source: Source, split: str, summary: SplitSummary) -> list[str]:
@@ -131,6 +139,7 @@ class Inputs(NamedTuple):
     features: TeacherFeatures | None
     doubtful: list[str]  # what may be wrong with the tiles
     jpeg: bool  # whether they are JPEGs
+    may_hide: Callable[[], bool]  # see the function
 
 
 def open_inputs(settings: Settings, mixture: Mixture | None, first_row: int = 0) -> Inputs:
@@ -176,5 +185,5 @@ def open_inputs(settings: Settings, mixture: Mixture | None, first_row: int = 0)
     jpeg = any(holds_jpeg(tiles) for tiles in (source, windows) if tiles is not None)
     return Inputs(
         batches, ", ".join(what), val_batches, fingerprints, features or window_features,
-        list(dict.fromkeys(doubtful)), jpeg,
+        list(dict.fromkeys(doubtful)), jpeg, functools.partial(may_hide, source),
     )  # fmt: skip

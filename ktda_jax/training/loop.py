@@ -100,7 +100,7 @@ def _begin(
     """The step and state to go on from, and the workdir's record of the training."""
     start = checkpoints.latest_step() or 0
     if start:
-        if doubt := records.compare_data(workdir, data.fingerprints, jpeg=data.jpeg):
+        if doubt := records.compare_data(workdir, data.fingerprints, jpeg=data.jpeg, may_hide=data.may_hide):
             data.doubtful.append(doubt)
     if jax.process_index() == 0:
         records.write_run(workdir, settings, data.fingerprints, extended)  # first: a kill between them loses nothing

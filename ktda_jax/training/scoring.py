@@ -1,5 +1,6 @@
 """A state scored: on validation while it is trained, and the best one of a workdir."""
 
+import functools
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -39,11 +40,7 @@ def validate(
         shares = " ".join(f"{share:.3f}" for share in found.shares)
         writer.message(f"step {step}: of the held-out images' teacher features {found.mean:.3f} explained ({shares})")
         return {"explained": found.mean}
-    result = evaluate.evaluate(
-        program.eval_step, current.params if current.ema is None else current.ema, current.batch_stats,
-        data.val_batches, program.mesh, num_classes=settings.data.info.num_classes,
-        frozen=teacher if settings.encodes else None,
-    )  # fmt: skip
+    result = _evaluate(settings, program, data.val_batches, current, teacher)
     scores = result.metrics.summary
     writer.write(step, {f"val/{k}": v for k, v in scores.items()})
     writer.message(f"step {step}: val mIoU {scores['mIoU']:.2f}, aAcc {scores['aAcc']:.2f}")
@@ -90,11 +87,13 @@ def evaluate_workdir(
         )
     said = program is not None  # training has warned already
     program = program or build(settings, teacher=not settings.supervised, initial=not trained)
-    if not settings.supervised:
-        return _evaluate_distilled(settings, workdir, program)
-    batches, _, doubtful = eval_source(settings.data, split, settings.eval_batch_size)
+    obstacle = None if said or jax.process_index() else records.obstacle(workdir)
+    if settings.supervised:
+        batches, _, doubtful = eval_source(settings.data, split, settings.eval_batch_size)
+    else:
+        (batches, held_out), doubtful = held_out_batches(settings.data, settings.eval_batch_size), []
     if not said and jax.process_index() == 0:
-        for line in doubtful:
+        for line in [*doubtful, *filter(None, [obstacle])]:
             print(f"warning: {line}", flush=True)
     if trained:
         with Checkpoints(workdir / "checkpoints") as checkpoints:
@@ -104,44 +103,37 @@ def evaluate_workdir(
             current, _ = checkpoints.restore(step, program.abstract, program.shardings)
     else:
         step, current = 0, program.init()  # the weights of settings.weights.model as they came
-    info = settings.data.info
-    params = current.params if current.ema is None else current.ema
-    result = evaluate.evaluate(
-        program.eval_step, params, current.batch_stats, batches, program.mesh, num_classes=len(info.classes),
-        frozen=None if program.encoder is None else program.teacher(),
+    teacher = program.teacher() if settings.encodes or not settings.supervised else {}
+    if settings.supervised:
+        result, info = _evaluate(settings, program, batches, current, teacher), settings.data.info
+        what, table = f"{split} split", evaluate.table(result, info.classes)
+        summary = result.metrics.summary
+        write = functools.partial(evaluate.write_report, result, workdir, split, info, settings.data.rgb_positions)
+    else:
+        result = explain(settings, program, batches, current, teacher)
+        split, summary, table = "held out", result.summary, explained.table(result)
+        what = f"{held_out.windows:,} windows held out"
+        write = functools.partial(explained.write_report, result, workdir, held_out.windows)
+    if jax.process_index() == 0:
+        print(f"\n{what}, step {step}:\n{table}", flush=True)
+    if jax.process_index() == 0 and not obstacle:
+        with records.writing(workdir / "figures"):
+            write()
+            if (workdir / "metrics.jsonl").exists():
+                plots.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
+        with records.writing(workdir / "metrics.jsonl"):
+            _append_final(workdir, step, split, summary)
+        print(f"figures in {workdir / 'figures'}", flush=True)
+    return result
+
+
+def _evaluate(
+    settings: Settings, program: Program, batches: Iterable[dict], current: TrainState, teacher: Arrays
+) -> evaluate.Evaluation:
+    return evaluate.evaluate(
+        program.eval_step, current.params if current.ema is None else current.ema, current.batch_stats, batches,
+        program.mesh, num_classes=settings.data.info.num_classes, frozen=teacher if settings.encodes else None,
     )  # fmt: skip
-    if jax.process_index() == 0:
-        with records.writing(workdir / "figures"):
-            table = evaluate.write_report(result, workdir, split, info, settings.data.rgb_positions)
-            if (workdir / "metrics.jsonl").exists():
-                plots.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
-        with records.writing(workdir / "metrics.jsonl"):
-            _append_final(workdir, step, split, result.metrics.summary)
-        print(f"\n{split} split, step {step}:\n{table}\nfigures in {workdir / 'figures'}", flush=True)
-    return result
-
-
-def _evaluate_distilled(settings: Settings, workdir: pathlib.Path, program: Program) -> explained.Explained:
-    batches, held_out = held_out_batches(settings.data, settings.eval_batch_size)
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        step = checkpoints.best_step()
-        if step is None:
-            raise UserError(f"no checkpoint in {workdir / 'checkpoints'}; train first")
-        current, _ = checkpoints.restore(step, program.abstract, program.shardings)
-    result = explain(settings, program, batches, current, program.teacher())
-    if jax.process_index() == 0:
-        with records.writing(workdir / "figures"):
-            table = explained.write_report(result, workdir, held_out.windows)
-            if (workdir / "metrics.jsonl").exists():
-                plots.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
-        with records.writing(workdir / "metrics.jsonl"):
-            _append_final(workdir, step, "held out", result.summary)
-        print(
-            f"\n{held_out.windows:,} windows held out, step {step}, variance of the teacher explained:\n{table}\n"
-            f"start a training from it with --config.weights.student={workdir}",
-            flush=True,
-        )
-    return result
 
 
 def _append_final(workdir: pathlib.Path, step: int, split: str, summary: Mapping[str, float]) -> None:

@@ -3,8 +3,11 @@
 Orbax's index has checksums; the arrays themselves, the data position and the score have none. So each checkpoint holds
 `state/sums.json`, written before the checkpoint counts as complete: size and sum of all files of the state, and the
 data position and the score once more. Checkpoints of former versions lack it; of them only what cannot be read shows.
+A checkpoint itself tells which version wrote it: Orbax names in `_CHECKPOINT_METADATA` who handled the state, and that
+has been a class of ours for as long as there are sums. So old checkpoints may lie beside new ones, in any order.
 """
 
+import errno
 import hashlib
 import json
 import pathlib
@@ -17,7 +20,7 @@ import numpy as np
 from ktda_jax import UserError
 
 SUMS, WRITTEN_LATER = "sums.json", "commit_success.txt"
-DATA, SCORE = "data/metadata", "metrics/metrics"
+DATA, SCORE, WRITER = "data/metadata", "metrics/metrics", "_CHECKPOINT_METADATA"
 PAGE, BLOCK = 4096, 1 << 20  # bytes
 
 
@@ -131,10 +134,7 @@ def _score_fault(folder: pathlib.Path) -> str | None:
 def _has_score(folder: pathlib.Path) -> bool:
     """Whether the checkpoint says that it was validated."""
     try:
-        return (
-            bool((_sums(folder) or {}).get("metrics"))
-            or "metrics" in _json(folder / "_CHECKPOINT_METADATA")["item_handlers"]
-        )
+        return bool((_sums(folder) or {}).get("metrics")) or "metrics" in _json(folder / WRITER)["item_handlers"]
     except (OSError, _NotJson, KeyError, TypeError, AttributeError):
         return False
 
@@ -151,8 +151,17 @@ def _json(path: pathlib.Path) -> Any:
 
 
 def _sums(folder: pathlib.Path) -> dict | None:
-    """None where a former version wrote the checkpoint."""
-    return _json(folder / "state" / SUMS) if (folder / "state" / SUMS).exists() else None
+    """None where a former version wrote the checkpoint; FileNotFoundError where they are lost."""
+    path = folder / "state" / SUMS
+    if path.exists():
+        return _json(path)
+    try:
+        writes_sums = _json(folder / WRITER)["item_handlers"]["state"].startswith("ktda_jax.")
+    except (KeyError, TypeError, AttributeError):
+        return None
+    if writes_sums:
+        raise FileNotFoundError(errno.ENOENT, "", str(path))
+    return None
 
 
 def _below(folder: pathlib.Path, path: object) -> str:
