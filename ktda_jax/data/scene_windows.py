@@ -184,8 +184,9 @@ class UnlabelledSource:
         first, second, height, width = file.window(top, left, *self.crop)
         with self._open.file(file.path) as dataset:
             pixels, present = read_window(
-                dataset, file.layout, self._reading, Window(second, first, width, height), file.alphas
-            )
+                dataset, file.layout, self._reading, file.alphas, Window(second, first, width, height),
+                declared=self._reading.nodata is None,
+            )  # fmt: skip
         data = present & (np.bitwise_or.reduce(pixels, 0) > 0)  # nobody declares the black around a turned image
         data, present = upright(data, file.orientation), upright(present, file.orientation)
         image = interleaved(upright(pixels, file.orientation))

@@ -1,0 +1,276 @@
+"""Learning from a frozen teacher alone: images without labels, the variance explained, and training from there."""
+
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+import runs
+import scene_files
+from PIL import Image
+
+from ktda_jax import UserError, load_pretrained, sharding
+from ktda_jax.config import checks
+from ktda_jax.config.model import model_of
+from ktda_jax.config.settings import Settings
+from ktda_jax.data.mixture import Mixture
+from ktda_jax.training import distilled, explained, loop, scoring, tap_statistics, trained
+from ktda_jax.training.inputs import open_inputs
+from ktda_jax.training.program import build
+from ktda_jax.weights import folder
+from ktda_jax.weights.folder import Weights
+
+STANDARD = {"model.standardize_taps": True, "loss.distance": "mse", "model.student.drop_path": 0.0}
+ALONE = {**STANDARD, "supervised": False, "total_steps": 200, "eval_every": 100, "log_every": 50, "data.photometric": False}
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    return runs.make_tiles(tmp_path_factory.mktemp("tiles"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two scenes of blocks of grey, as the tiles are, and one folder of ten smaller ones."""
+    place, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(1)
+    for name, (height, width) in {"a.tif": (350, 216), "b.tif": (216, 288)}.items():
+        blocks = np.kron(rng.integers(0, 5, (height // 9 + 1, width // 9 + 1)), np.ones((9, 9)))[:height, :width]
+        pixels = (blocks[..., None] * 40 + rng.integers(0, 40, (height, width, 3))).astype(np.uint8)
+        scene_files.write(place / name, pixels)
+    return place
+
+
+@pytest.fixture(scope="module")
+def teacher(tiles, tmp_path_factory):
+    path, config = tmp_path_factory.mktemp("weights") / "teacher", runs.config(tiles)
+    folder.save(path, Weights("teacher", model_of(Settings.of(config)).teacher, runs.random_teacher(config), {}))
+    return path
+
+
+@pytest.fixture
+def given(tiles, images, teacher, monkeypatch):
+    """given(base, key=value...): the overrides of a config with these images and this teacher."""
+    monkeypatch.setattr(tap_statistics, "IMAGES", 16)
+
+    def make(base, **overrides):
+        common = {"data.unlabelled": (str(images),), "weights.teacher": str(teacher)}
+        return {**base, **common, **{k.replace("__", "."): v for k, v in overrides.items()}}
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def student(tiles, images, teacher, tmp_path_factory):
+    """The workdir of a distilled student, and what it explained at last."""
+    workdir = tmp_path_factory.mktemp("distilled") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tap_statistics, "IMAGES", 16)
+        config = runs.config(
+            tiles, {**ALONE, "data.unlabelled": (str(images),), "weights.teacher": str(teacher), "data.root": None}
+        )
+        return workdir, loop.train_and_evaluate(config, workdir), config
+
+
+# Distilled alone --------------------------------------------------------------------------------------------------
+
+
+def test_a_distilled_student_explains_what_it_has_not_seen(student, tiles):
+    """More than at its start, and more than a constant; the best checkpoint is known by it."""
+    workdir, result, config = student
+    program = build(Settings.of(config))
+    data = open_inputs(Settings.of(config), None)
+    start = scoring.explain(Settings.of(config), program, data.val_batches, program.init(), program.teacher())
+    assert start.mean < 0.01 < 0.06 < result.mean and all(s < r for s, r in zip(start.shares, result.shares, strict=True))
+    scores = {row["step"]: row["val/explained"] for row in runs.rows(workdir) if "val/explained" in row}
+    assert list(scores) == [100, 200] and max(scores.values()) == pytest.approx(result.mean)
+    assert runs.rows(workdir)[-1]["final/explained"] == pytest.approx(result.mean)
+    report = json.loads((workdir / "figures" / "held_out.json").read_text())
+    assert report["explained"] == pytest.approx(result.mean) and "explained_level4_layer4" in report
+    assert {path.split("/")[0] for path in program.abstract.params} == {"student", "fam"}  # and no decoder
+
+
+def test_explained_is_the_share_of_variance(student):
+    """Against numpy, over two batches with a padded row; a mean alone explains nothing, the teacher all."""
+    rng = np.random.default_rng(0)
+    t = rng.normal(2, 3, (7, 2, 2, 5))
+    s = t + rng.normal(size=t.shape)
+    sums = {"tokens": 28, "t": t.sum((0, 1, 2)), "st": (s * t).sum(), "ss": (s * s).sum(), "tt": (t * t).sum()}
+    expected = 1 - np.square(s - t).sum() / np.square(t - t.mean((0, 1, 2))).sum()
+    assert explained._share(sums, "mse") == pytest.approx(expected)
+    assert float(explained.of_batch([s, s], [t, None])) == pytest.approx(expected, rel=1e-5)
+    scaled = {**sums, "st": 10 * sums["st"], "ss": 100 * sums["ss"]}
+    assert explained._share(scaled, "cosine") == pytest.approx(explained._share(sums, "cosine"))  # has no scale
+    constant = np.broadcast_to(t.mean((0, 1, 2)), t.shape)
+    assert float(explained.of_batch([constant], [t])) == pytest.approx(0, abs=1e-5)
+    assert float(explained.of_batch([t], [t])) == pytest.approx(1)
+
+
+def test_a_student_alone_makes_no_map(student):
+    workdir, _, config = student
+    with pytest.raises(UserError, match="distilled without labels, so it has no decoder; train one.*weights.student="):
+        load_pretrained(workdir)
+    again = scoring.evaluate_workdir(config, workdir)
+    assert again.shares == student[1].shares
+
+
+# Training from there ----------------------------------------------------------------------------------------------
+
+
+def test_training_starts_from_student_fam_and_statistics(student, given, tiles):
+    workdir, _, _ = student
+    settings = runs.settings(tiles, given(STANDARD, weights__student=str(workdir)))
+    program = build(settings)
+    params, found = program.init(), trained.from_workdir(workdir).arrays
+    for path, value in found.items():
+        ours = params.batch_stats if path.startswith("taps/") else params.params
+        np.testing.assert_array_equal(ours[path], value)
+    assert {path.split("/")[0] for path in program.loaded} == {"student", "fam", "taps"}
+    assert program.notes == [f"student and FAM with the taps' statistics come from {workdir}"]
+    begun = loop._initial(settings, program, None)  # does not measure again
+    np.testing.assert_array_equal(begun.batch_stats["taps/mean"], found["taps/mean"])
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"model.teacher.taps": (1, 2, 3, 3)}, r"with config.model.teacher.taps=\(1, 2, 3, 4\), now it is \(1, 2, 3, 3\)"),
+        ({"model.standardize_taps": False}, "config.model.standardize_taps=True, now it is False; set it as it was"),
+        ({"model.student.channels": (8, 8, 16, 24)}, r"config.weights.student: the student in .* has channels"),
+        ({"weights.teacher": "other"}, "from the teacher .*teacher, now config.weights.teacher is .*which is another"),
+    ],
+)
+def test_another_student_or_teacher_is_named(student, given, tiles, tmp_path, changed, message):
+    if "weights.teacher" in changed:
+        config = runs.config(tiles)
+        arrays = {k: v + 1 for k, v in runs.random_teacher(config).items()}
+        folder.save(tmp_path / "other", Weights("teacher", model_of(Settings.of(config)).teacher, arrays, {}))
+        changed = {"weights.teacher": str(tmp_path / "other")}
+    overrides = {**given(STANDARD, weights__student=str(student[0])), **changed}
+    with pytest.raises(UserError, match=message):
+        build(runs.settings(tiles, overrides))
+    if "model.student.channels" not in changed:  # what the teacher's features do not matter for goes on
+        assert build(runs.settings(tiles, {**overrides, "distill": False, "data.unlabelled": None})).notes
+
+
+def test_a_fam_for_another_width_begins_anew_and_says_so(student, tiles):
+    overrides = {**STANDARD, "weights.student": str(student[0]), "model.teacher.width": 24}
+    program = build(runs.settings(tiles, overrides))
+    assert {path.split("/")[0] for path in program.loaded} == {"student"}
+    assert "its FAM, for a teacher of width 16, does not: this model has one for a teacher of width 24" in program.notes[0]
+
+
+# Rows without labels ----------------------------------------------------------------------------------------------
+
+
+def _step(settings, batch, state=None):
+    program = build(settings)
+    arguments = jax.device_put(state or runs.random_state(program), program.shardings)
+    rows = sharding.to_global(program.mesh, {k: batch[k] for k in ("image", "label", "taps") if k in batch})
+    return jax.device_get(program.train_step(arguments, rows, program.teacher()))
+
+
+def test_rows_without_labels_touch_the_distillation_and_nothing_else(given, tiles):
+    """Cross entropy, accuracy, BatchNorm and the decoders' parameters are those of the labelled rows alone."""
+    options = {"model.dropout": 0.0, "batch_size": 8, "optimizer.weight_decay": 0.0}
+    mixed = runs.settings(tiles, given({**STANDARD, **options}))
+    batch = next(open_inputs(mixed, Mixture.of(0.5, 8)).batches)
+    assert [bool((label == 255).all()) for label in batch["label"]] == [False, True] * 4
+    few = {k: batch[k][::2] for k in ("image", "label")}
+    alone = runs.settings(tiles, given({**STANDARD, **options}, data__unlabelled=None, batch_size=4))
+    (both, terms), (labelled, expected) = _step(mixed, batch), _step(alone, few)
+    for term in ("decode", "aux", "acc"):
+        np.testing.assert_allclose(terms[term], expected[term], rtol=1e-5)
+    assert terms["distill"] != pytest.approx(float(expected["distill"]), rel=1e-4)
+    for path, value in both.batch_stats.items():
+        np.testing.assert_allclose(value, labelled.batch_stats[path], rtol=1e-5, atol=1e-6, err_msg=path)
+    # Adam's first moments are a tenth of the gradients.
+    ours, theirs = (optax.tree.get(state.opt_state, "mu") for state in (both, labelled))
+    for path in ours:
+        same = np.allclose(ours[path], theirs[path], rtol=1e-4, atol=1e-7)
+        assert same == path.startswith(("neck", "fmm", "decode_head", "auxiliary_head")), path
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_mesh_computes_what_one_device_does(given, tiles, accumulate):
+    options = {**STANDARD, "model.dropout": 0.0, "batch_size": 32, "eval_batch_size": 8, "grad_accum": accumulate}
+    found = []
+    for data, fsdp in ((1, 1), (2, 4)):
+        settings = runs.settings(tiles, given(options, mesh__data=data, mesh__fsdp=fsdp))
+        batch = next(open_inputs(settings, Mixture.of(0.5, 4 // accumulate, accumulate)).batches)
+        found.append(_step(settings, batch)[1])
+    for term, value in found[0].items():
+        np.testing.assert_allclose(value, found[1][term], rtol=2e-4, err_msg=term)
+
+
+def test_resumed_it_is_the_same_bit_for_bit(given, tiles, tmp_path):
+    """With labelled and unlabelled rows, statistics of the taps, and a stop between two evaluations."""
+    overrides = given({**STANDARD, "total_steps": 4, "eval_every": 4, "checkpoint_every": 2})
+    loop.train_and_evaluate(runs.config(tiles, overrides), tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "validate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            loop.train_and_evaluate(runs.config(tiles, overrides), tmp_path / "parts")
+    assert runs.steps(tmp_path / "parts", "train/explained")
+    loop.train_and_evaluate(runs.config(tiles, overrides), tmp_path / "parts")
+    whole, parts = (runs.saved_state(tmp_path / name, tiles, overrides) for name in ("whole", "parts"))
+    assert whole[0] == parts[0] == 4 and whole[2] == parts[2]
+    for path, value in whole[1].items():
+        assert value.tobytes() == parts[1][path].tobytes(), path
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(given, tiles, tmp_path):
+    overrides = {**given(STANDARD), "mesh.data": -1, "total_steps": 3}
+    overrides["data.unlabelled"] = overrides["data.unlabelled"][0]
+    runs.finish(runs.start(*runs.arguments(tiles, tmp_path / "one", overrides), devices=2))
+    both = runs.start_two(*runs.arguments(tiles, tmp_path / "two", overrides))
+    for process in both:
+        runs.finish(process)
+    for one, two in zip(runs.rows(tmp_path / "one"), runs.rows(tmp_path / "two"), strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+# What cannot be ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"supervised": False, "data.unlabelled": None}, "trains on images alone; name them by config.data.unlabelled="),
+        ({"distill": False}, "config.data.unlabelled only serves the distillation; set config.distill=True"),
+        ({"supervised": False, "distill": False}, "config.supervised=False only serves the distillation"),
+        ({"weights.teacher": None}, "config.data.unlabelled would teach what a random teacher says; give a pretrained"),
+        ({"supervised": False, "weights.teacher": None}, "config.supervised=False would teach what a random teacher"),
+        ({"data.unlabelled_val": ("x",)}, "config.data.unlabelled_val scores a training with config.supervised=False"),
+        ({"supervised": False, "weights.model": "x"}, "trains no decoder; give config.weights.student, not .model"),
+        ({"data.unlabelled_share": 1.0}, "config.data.unlabelled_share is 1.0; give a share between 0 and 1"),
+        ({"loss.distance": "l1"}, "config.loss.distance is 'l1'; choose published, mse or cosine"),
+        ({"loss.tap_weights": (1.0, 1.0)}, r"config.loss.tap_weights is \(1.0, 1.0\); give four numbers from 0"),
+    ],
+)
+def test_settings_that_do_not_fit(given, tiles, changed, message):
+    with pytest.raises(UserError, match=message):
+        checks.resolve(runs.config(tiles, {**given(STANDARD), **changed}))
+
+
+def test_a_share_that_a_device_cannot_have(given, tiles):
+    with pytest.raises(UserError, match="unlabelled_share is 0.3, but a device's 4 row"):
+        build(runs.settings(tiles, given(STANDARD, data__unlabelled_share=0.3)))
+
+
+def test_images_in_another_unit_are_refused_before_anything_is_compiled(given, tiles, tmp_path, monkeypatch):
+    Image.fromarray(np.random.default_rng(0).integers(0, 2, (80, 80, 3)).astype(np.uint8)).save(tmp_path / "dark.png")
+    monkeypatch.setattr(loop, "Compilation", lambda program: None)
+    config = runs.config(tiles, given(STANDARD, data__unlabelled=(str(tmp_path / "dark.png"),)))
+    with pytest.raises(UserError, match="config.data.unlabelled: "):
+        loop.train_and_evaluate(config, tmp_path / "run")
+
+
+def test_unused_fam_parts_of_a_whole_model_are_left(student, tiles):
+    """A whole model that is named as a student gives its student alone, as before."""
+    settings = runs.settings(tiles, STANDARD)
+    whole = Weights("ktda", model_of(settings), {}, {})
+    assert distilled.fam_of(whole, settings, model_of(settings), {}) == ({}, [])
