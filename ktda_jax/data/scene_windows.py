@@ -15,7 +15,7 @@ import numpy as np
 
 from ktda_jax import UserError
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.gdal import one_line, opened, upright
+from ktda_jax.data.gdal import one_line, open_file, upright
 from ktda_jax.data.images import Layout, Reading, interleaved, read_window
 from ktda_jax.data.sources import Tile, some
 
@@ -82,7 +82,7 @@ class _Open(threading.local):
     """The files that a thread used last, open; a copy or a pickle of it has none."""
 
     def __init__(self):
-        self.files: dict[pathlib.Path, tuple[contextlib.ExitStack, Any]] = {}
+        self.files: dict[pathlib.Path, Any] = {}
 
     def __reduce__(self):
         return _Open, ()
@@ -90,18 +90,18 @@ class _Open(threading.local):
     @contextlib.contextmanager
     def file(self, path: pathlib.Path) -> Iterator[Any]:
         """As `gdal.opened`. What has failed once is opened anew."""
-        stack, file = self.files.pop(path, (contextlib.ExitStack(), None))
+        file = self.files.pop(path, None)
+        if file is None:
+            while len(self.files) >= KEPT_OPEN:
+                self.files.pop(next(iter(self.files))).close()
+            file = open_file(path)
         try:
-            if file is None:
-                while len(self.files) >= KEPT_OPEN:
-                    self.files.pop(next(iter(self.files)))[0].close()
-                file = stack.enter_context(opened(path))
             with one_line(path):
                 yield file
         except BaseException:
-            stack.close()
+            file.close()
             raise
-        self.files[path] = stack, file
+        self.files[path] = file
 
 
 class UnlabelledSource:
