@@ -6,6 +6,7 @@ random places, each within its share of the image, so that all places come about
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import threading
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,19 @@ class ImageFile:
     orientation: int
     rows: Axis
     columns: Axis
+    block: tuple[int, int]  # of stored pixels, which are decoded together
+    itemsize: int  # bytes of a stored value
+
+    def decoded(self, crop: tuple[int, int]) -> int:
+        """Pixels that are decoded, at most, for a window."""
+        turned = self.orientation >= 5
+        sizes, sides = ((pair[::-1] if turned else pair) for pair in ((self.height, self.width), crop))
+        touched = ((-(-(side - 1) // block) + 1) * block for side, block in zip(sides, self.block, strict=True))
+        return math.prod(min(size, pixels) for size, pixels in zip(sizes, touched, strict=True))
+
+    @property
+    def in_strips(self) -> bool:
+        return self.block[1] >= (self.height if self.orientation >= 5 else self.width)
 
     @property
     def grid(self) -> tuple[int, int]:
