@@ -80,15 +80,30 @@ def one_line(path: str | os.PathLike) -> Iterator[None]:
 @contextlib.contextmanager
 def opened(path: str | os.PathLike, **options) -> Iterator[Any]:
     """An open rasterio dataset, whole and of some bands; UserError names the file, also for what is read within."""
-    rasterio = rasterio_for(path)
-    with one_line(path), rasterio.open(path, sharing=False, **options) as file:
-        if not file.count:
-            raise FileError("image", path, "holds several rasters and none of its own", "name the one that is meant")
-        if file.driver == "PNG":
-            with _mapped(file.name) as data:
-                if data and not whole_png(data):  # GDAL takes whatever lies in memory for what is missing
-                    raise EOFError("the file is damaged or cut short")
+    with one_line(path), open_file(path, **options) as file:
         yield file
+
+
+def open_file(path: str | os.PathLike, **options) -> Any:
+    """The same, to be kept and closed by the caller, who reads within `one_line`."""
+    rasterio = rasterio_for(path)
+    with one_line(path):
+        file = rasterio.open(path, sharing=False, **options)
+        try:
+            _check(file, path)
+        except BaseException:
+            file.close()
+            raise
+    return file
+
+
+def _check(file, path: str | os.PathLike) -> None:
+    if not file.count:
+        raise FileError("image", path, "holds several rasters and none of its own", "name the one that is meant")
+    if file.driver == "PNG":
+        with _mapped(file.name) as data:
+            if data and not whole_png(data):  # GDAL takes whatever lies in memory for what is missing
+                raise EOFError("the file is damaged or cut short")
 
 
 def place_of(file) -> dict[str, Any]:

@@ -28,7 +28,10 @@ def found(text: str, suffixes: Sequence[str], *, what: str, called: str) -> list
     """
     path = expand(text)
     if path.is_dir():
-        inside = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
+        try:
+            inside = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
+        except OSError as error:
+            raise UserError(f"cannot look into the folder {called}: {error.strerror}") from error
         files = [p for p in inside if p.suffix.lower() in suffixes and not p.is_dir()]
         if not files:
             deeper = "; folders in it are not searched: name them" if any(p.is_dir() for p in inside) else ""

@@ -6,6 +6,7 @@ random places, each within its share of the image, so that all places come about
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from ktda_jax import UserError
 from ktda_jax.data.datasets import IGNORE
-from ktda_jax.data.gdal import one_line, opened, upright
+from ktda_jax.data.gdal import one_line, open_file, upright
 from ktda_jax.data.images import Layout, Reading, interleaved, read_window
 from ktda_jax.data.sources import Tile, some
 
@@ -64,6 +65,19 @@ class ImageFile:
     orientation: int
     rows: Axis
     columns: Axis
+    block: tuple[int, int]  # of stored pixels, which are decoded together
+    itemsize: int  # bytes of a stored value
+
+    def decoded(self, crop: tuple[int, int]) -> int:
+        """Pixels that are decoded, at most, for a window."""
+        turned = self.orientation >= 5
+        sizes, sides = ((pair[::-1] if turned else pair) for pair in ((self.height, self.width), crop))
+        touched = ((-(-(side - 1) // block) + 1) * block for side, block in zip(sides, self.block, strict=True))
+        return math.prod(min(size, pixels) for size, pixels in zip(sizes, touched, strict=True))
+
+    @property
+    def in_strips(self) -> bool:
+        return self.block[1] >= (self.height if self.orientation >= 5 else self.width)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -82,7 +96,7 @@ class _Open(threading.local):
     """The files that a thread used last, open; a copy or a pickle of it has none."""
 
     def __init__(self):
-        self.files: dict[pathlib.Path, tuple[contextlib.ExitStack, Any]] = {}
+        self.files: dict[pathlib.Path, Any] = {}
 
     def __reduce__(self):
         return _Open, ()
@@ -90,18 +104,18 @@ class _Open(threading.local):
     @contextlib.contextmanager
     def file(self, path: pathlib.Path) -> Iterator[Any]:
         """As `gdal.opened`. What has failed once is opened anew."""
-        stack, file = self.files.pop(path, (contextlib.ExitStack(), None))
+        file = self.files.pop(path, None)
+        if file is None:
+            while len(self.files) >= KEPT_OPEN:
+                self.files.pop(next(iter(self.files))).close()
+            file = open_file(path)
         try:
-            if file is None:
-                while len(self.files) >= KEPT_OPEN:
-                    self.files.pop(next(iter(self.files)))[0].close()
-                file = stack.enter_context(opened(path))
             with one_line(path):
                 yield file
         except BaseException:
-            stack.close()
+            file.close()
             raise
-        self.files[path] = stack, file
+        self.files[path] = file
 
 
 class UnlabelledSource:

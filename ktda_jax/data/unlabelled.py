@@ -12,7 +12,7 @@ import numpy as np
 
 from ktda_jax import UserError
 from ktda_jax.data.check import complaint
-from ktda_jax.data.gdal import FileError
+from ktda_jax.data.gdal import SETTINGS, FileError
 from ktda_jax.data.images import Reading
 from ktda_jax.data.paths import expand, found
 from ktda_jax.data.raster import open_scene
@@ -20,6 +20,7 @@ from ktda_jax.data.scene_windows import HELD_OUT, Axis, ImageFile, UnlabelledSou
 from ktda_jax.data.sources import IMAGE_EXTENSIONS, cpu_threads, some
 
 SETTING = "config.data.unlabelled"
+SLOW = 1 << 24  # pixels decoded for a window
 SATURATED, NOT_SATURATED, NARROW, FAR = 0.9, 0.5, 0.1, 2  # of `compare`
 
 
@@ -62,13 +63,15 @@ def open_unlabelled(
     reading = Reading(bands and tuple(bands), scale, nodata, by_band=any(x is not None for x in (bands, scale, nodata)))
     count, skip = len(bands) if bands else 3, on_corrupt == "skip"
     named = _named(_listed(paths, setting))
-    with concurrent.futures.ThreadPoolExecutor(num_threads or cpu_threads()) as pool:
+    threads = num_threads or cpu_threads()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         looked = list(pool.map(lambda one: _look(*one, reading, count, crop), named.items()))
-        files, errors = ([found for found in looked if isinstance(found, kind)] for kind in (ImageFile, FileError))
-        if files and held_out is not None and (skip or not errors):
-            files = _share(files, crop, held_out, setting)
-        windows = [(k, *place) for k, file in enumerate(files) for place in np.ndindex(*file.grid)]
-        source = UnlabelledSource(files, np.array(windows, np.int32).reshape(-1, 3), reading, count, crop, skip)
+    files, errors = ([one for one in looked if isinstance(one, kind)] for kind in (ImageFile, FileError))
+    if files and held_out is not None and (skip or not errors):
+        files = _share(files, crop, held_out, setting)
+    windows = [(k, *place) for k, file in enumerate(files) for place in np.ndindex(*file.grid)]
+    source = UnlabelledSource(files, np.array(windows, np.int32).reshape(-1, 3), reading, count, crop, skip)
+    with concurrent.futures.ThreadPoolExecutor(min(threads, _at_once(files, crop, count))) as pool:
         seen = list(pool.map(lambda row: _examine(source, row, skip), _rows(files)))
     errors += [error for row in seen for error in row.errors]
     digests = [digest for row in seen for digest in row.digests]
@@ -88,7 +91,9 @@ def open_unlabelled(
         mean=mean,
         std=np.sqrt((counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)),
         saturated=float(counts[:, [0, 255]].sum() / counts.sum()),
-        warnings=[f"{setting}: skipped: {line}" for line in told] + _left_out(source, errors, setting),
+        warnings=[f"{setting}: skipped: {line}" for line in told]
+        + _left_out(source, errors, setting)
+        + _slow(files, crop, setting),
     )
 
 
@@ -170,7 +175,18 @@ def _look(name: str, path: pathlib.Path, reading: Reading, bands: int, crop: tup
         remedy = f"the crop is {crop[0]} x {crop[1]}: set a smaller config.data.crop, or leave them out"
         return FileError("image", path, f"has only {size[0]} x {size[1]} pixels", remedy)
     rows, columns = (Axis(0, have - side, max(1, round(have / side))) for have, side in zip(size, crop, strict=True))
-    return ImageFile(path, name, *size, scene.layout, scene.alphas, scene.orientation, rows, columns)
+    return ImageFile(
+        path,
+        name,
+        *size,
+        scene.layout,
+        scene.alphas,
+        scene.orientation,
+        rows,
+        columns,
+        scene.block,
+        np.dtype(scene.dtype).itemsize,
+    )
 
 
 def _share(files: list[ImageFile], crop: tuple[int, int], held_out: bool, setting: str) -> list[ImageFile]:
@@ -200,6 +216,24 @@ def _rows(files: list[ImageFile]) -> Iterator[range]:
         for _ in range(rows):
             yield range(first, first + columns)
             first += columns
+
+
+def _at_once(files: list[ImageFile], crop: tuple[int, int], bands: int) -> int:
+    """How many rows of windows are examined at a time: strips, once decoded, are to stay in GDAL's cache."""
+    sizes = [file.decoded(crop) * bands * file.itemsize for file in files if file.in_strips]
+    return max((int(SETTINGS["GDAL_CACHEMAX"]) << 19) // max(sizes, default=1), 1)  # half of it
+
+
+def _slow(files: list[ImageFile], crop: tuple[int, int], setting: str) -> list[str]:
+    """A warning of files for whose windows much is decoded in vain."""
+    slow = [file for file in files if file.decoded(crop) > max(SLOW, 8 * crop[0] * crop[1])]
+    if not slow:
+        return []
+    most = max(file.decoded(crop) for file in slow) / 1e6
+    return [
+        f"{setting}: slow to read, since up to {most:.1f} million pixels are decoded for a window of {crop[0]} x "
+        f"{crop[1]}: {some([str(file.path) for file in slow], 3)}; gdal_translate -co TILED=YES makes a file in tiles"
+    ]
 
 
 @dataclasses.dataclass
