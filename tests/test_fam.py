@@ -9,7 +9,7 @@ from flax import nnx
 from torch_weights import adopt, error, nchw, nhwc, random, randomize
 
 from ktda_jax.models import flat
-from ktda_jax.models.fam import FAM
+from ktda_jax.models.fam import FAM, on_grid
 
 CHANNELS, WIDTH = (3, 4, 5, 6), 8
 
@@ -40,3 +40,28 @@ def test_initial_weights_are_small_normal_and_biases_zero():
         assert not params[f"convert/{level}/bias"].any()
         kernel = np.asarray(params[f"convert/{level}/kernel"])
         assert kernel.std() == pytest.approx(0.02, rel=0.1) and abs(kernel.mean()) < 1e-3
+
+
+def test_the_aligned_form_reads_all_cells_of_a_token():
+    """A token's output depends on every pixel of its patch and, but for the depthwise convolutions, on no other."""
+    fam = FAM((2, 3, 4, 5), 6, aligned=True, dtype=np.float32, param_dtype=np.float32, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    maps = [rng.normal(size=(1, 12 * n // 4, 8 * n // 4, c)).astype(np.float32) for n, c in ((4, 2), (2, 3), (1, 4))]
+    maps.append(rng.normal(size=(1, 1, 1, 5)).astype(np.float32))
+    outputs = fam(maps, (3, 2))
+    assert [y.shape for y in outputs] == [(1, 3, 2, 6)] * 4
+    for level, cells in ((0, 4), (1, 2), (2, 1)):
+        kernel, bias = fam.convert[level].kernel[...], fam.convert[level].bias[...]
+        token = maps[level][0, 2 * cells : 3 * cells, cells : 2 * cells]  # row 2, column 1
+        np.testing.assert_allclose(outputs[level][0, 2, 1], token.reshape(-1) @ kernel + bias, atol=1e-6)
+
+
+def test_images_get_16_px_a_token_and_the_teachers_padding():
+    """Enlarged by 16 / 14, so that the third level has a cell a token; what the teacher pads is zero here, too."""
+    images = np.ones((1, 28, 40, 3), np.float32)
+    found = np.asarray(on_grid(images, (2, 3), 14))
+    assert found.shape == (1, 32, 48, 3)
+    np.testing.assert_allclose(found[:, :, :44], 1, atol=1e-6)
+    assert (found[:, :, -2:] < 0.5).all()
+    rows = np.arange(28.0, dtype=np.float32)[None, :, None, None] * np.ones((1, 28, 28, 1), np.float32)
+    np.testing.assert_allclose(on_grid(rows, (2, 2), 14)[0, 1:-1, 0, 0], (np.arange(32) + 0.5)[1:-1] * 14 / 16 - 0.5)

@@ -62,6 +62,7 @@ def base() -> ConfigDict:
         tap_scales=config_dict.placeholder(tuple),  # of the teacher's four taps; None: 1, as published
         standardize_taps=False,  # their channels, over the training images
         fam=True,
+        align_grid=False,  # the student's grid on the teacher's tokens, of which the FAM then sees all
         fmm=dict(enabled=True, form="transformer", blocks=4, heads=8, mlp_ratio=4.0, remat=False),
         grid=config_dict.placeholder(tuple),  # of the FAM's output; None: the teacher's
         neck_channels=config_dict.placeholder(int),  # of all behind the FAM; None: the teacher's width, as published

@@ -48,6 +48,13 @@ def _check_grid(settings: Settings, model: KTDAConfig) -> None:
             f"config.model.grid is {model.grid}, but the teacher sees a {crop[0]}x{crop[1]} crop as "
             f"{teacher_grid[0]}x{teacher_grid[1]} patches; set it to {teacher_grid}, or to None"
         )
+    patch = model.teacher.patch
+    if model.align_grid and (crop[0] % patch or crop[1] % patch):
+        whole = tuple(max(side // patch, 3) * patch for side in crop)
+        raise UserError(
+            f"config.data.crop is {tuple(crop)}, but config.model.align_grid wants whole patches of {patch} px; "
+            f"set it to {whole}, say"
+        )
     if model.fmm is not None and model.fmm.form == "transformer":
         for width in model.channels:
             if width % model.fmm.heads:

@@ -163,6 +163,9 @@ class Model:
         "each channel of the teacher's taps to mean 0 and variance 1 over the training images", absent=False
     )
     fam: bool = setting("whether there is a feature alignment module", source=PUBLISHED, absent=True)
+    align_grid: bool = setting(
+        "the student sees images enlarged to 16 px a token of the teacher, the FAM all cells of a token", absent=False
+    )
     grid: tuple[int, int] | None = setting(
         "rows and columns of the FAM's output; None: the teacher's", fits=SIZES, absent=None
     )

@@ -20,7 +20,7 @@ from flax import nnx
 from ktda_jax import UserError
 from ktda_jax.models import convnext, vit
 from ktda_jax.models.convnext import ConvNeXt, ConvNeXtConfig
-from ktda_jax.models.fam import FAM
+from ktda_jax.models.fam import FAM, on_grid
 from ktda_jax.models.fmm import FMM, FMMConfig
 from ktda_jax.models.heads import FCNHead, UPerHead
 from ktda_jax.models.layers import at_least_float32, resize
@@ -38,6 +38,7 @@ class KTDAConfig:
     teacher: ViTConfig  # sets the FAM's width and grid, also where no teacher is run
     encoder: str = "student"  # or "teacher": the frozen one, whose taps take the place of the FAM's outputs
     fam: bool = True
+    align_grid: bool = False  # the student's grid on the teacher's: see fam.py
     decoder: bool = True  # neck, FMM and heads; without them there is only something to distil
     fmm: FMMConfig | None = FMMConfig()
     grid: tuple[int, int] | None = None  # of the FAM's output; None: the teacher's for the input at hand
@@ -54,6 +55,8 @@ class KTDAConfig:
             raise UserError(f"config.model.encoder is {self.encoder!r}; choose 'student' or 'teacher'")
         if self.encoder == "teacher" and self.fam:
             raise UserError("config.model.encoder='teacher' leaves nothing to align; set config.model.fam=False")
+        if self.align_grid and not (self.fam and self.grid is None):
+            raise UserError("config.model.align_grid is the FAM's on the teacher's grid; set fam=True and grid=None")
         if self.encoder == "teacher" and None in self.teacher.tapped:
             raise UserError(
                 f"config.model.teacher.taps is {self.teacher.taps}; with config.model.encoder='teacher' every level "
@@ -155,7 +158,7 @@ class KTDA(nnx.Module):
         self.taps = TapStatistics(4, width, param_dtype=param_dtype) if config.standardize_taps else None
         self.teacher = ViT(config.teacher, **common) if frozen and own_encoder else None
         self.student = None if frozen else ConvNeXt(config.student, **common)
-        self.fam = FAM(config.student.channels, width, **common) if config.fam else None
+        self.fam = FAM(config.student.channels, width, aligned=config.align_grid, **common) if config.fam else None
         decoder, heads = config.decoder, dict(dropout=config.dropout, **common)
         fits = decoder and (config.fam or frozen)
         self.neck = MultiLevelNeck((width,) * 4, channels[0], **common) if fits else None
@@ -197,6 +200,8 @@ class KTDA(nnx.Module):
             taps = self.scaled(jax.lax.stop_gradient(teacher(seen)))
         if self.student is not None:
             x = normalize(images, self.dtype, *band_statistics(bands, rgb))
+            if self.config.align_grid:
+                x = on_grid(x, self.config.teacher.grid_of(*images.shape[1:3]), self.config.teacher.patch)
             features = self.student(x, key=keys[0])
         elif taps is None:
             raise UserError("this model's encoder is the frozen teacher (config.model.encoder), which it came without")

@@ -107,7 +107,7 @@ def of_model(model: KTDAConfig, size: tuple[int, int], *, distill: bool = True) 
         def run(params, stats, arrays, image):
             needed = {"teacher": flat.merge(vit, arrays, {})} if encodes else {}
             outputs = flat.merge(graphdef, params, stats)(image, train=train, **needed)
-            return outputs.logits, outputs.aux_logits
+            return outputs.logits, outputs.aux_logits, None if model.decoder else outputs.student
 
         return count(run, params, stats, arrays, image)
 

@@ -129,6 +129,8 @@ def to_upstream(weights: Weights, path: pathlib.Path) -> None:
         raise UserError(f"--to=upstream writes whole KTDA models; this is a {weights.kind}")
     if not weights.config.decoder:
         raise UserError("--to=upstream writes whole KTDA models; this one was distilled without labels: no decoder")
+    if weights.config.align_grid:
+        raise UserError("--to=upstream: the published code has no FAM on the teacher's grid (config.model.align_grid)")
     check_finite(weights.arrays, f"what {path} would hold")
     torch = files.import_torch(f"writing {path}")
     try:
