@@ -6,6 +6,7 @@ they compiled.
 """
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
@@ -33,3 +34,11 @@ def all_recomputed():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recompute, "SMALL", 0)
         yield
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """toy(quality=..., at=..., loss=...) replaces the program that is trained, for one test."""
+    import toy
+
+    return functools.partial(toy.install, monkeypatch)

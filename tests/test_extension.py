@@ -1,17 +1,26 @@
-"""--extend: more steps or another batch size, from the latest checkpoint on; the loop's part is in test_train.py."""
+"""--extend: more steps or another batch size, from the latest checkpoint on."""
 
+import functools
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 import runs
 
-from ktda_jax import sharding
+from ktda_jax import UserError, sharding
 from ktda_jax.config import extension
+from ktda_jax.data import rows
 from ktda_jax.training import loop, optim
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.inputs import open_inputs
 from ktda_jax.training.program import build
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    return runs.make_tiles(tmp_path_factory.mktemp("tiles"))
 
 
 @pytest.mark.slow
@@ -65,3 +74,40 @@ def test_extensions_add_up():
 def test_an_extension_counts_from_the_checkpoint_that_is_there(tmp_path, step, changed, expected):
     (tmp_path / "run.json").write_text(json.dumps({"extended": [{"step": 10, "changed": {"batch_size": [4, 8]}}]}))
     assert extension.recorded(tmp_path, step, changed) == expected
+
+
+def test_extended_is_as_if_it_had_been_so_from_there(toy, tiles, tmp_path, capsys):
+    """Steps 5 to 8 of 4 + 4, stopped at 6, with other batches: the tiles go on where they were."""
+    seen = []
+    opened = rows.Shuffled.read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows.Shuffled, "read", lambda self, i: seen.append(i) or opened(self, i))
+        flags = {"eval_every": 2, "data.num_threads": 0}
+        toy()
+        loop.train_and_evaluate(runs.config(tiles, {**flags, "total_steps": 4, "batch_size": 2}), tmp_path)
+        longer = runs.config(tiles, {**flags, "total_steps": 8, "batch_size": 4})
+        with pytest.raises(
+            UserError, match=r"batch_size \(saved 2, now 4\).*or --extend to go on from step 4 with these"
+        ):
+            loop.train_and_evaluate(longer, tmp_path)
+        toy(at={6: functools.partial(os.kill, os.getpid(), signal.SIGTERM)})
+        assert loop.train_and_evaluate(longer, tmp_path, extend=True) is None
+        assert "extended at step 4: batch_size 2 -> 4, total_steps 4 -> 8; the learning rate" in capsys.readouterr().out
+        toy()
+        loop.train_and_evaluate(longer, tmp_path)  # the plain command
+    order = np.concatenate([np.random.default_rng([42, e]).permutation(6) for e in range(4)])
+    assert seen == order.tolist()  # 4 steps of 2 and 4 of 4 are 24 tiles
+    (entry,) = json.loads((tmp_path / "run.json").read_text())["extended"]
+    assert entry == {"step": 4, "changed": {"batch_size": [2, 4], "total_steps": [4, 8]}}
+    assert json.loads((tmp_path / "config.json").read_text())["total_steps"] == 8
+
+
+def test_what_cannot_be_extended(toy, tiles, tmp_path):
+    toy()
+    loop.train_and_evaluate(runs.config(tiles), tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(UserError, match=r"total_steps is 5, but the latest checkpoint of .* is step 6; --extend needs"):
+        loop.train_and_evaluate(runs.config(tiles, {"total_steps": 5}), tmp_path, extend=True)
+    with pytest.raises(UserError, match=r"seed \(saved 42, now 1\).*; use another --workdir, or the saved settings$"):
+        loop.train_and_evaluate(runs.config(tiles, {"total_steps": 9, "seed": 1}), tmp_path, extend=True)
+    assert (tmp_path / "config.json").read_text() == before

@@ -1,16 +1,11 @@
 """The training loop around a toy step, where every order of events is cheap to try; then the real step's options."""
 
-import dataclasses
-import errno
 import functools
 import json
 import os
-import pathlib
 import signal
-import tempfile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -18,10 +13,10 @@ import runs
 
 from ktda_jax import UserError, sharding
 from ktda_jax.config.settings import Settings
-from ktda_jax.data import pipeline, rows
-from ktda_jax.training import inputs, lock, loop, scoring
+from ktda_jax.data import pipeline
+from ktda_jax.training import inputs, lock, loop
 from ktda_jax.training.checkpoint import Checkpoints
-from ktda_jax.training.program import Program, build
+from ktda_jax.training.program import build
 from ktda_jax.training.state import TrainState
 
 
@@ -31,60 +26,6 @@ def tiles(tmp_path_factory):
 
 
 # The loop ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def toy(monkeypatch):
-    """toy(quality={step: share of right pixels}, at={step: callable}, loss={step: value}) replaces the program.
-
-    Its parameter `seen` depends on every image, so that equal states have seen equal batches in equal order. Figures
-    take longer than all the rest, and are left out unless asked for.
-    """
-
-    def install(quality=None, at=None, loss=None, ema=None, figures=False):
-        if not figures:
-            monkeypatch.setattr(scoring.evaluate, "write_report", lambda *_: "scores")
-            monkeypatch.setattr(scoring.plots, "save_curves", lambda *_: None)
-        mesh = sharding.make_mesh(1)
-
-        def init():
-            zero = jnp.zeros((), jnp.int32)
-            params = {"seen": jnp.zeros(()), "steps": jnp.zeros(())}
-            return TrainState(zero, params, {}, (), ema and {"seen": jnp.zeros(()), "steps": jnp.full((), ema)})
-
-        @jax.jit
-        def advance(current, batch):
-            params = {
-                "seen": 0.9 * current.params["seen"] + batch["image"].mean(),
-                "steps": current.params["steps"] + 1,
-            }
-            return dataclasses.replace(current, step=current.step + 1, params=params)
-
-        def train_step(current, batch, teacher):
-            current = advance(current, batch)
-            with jax.transfer_guard("allow"):
-                step = int(current.step)
-                (at or {}).get(step, lambda: None)()
-                return current, {"loss": jnp.asarray((loss or {}).get(step, 1 / step)), "acc": jnp.ones(())}
-
-        def eval_step(params, stats, batch):
-            share = (quality or {}).get(int(params["steps"]), 0.5)
-            right = np.eye(runs.CLASSES) * share * 1000
-            wrong = np.roll(np.eye(runs.CLASSES), 1, 1) * (1 - share) * 1000
-            return jnp.asarray(np.nan_to_num(right + wrong).astype(np.int32)), jnp.zeros_like(batch["label"])
-
-        start = jax.eval_shape(init)
-        program = Program(
-            encoder=None,
-            mesh=mesh, graphdef=None, optimizer=None, abstract=start,
-            shardings=sharding.tree_shardings(mesh, start), init=init, teacher=dict, train_step=train_step,
-            eval_step=eval_step, compile_step=lambda *args, **options: None, arguments=(),
-        )  # fmt: skip
-        for module in (loop, scoring):
-            monkeypatch.setattr(module, "build", lambda config, **options: program)
-        return program
-
-    return install
 
 
 def final_state(workdir, program) -> TrainState:
@@ -159,53 +100,6 @@ def test_evaluation_leaves_a_running_training_its_file(toy, tiles, tmp_path):
         training.write('{"step": 7, "train/loss": 1.0}\n')
     rows = runs.rows(tmp_path)
     assert rows[-1]["step"] == 7 and "final/mIoU" in rows[-2]
-
-
-def test_a_workdir_that_cannot_be_made_is_one_line(toy, tiles, tmp_path):
-    toy()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to --workdir=.*file: File exists"):
-        loop.train_and_evaluate(runs.config(tiles), tmp_path / "file")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoints").write_text("")
-    with pytest.raises(UserError, match="cannot write to --workdir=.*run/checkpoints: Not a directory"):
-        loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
-
-
-def test_a_workdir_that_can_be_written_no_more_is_one_line_before_anything_else(toy, tiles, tmp_path, monkeypatch):
-    def refuse(**_):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(loop.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(loop, "build", pytest.fail)
-    with pytest.raises(UserError, match="cannot write to --workdir=.*: Read-only file system"):
-        loop.train_and_evaluate(runs.config(tiles), tmp_path)
-
-
-@pytest.mark.parametrize("locked", ["run", "run/figures", "run/metrics.jsonl"])
-def test_what_cannot_be_written_to_is_evaluated_all_the_same(toy, tiles, tmp_path, monkeypatch, capsys, locked):
-    """Somebody else's workdir, say: that nothing will be written is said at once, and the scores are printed."""
-    toy(figures=True)
-    loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-
-    def only_elsewhere(original):
-        def make(*arguments, dir=None, **options):
-            if tmp_path / locked in (dir, *arguments):
-                raise OSError(errno.EROFS, "Read-only file system")
-            return original(*arguments, **({"dir": dir} if dir else {}), **options)
-
-        return make
-
-    with monkeypatch.context() as patch:  # root may write where others may not
-        patch.setattr(tempfile, "TemporaryFile", only_elsewhere(tempfile.TemporaryFile))
-        patch.setattr(pathlib.Path, "open", only_elsewhere(pathlib.Path.open))
-        result = loop.evaluate_workdir(runs.config(tiles, {"data.test_split": "train"}), tmp_path / "run")
-    said = capsys.readouterr().out
-    line = f"warning: cannot write to {tmp_path / locked}: Read-only file system; the scores are printed, and nothing"
-    _, scores = said.split(line)
-    assert "train split, step 6:" in scores and f"mIoU {result.metrics.summary['mIoU']:.2f}" in scores
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
 def test_averaged_parameters_are_the_ones_evaluated(toy, tiles, tmp_path):
@@ -313,69 +207,6 @@ def test_evaluation_on_another_split(toy, tiles, tmp_path, capsys):
     loop.evaluate_workdir(runs.config(tiles, {"data.test_split": "train"}), tmp_path)
     assert "train split, step 6:" in capsys.readouterr().out  # of equal scores the later one
     assert [row["split"] for row in runs.rows(tmp_path) if "split" in row] == ["val", "train"]
-
-
-def test_extended_is_as_if_it_had_been_so_from_there(toy, tiles, tmp_path, capsys):
-    """Steps 5 to 8 of 4 + 4, stopped at 6, with other batches: the tiles go on where they were."""
-    seen = []
-    opened = rows.Shuffled.read
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows.Shuffled, "read", lambda self, i: seen.append(i) or opened(self, i))
-        flags = {"eval_every": 2, "data.num_threads": 0}
-        toy()
-        loop.train_and_evaluate(runs.config(tiles, {**flags, "total_steps": 4, "batch_size": 2}), tmp_path)
-        longer = runs.config(tiles, {**flags, "total_steps": 8, "batch_size": 4})
-        with pytest.raises(
-            UserError, match=r"batch_size \(saved 2, now 4\).*or --extend to go on from step 4 with these"
-        ):
-            loop.train_and_evaluate(longer, tmp_path)
-        toy(at={6: functools.partial(os.kill, os.getpid(), signal.SIGTERM)})
-        assert loop.train_and_evaluate(longer, tmp_path, extend=True) is None
-        assert "extended at step 4: batch_size 2 -> 4, total_steps 4 -> 8; the learning rate" in capsys.readouterr().out
-        toy()
-        loop.train_and_evaluate(longer, tmp_path)  # the plain command
-    order = np.concatenate([np.random.default_rng([42, e]).permutation(6) for e in range(4)])
-    assert seen == order.tolist()  # 4 steps of 2 and 4 of 4 are 24 tiles
-    (entry,) = json.loads((tmp_path / "run.json").read_text())["extended"]
-    assert entry == {"step": 4, "changed": {"batch_size": [2, 4], "total_steps": [4, 8]}}
-    assert json.loads((tmp_path / "config.json").read_text())["total_steps"] == 8
-
-
-def test_what_cannot_be_extended(toy, tiles, tmp_path):
-    toy()
-    loop.train_and_evaluate(runs.config(tiles), tmp_path)
-    before = (tmp_path / "config.json").read_text()
-    with pytest.raises(UserError, match=r"total_steps is 5, but the latest checkpoint of .* is step 6; --extend needs"):
-        loop.train_and_evaluate(runs.config(tiles, {"total_steps": 5}), tmp_path, extend=True)
-    with pytest.raises(UserError, match=r"seed \(saved 42, now 1\).*; use another --workdir, or the saved settings$"):
-        loop.train_and_evaluate(runs.config(tiles, {"total_steps": 9, "seed": 1}), tmp_path, extend=True)
-    assert (tmp_path / "config.json").read_text() == before
-
-
-@pytest.mark.parametrize("file", ["config.json", "run.json", "metrics.jsonl", "val_confusion.png", "val.json"])
-def test_a_full_disk_is_one_line(toy, tiles, tmp_path, monkeypatch, file):
-    """Nothing half-written stays, and the same command goes on."""
-
-    def full(original):
-        def replace(source, target, *arguments):
-            if str(target).endswith(file):
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return original(source, target, *arguments)
-
-        return replace
-
-    toy(figures=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full(os.replace))
-        if file == "metrics.jsonl":
-            patch.setattr(loop.Writer, "_open", lambda self: full(open)(None, self._rows_path))
-        with pytest.raises(
-            UserError, match=r"cannot write .*: No space left on device; make room, and the same command"
-        ):
-            loop.train_and_evaluate(runs.config(tiles), tmp_path)
-    toy(figures=True)
-    loop.train_and_evaluate(runs.config(tiles), tmp_path)
-    assert (tmp_path / "figures" / "val.json").exists() and not list(tmp_path.glob("*.tmp"))
 
 
 # The step ---------------------------------------------------------------------------------------------------------
