@@ -61,7 +61,7 @@ def given(tiles, images, teacher, monkeypatch):
     monkeypatch.setattr(tap_statistics, "IMAGES", 16)
 
     def make(base, **overrides):
-        common = {"data.unlabelled": (str(images),), "weights.teacher": str(teacher)}
+        common = {"data.unlabelled": str(images), "weights.teacher": str(teacher)}
         return {**base, **common, **{k.replace("__", "."): v for k, v in overrides.items()}}
 
     return make
@@ -74,7 +74,7 @@ def student(tiles, images, teacher, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tap_statistics, "IMAGES", 16)
         config = runs.config(
-            tiles, {**ALONE, "data.unlabelled": (str(images),), "weights.teacher": str(teacher), "data.root": None}
+            tiles, {**ALONE, "data.unlabelled": str(images), "weights.teacher": str(teacher), "data.root": None}
         )
         return workdir, loop.train_and_evaluate(config, workdir), config
 
@@ -231,7 +231,6 @@ def test_resumed_it_is_the_same_bit_for_bit(given, tiles, tmp_path):
 @pytest.mark.slow
 def test_two_processes_are_one(given, tiles, tmp_path):
     overrides = {**given(STANDARD), "mesh.data": -1, "total_steps": 3}
-    overrides["data.unlabelled"] = overrides["data.unlabelled"][0]
     runs.finish(runs.start(*runs.arguments(tiles, tmp_path / "one", overrides), devices=2))
     both = runs.start_two(*runs.arguments(tiles, tmp_path / "two", overrides))
     for process in both:
@@ -253,7 +252,7 @@ def test_two_processes_are_one(given, tiles, tmp_path):
         ({"supervised": False, "distill": False}, "config.supervised=False only serves the distillation"),
         ({"weights.teacher": None}, "config.data.unlabelled would teach what a random teacher says; give a pretrained"),
         ({"supervised": False, "weights.teacher": None}, "config.supervised=False would teach what a random teacher"),
-        ({"data.unlabelled_val": ("x",)}, "config.data.unlabelled_val scores a training with config.supervised=False"),
+        ({"data.unlabelled_val": "x"}, "config.data.unlabelled_val scores a training with config.supervised=False"),
         ({"supervised": False, "weights.model": "x"}, "trains no decoder; give config.weights.student, not .model"),
         ({"data.unlabelled_share": 1.0}, "config.data.unlabelled_share is 1.0; give a share between 0 and 1"),
         ({"loss.distance": "l1"}, "config.loss.distance is 'l1'; choose published, mse or cosine"),
@@ -273,7 +272,7 @@ def test_a_share_that_a_device_cannot_have(given, tiles):
 def test_images_in_another_unit_are_refused_before_anything_is_compiled(given, tiles, tmp_path, monkeypatch):
     Image.fromarray(np.random.default_rng(0).integers(0, 2, (80, 80, 3)).astype(np.uint8)).save(tmp_path / "dark.png")
     monkeypatch.setattr(loop, "Compilation", lambda program: None)
-    config = runs.config(tiles, given(STANDARD, data__unlabelled=(str(tmp_path / "dark.png"),)))
+    config = runs.config(tiles, given(STANDARD, data__unlabelled=str(tmp_path / "dark.png")))
     with pytest.raises(UserError, match="config.data.unlabelled: "):
         loop.train_and_evaluate(config, tmp_path / "run")
 

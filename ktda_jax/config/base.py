@@ -43,9 +43,9 @@ def base() -> ConfigDict:
         scale=config_dict.placeholder(tuple),  # (low, high), or one pair per band: what becomes 0 and 255
         nodata=config_dict.placeholder(float),  # value of pixels without data; None: as the file declares
         label_map=config_dict.placeholder(tuple),  # ((stored value or (r, g, b), class), ...); None: as stored
-        unlabelled=config_dict.placeholder(tuple),  # images or scenes without labels, for the distillation
+        unlabelled=config_dict.placeholder(str),  # images or scenes without labels, for the distillation
         unlabelled_share=0.5,  # of a batch's rows that come from them
-        unlabelled_val=config_dict.placeholder(tuple),  # score a distillation without labels; None: a tenth of them
+        unlabelled_val=config_dict.placeholder(str),  # score a distillation without labels; None: a tenth of them
         crop=(256, 256),
         flip=0.5,
         photometric=True,
@@ -111,3 +111,12 @@ def shrink(config: ConfigDict) -> None:
     config.model.head_channels, config.model.aux_channels = 64, 32
     # A few hundred steps are too few to learn past colour distortion, drop path and the KL term of a random teacher.
     config.optimizer.lr, config.data.photometric, config.loss.alpha = 2e-3, False, 0.0
+
+
+def transfer(config: ConfigDict) -> None:
+    """Student, teacher and the loss between them: in these a distillation and the training after it agree."""
+    config.data.crop = config.model.teacher.image_size = (252, 252)  # 18 x 18 patches of the teacher
+    config.model.student.preset, config.model.student.drop_path = "v2_atto", 0.0
+    config.model.teacher.preset, config.model.teacher.taps = "small", (3, 3, 6, 9)
+    config.model.align_grid = config.model.standardize_taps = True
+    config.loss.distance = "mse"

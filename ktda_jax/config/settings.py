@@ -13,12 +13,17 @@ from ml_collections import ConfigDict
 from ktda_jax import UserError
 from ktda_jax.config.fields import NOT_NEGATIVE, POSITIVE, SHARE, SIZE, SIZES, build, plain, section, setting
 from ktda_jax.data import reading
-from ktda_jax.data.datasets import DatasetInfo, dataset_info
+from ktda_jax.data.datasets import DatasetInfo, dataset_info, distinct_colours
 
 VERSION = 1  # of config.json; raised when an old one needs more than `absent` to be understood
 PUBLISHED = "Zhang et al., ICME 2025, and their code"
 DISTANCES = ("published", "mse", "cosine")  # of the FAM's outputs from the teacher's taps
 KL_AXES = ("width", "channel", "position")  # that the softmax of the distillation may run along
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The parts of a line with commas, as one gives them on a command line."""
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +45,12 @@ class Data:
     train_split: str = setting("split that is trained on")
     val_split: str = setting("split that selects the best checkpoint")
     test_split: str | None = setting("split evaluated at the end; None: val_split", runtime=True)
-    classes: tuple[str, ...] | None = setting("names of your own classes; None: the data set's", absent=None)
-    palette: tuple | None = setting("their colours", unit="(red, green, blue) of 0 to 255", absent=None)
+    classes: tuple[str, ...] | str | None = setting(
+        "names of your own classes, or a line of them with commas; None: the data set's", absent=None
+    )
+    palette: tuple | None = setting(
+        "their colours; None: some that differ", unit="(red, green, blue) of 0 to 255", absent=None
+    )
     bands: tuple[int, ...] | None = setting("bands of multi-band files; None: 8-bit RGB", unit="from 1", absent=None)
     rgb: tuple[int, ...] | None = setting(
         "which of them teacher and figures see as red, green, blue; None: the first three", absent=None
@@ -49,13 +58,14 @@ class Data:
     scale: tuple | None = setting("(low, high), or a pair per band: what becomes 0 and 255", absent=None)
     nodata: float | None = setting("value of pixels without data; None: as the file declares", absent=None)
     label_map: tuple | None = setting("((stored value or (r, g, b), class), ...); None: as stored", absent=None)
-    unlabelled: tuple[str, ...] | None = setting(
-        "images and scenes without labels, for the distillation: files, patterns, folders; None: none", absent=None
+    unlabelled: str | None = setting(
+        "images and scenes without labels, for the distillation: files, patterns and folders with commas between them",
+        absent=None,
     )
     unlabelled_share: float = setting(
         "of a batch's rows that come from them", absent=0.5, fits=(lambda x: 0 < x < 1, "a share between 0 and 1")
     )
-    unlabelled_val: tuple[str, ...] | None = setting(
+    unlabelled_val: str | None = setting(
         "those that score a distillation without labels; None: a tenth of `unlabelled`", absent=None
     )
     crop: tuple[int, int] = setting("height and width trained on, and evaluated at", unit="px", source=PUBLISHED)
@@ -72,8 +82,9 @@ class Data:
         try:
             if not self.classes:
                 return dataset_info(self.name)
-            palette = tuple(tuple(c) for c in self.palette or ())
-            return DatasetInfo(self.name, tuple(self.classes), palette, tile_size=max(self.crop), splits=())
+            classes = listed(self.classes) if isinstance(self.classes, str) else tuple(self.classes)
+            palette = tuple(map(tuple, self.palette)) if self.palette else distinct_colours(len(classes))
+            return DatasetInfo(self.name, classes, palette, tile_size=max(self.crop), splits=())
         except UserError as error:
             raise UserError(f"config.data: {error}") from error
 

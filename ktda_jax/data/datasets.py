@@ -3,6 +3,7 @@
 numpy and the standard library only, because the TFDS builders import this file.
 """
 
+import colorsys
 import dataclasses
 
 import numpy as np
@@ -98,6 +99,15 @@ _INFOS = (
     ),
 )
 DATASETS = {info.name: info for info in _INFOS}
+
+
+def distinct_colours(count: int) -> tuple[tuple[int, int, int], ...]:
+    """For classes whose colours nobody has chosen: hues in turn, far from their neighbours, light and dark by turns."""
+    colours = []
+    for k in range(count):
+        hue, value = (k * 0.381966) % 1, 0.9 - 0.25 * (k % 2)  # the golden angle
+        colours.append(tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.65, value)))
+    return tuple(colours)
 
 
 def dataset_info(name: str) -> DatasetInfo:

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from ktda_jax import UserError
 from ktda_jax.config.model import model_of, teacher_identity
-from ktda_jax.config.settings import Data, Settings, StoredTaps
+from ktda_jax.config.settings import Data, Settings, StoredTaps, listed
 from ktda_jax.data import classes, images, pipeline, reading, unlabelled
 from ktda_jax.data.check import SplitSummary, check_split
 from ktda_jax.data.mixture import Mixture
@@ -80,7 +80,7 @@ def open_windows(
         paths, setting = (data.unlabelled_val, f"{setting}_val") if held_out else (paths, setting)
         held_out = None
     source, summary = unlabelled.open_unlabelled(
-        paths, crop=data.crop, bands=data.bands, scale=data.scale, nodata=data.nodata, held_out=held_out,
+        listed(paths), crop=data.crop, bands=data.bands, scale=data.scale, nodata=data.nodata, held_out=held_out,
         on_corrupt=data.on_corrupt, num_threads=data.num_threads, setting=setting,
     )  # fmt: skip
     found = list(summary.warnings)
