@@ -21,6 +21,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.name = "images"
     config.data.classes = "none"  # there are no labels
     config.batch_size, config.eval_batch_size = 8, 8
-    config.total_steps, config.eval_every, config.schedule.warmup = 2_000, 200, 100
+    config.total_steps, config.eval_every, config.schedule.warmup = 1_000, 100, 50
     config.optimizer.lr = 2e-3
     return config

@@ -23,7 +23,7 @@ def get_config(argument: str = "") -> ConfigDict:
     transfer(config)
     config.data.name, config.data.classes = "custom", config_dict.placeholder(str)
     config.model.fmm.enabled = False
-    config.model.neck_channels, config.model.head_channels, config.model.aux_channels = 128, 128, 64
+    config.model.neck_channels, config.model.head_channels, config.model.aux_channels = 64, 64, 32
     config.loss.avg_non_ignore = True  # tiles may be labelled in part
     config.distill = "unlabelled" in flags
     config.batch_size = 8 if config.distill else 4
