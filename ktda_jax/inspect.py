@@ -1,7 +1,8 @@
 """`python -m ktda_jax.inspect --config=...`: is the data what it should be? Tables, figures, suggestions.
 
-Reads every tile of every split that the config names, writes `inspection.json`, `classes.png` and `samples.png` into
-`--output`, prints the tables, and exits with 1 if something is wrong with the data.
+Reads every tile of every split that the config names, and every window of images without labels; writes
+`inspection.json`, `classes.png`, `samples.png` and `unlabelled.png` into `--output`, prints the tables, and exits with
+1 if something is wrong with the data.
 """
 
 import sys
@@ -32,7 +33,7 @@ from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.paths import expand
 from ktda_jax.data.sources import read_tile
 from ktda_jax.figures import plots, sheets
-from ktda_jax.training.inputs import doubts, open_source
+from ktda_jax.training.inputs import doubts, open_source, open_windows
 
 AUGMENTED = 3  # draws of the augmentation beside each
 
@@ -42,6 +43,7 @@ def run(config: ConfigDict, output: pathlib.Path, samples: int) -> list[str]:
     settings = checks.resolve(config)
     data, info = settings.data, settings.data.info
     names = list(dict.fromkeys(filter(None, (data.train_split, data.val_split, data.test_split))))
+    names = names if settings.supervised else []
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,6 +58,10 @@ def run(config: ConfigDict, output: pathlib.Path, samples: int) -> list[str]:
             problems += doubts(data, source, split, check_split(source, crop=crop, num_threads=data.num_threads))
         except UserError as error:
             problems.append(str(error))
+    if data.unlabelled:
+        problems += _windows(data, sources.get(data.train_split), output, samples)
+    if not counts and not settings.supervised:
+        return problems
     if not counts:
         with contextlib.suppress(OSError):  # others' files may be there
             output.rmdir()
@@ -79,6 +85,22 @@ def run(config: ConfigDict, output: pathlib.Path, samples: int) -> list[str]:
     write_json(output / "inspection.json", _report(info.classes, counts, groups, suggested, problems))
     print(f"written to {output}")
     return problems
+
+
+def _windows(data: Data, tiles, output: pathlib.Path, samples: int) -> list[str]:
+    """Says what windows the unlabelled images give, and draws some into `unlabelled.png`; what is wrong with them."""
+    try:
+        windows, found, doubtful = open_windows(data, tiles, held_out=None)
+    except UserError as error:
+        return [str(error)]
+    print(f"unlabelled: {found.windows:,} windows of {found.files:,} images, {found.empty:,} left out without data")
+    rgb = list(data.rgb_positions)
+    chosen = np.unique(np.linspace(0, len(windows) - 1, samples).round().astype(int)).tolist()
+    rows = [[windows[index]["image"][..., rgb]] for index in chosen]
+    sheets.save_sheet(
+        output / "unlabelled.png", rows, ["as distilled on"], [windows[k]["name"] for k in chosen], (), ()
+    )
+    return doubtful
 
 
 def _tables(classes, counts, suggested, within) -> str:

@@ -248,8 +248,10 @@ def test_two_processes_are_one(given, tiles, tmp_path):
     "changed, message",
     [
         ({"supervised": False, "data.unlabelled": None}, "trains on images alone; name them by config.data.unlab"),
-        ({"distill": False}, "config.data.unlabelled only serves the distillation; set config.distill=True"),
-        ({"supervised": False, "distill": False}, "config.supervised=False only serves the distillation"),
+        ({"distill": False}, "config.data.unlabelled serves the distillation and config.semi; set config.distill=True"),
+        ({"supervised": False, "distill": False}, "config.supervised=False serves the distillation"),
+        ({"semi.weight": 1.0}, "config.semi.weight needs the parameters' average; set config.ema=0.99, say"),
+        ({"semi.weight": 1.0, "data.unlabelled": None}, "config.semi.weight=1.0 is for config.data.unlabelled"),
         ({"weights.teacher": None}, "config.data.unlabelled would teach what a random teacher says; give a pretrained"),
         ({"supervised": False, "weights.teacher": None}, "config.supervised=False would teach what a random teacher"),
         ({"data.unlabelled_val": "x"}, "config.data.unlabelled_val scores a training with config.supervised=False"),

@@ -93,6 +93,11 @@ def base() -> ConfigDict:
         distance="published",  # of student and teacher: KL and MSE; or mse, cosine
         tap_weights=config_dict.placeholder(tuple),  # of the four levels in it; None: 1
     )
+    config.semi = dict(  # learning from what the parameters' average says of data.unlabelled; needs config.ema
+        weight=0.0,  # 0: not at all
+        threshold=0.95,  # probability from which a pixel counts
+        ramp=0,  # steps in which the weight rises
+    )
     config.optimizer = dict(lr=6e-4, b1=0.9, b2=0.999, weight_decay=0.01)
     config.schedule = dict(warmup=1150, poly_begin=config_dict.placeholder(int), power=0.9)
     return config

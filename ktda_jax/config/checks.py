@@ -55,8 +55,20 @@ def _check_distillation(settings: Settings) -> None:
     if not settings.supervised and not data.unlabelled:
         raise UserError(f"config.supervised=False trains on images alone; name them by {images}=DIR,SCENE.tif")
     what = "config.supervised=False" if not settings.supervised else images if data.unlabelled else None
+    if settings.semi.weight and not (data.unlabelled and settings.supervised):
+        raise UserError(
+            f"config.semi.weight is {settings.semi.weight}, for {images}; name images there, or set it to 0"
+        )
+    if settings.semi.weight and settings.ema is None:
+        raise UserError("config.semi.weight needs the parameters' average; set config.ema=0.99, say")
+    if settings.semi.weight and settings.encodes:
+        raise UserError(
+            "config.semi.weight teaches a student, and config.model.encoder='teacher' leaves none; set it to 0"
+        )
     if what is not None and not settings.distill:
-        raise UserError(f"{what} only serves the distillation; set config.distill=True")
+        if settings.semi.weight:
+            return
+        raise UserError(f"{what} serves the distillation and config.semi; set config.distill=True")
     if what is not None and settings.weights.teacher is None and not (stored and settings.supervised):
         raise UserError(f"{what} would teach what a random teacher says; {TEACHERS}")
     if data.unlabelled_val and settings.supervised:

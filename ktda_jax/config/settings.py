@@ -233,6 +233,15 @@ class Loss:
 
 
 @dataclasses.dataclass(frozen=True)
+class Semi:
+    """Learning from what the parameters' average says of images without labels (training/semi.py)."""
+
+    weight: float = setting("of that cross entropy; 0: none", fits=NOT_NEGATIVE, absent=0.0)
+    threshold: float = setting("probability from which a pixel's class counts", fits=SHARE, absent=0.95)
+    ramp: int = setting("in which the weight rises from 0", unit="steps", fits=NOT_NEGATIVE, absent=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Optimizer:
     """AdamW."""
 
@@ -286,6 +295,7 @@ class Settings:
     teacher: StoredTaps = section("where the teacher's outputs come from", optional=True)
     weights: Weights = section("what does not start at random")
     loss: Loss = section("what is minimised")
+    semi: Semi = section("learning from the model's own labels", optional=True)
     optimizer: Optimizer = section("by what")
     schedule: Schedule = section("at which rate")
 

@@ -42,5 +42,11 @@ class Mixture:
 
     def labelled(self, rows: Any) -> Any:
         """The labelled rows of a micro-batch's array (B, ...)."""
-        groups = rows.reshape(-1, self.period, *rows.shape[1:])[:, : self.period - self.unlabelled]
-        return groups.reshape(-1, *rows.shape[1:])
+        return self._groups(rows)[:, : self.period - self.unlabelled].reshape(-1, *rows.shape[1:])
+
+    def others(self, rows: Any) -> Any:
+        """The rows without labels."""
+        return self._groups(rows)[:, self.period - self.unlabelled :].reshape(-1, *rows.shape[1:])
+
+    def _groups(self, rows: Any) -> Any:
+        return rows.reshape(-1, self.period, *rows.shape[1:])

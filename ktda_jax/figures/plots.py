@@ -4,6 +4,7 @@ Figures are built without pyplot, so nothing global is changed and no display is
 temporary name first: a figure that exists is complete.
 """
 
+import functools
 import json
 import math
 import os
@@ -104,7 +105,7 @@ def save_shares(
 
 
 def save_curves(path: str | os.PathLike, metrics_jsonl_path: str | os.PathLike) -> None:
-    """Loss terms, learning rate and validation mIoU over steps, from a run's `metrics.jsonl`.
+    """Loss terms, learning rate, validation mIoU or variance explained over steps, from a run's `metrics.jsonl`.
 
     A key is recognised by its last part, after the slashes: `LOSS_TERMS` or anything with `loss` in it, `lr`,
     `mIoU`. Panels without values are left out.
@@ -114,9 +115,10 @@ def save_curves(path: str | os.PathLike, metrics_jsonl_path: str | os.PathLike) 
     losses = {k: v for k, v in curves.items() if last[k] in LOSS_TERMS or "loss" in last[k]}
     rates = {k: v for k, v in curves.items() if last[k] == "lr"}
     scores = {k: v for k, v in curves.items() if last[k] == "mIoU"}
-    panels = [
-        (draw, found) for draw, found in ((_draw_losses, losses), (_draw_scores, scores), (_draw_rates, rates)) if found
-    ]
+    shares = {k: v for k, v in curves.items() if k.startswith("val/explained")}
+    explained = functools.partial(_draw_scores, what="variance explained")
+    drawn = ((_draw_losses, losses), (_draw_scores, scores), (explained, shares), (_draw_rates, rates))
+    panels = [(draw, found) for draw, found in drawn if found]
     if not panels:
         raise ValueError(f"{metrics_jsonl_path}: no loss, lr or mIoU to draw")
     heights = [1.2 if draw is _draw_rates else 2.6 for draw, _ in panels]
@@ -158,7 +160,7 @@ def _draw_losses(axes: Axes, curves: dict[str, np.ndarray]) -> None:
     axes.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=TEXT)
 
 
-def _draw_scores(axes: Axes, curves: dict[str, np.ndarray]) -> None:
+def _draw_scores(axes: Axes, curves: dict[str, np.ndarray], what: str = "mIoU (%)") -> None:
     for index, (name, (steps, values)) in enumerate(curves.items()):
         color = LINES[1 + index % (len(LINES) - 1)]
         best = int(np.argmax(values))
@@ -166,7 +168,7 @@ def _draw_scores(axes: Axes, curves: dict[str, np.ndarray]) -> None:
         axes.plot(steps, values, color=color, linewidth=1.8, label=label, **_dots(values))
         ring = {"markersize": 8, "markerfacecolor": "white", "markeredgewidth": 2}
         axes.plot(steps[best], values[best], "o", color=color, **ring)
-    axes.set_ylabel("mIoU (%)", fontsize=10, color=TEXT)
+    axes.set_ylabel(what, fontsize=10, color=TEXT)
     axes.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=TEXT)
 
 

@@ -24,7 +24,7 @@ from ktda_jax.models import flat
 from ktda_jax.models.initial import HostRngs
 from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.models.vit import ViT
-from ktda_jax.training import distilled, evaluate, explained, losses, optim, trained
+from ktda_jax.training import distilled, evaluate, explained, losses, optim, semi, trained
 from ktda_jax.training.state import TrainState
 from ktda_jax.weights import loading
 
@@ -75,11 +75,24 @@ def train_step(
         model = flat.merge(graphdef, params, stats)
         given = teacher_graphdef is None or "taps" in rows
         frozen = None if given else flat.merge(teacher_graphdef, teacher, {})
-        decoded, labels = (mixture.labelled, mixture.labelled(rows["label"])) if mixture else (None, rows.get("label"))
-        outputs = model(rows["image"], train=True, key=key, teacher=frozen, decoded=decoded)
+        images, labels, decoded = rows["image"], rows.get("label"), None
+        if mixture is not None:
+            labels = mixture.labelled(labels)
+            if settings.distill:
+                decoded = mixture.labelled
+            else:
+                images = mixture.labelled(images)
+        outputs = model(images, train=True, key=key, teacher=frozen, decoded=decoded)
         if "taps" in rows:
             outputs = outputs._replace(taps=model.scaled(rows["taps"]))
         loss, terms = losses.total_loss(outputs, labels, settings.loss)
+        if settings.semi.weight:
+            average, copy = flat.merge(graphdef, current.ema, stats), flat.merge(graphdef, params, stats)
+            found = semi.loss(
+                copy, average, mixture.others(rows["image"]), jax.random.fold_in(key, 1), current.step, settings.semi
+            )
+            loss, terms = loss + found[0], terms | found[1]
+            terms["loss"] = loss
         if model.taps is not None and outputs.taps is not None:
             terms["explained"] = explained.of_batch(outputs.student, outputs.taps)
         return loss, (terms, flat.batch_stats(model))
