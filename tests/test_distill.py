@@ -10,11 +10,13 @@ import runs
 import scene_files
 from PIL import Image
 
-from ktda_jax import UserError, load_pretrained, sharding
+from ktda_jax import UserError, extract, inspect, load_pretrained, sharding
 from ktda_jax.config import checks
 from ktda_jax.config.model import model_of
 from ktda_jax.config.settings import Settings
 from ktda_jax.data.mixture import Mixture
+from ktda_jax.models import flat
+from ktda_jax.models.ktda import normalize
 from ktda_jax.training import distilled, explained, loop, scoring, tap_statistics, trained
 from ktda_jax.training.inputs import open_inputs
 from ktda_jax.training.program import build
@@ -241,6 +243,31 @@ def test_two_processes_are_one(given, tiles, tmp_path):
             assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+def test_stored_features_of_windows_are_the_teachers(given, tiles, tmp_path):
+    """Of a fixed grid of windows, mirrored ones too; and a distillation runs on them."""
+    options = {**ALONE, "total_steps": 3, "teacher.mode": "precomputed", "teacher.features": str(tmp_path / "features")}
+    config = runs.config(tiles, given(options, teacher__dtype="float16"))
+    extract.run(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["features_unlabelled"]
+    program, batch = build(Settings.of(config)), next(open_inputs(Settings.of(config), None).batches)
+    vit = flat.merge(program.teacher_graphdef, jax.device_get(program.teacher()), {})
+    for stored, tap in zip(batch["taps"], vit(normalize(batch["image"], np.float32)), strict=True):
+        np.testing.assert_allclose(stored.astype(np.float32), tap, atol=0.01)
+    loop.train_and_evaluate(config, tmp_path / "run")
+    assert np.isfinite(runs.rows(tmp_path / "run")[-1]["final/explained"])
+    other = runs.config(tiles, given({**options, "data.crop": (72, 72), "model.teacher.image_size": (72, 72)}))
+    with pytest.raises(UserError, match="features_unlabelled are of (another teacher|other tiles|a teacher set)"):
+        open_inputs(Settings.of(other), None)
+
+
+def test_inspect_shows_windows(given, tiles, tmp_path, capsys):
+    assert inspect.run(runs.config(tiles, given(STANDARD)), tmp_path / "out", 3) == []
+    assert "unlabelled: 27 windows of 2 images, 0 left out without data" in capsys.readouterr().out
+    assert (tmp_path / "out" / "unlabelled.png").stat().st_size > 10_000
+    wrong = runs.config(tiles, given(STANDARD, data__unlabelled=str(tmp_path / "nothing")))
+    assert "nothing" in inspect.run(wrong, tmp_path / "out", 3)[0]
+
+
 # What cannot be ---------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +278,7 @@ def test_two_processes_are_one(given, tiles, tmp_path):
         ({"distill": False}, "config.data.unlabelled serves the distillation and config.semi; set config.distill=True"),
         ({"supervised": False, "distill": False}, "config.supervised=False serves the distillation"),
         ({"semi.weight": 1.0}, "config.semi.weight needs the parameters' average; set config.ema=0.99, say"),
-        ({"semi.weight": 1.0, "data.unlabelled": None}, "config.semi.weight=1.0 is for config.data.unlabelled"),
+        ({"semi.weight": 1.0, "data.unlabelled": None}, "config.semi.weight is 1.0, for config.data.unlabelled"),
         ({"weights.teacher": None}, "config.data.unlabelled would teach what a random teacher says; give a pretrained"),
         ({"supervised": False, "weights.teacher": None}, "config.supervised=False would teach what a random teacher"),
         ({"data.unlabelled_val": "x"}, "config.data.unlabelled_val scores a training with config.supervised=False"),
