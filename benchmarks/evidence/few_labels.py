@@ -42,6 +42,7 @@ ROWS = {
         **PLAIN, "model.encoder": "teacher", "model.fam": False, "model.standardize_taps": True,
     },
     "probe": {"layer": 6},  # chosen on area 4
+    "distillation": {},  # alone: how much of the teacher's variance it explains; --labels=0
 }  # fmt: skip
 
 
@@ -57,7 +58,9 @@ def main() -> None:
         return
     started, cpu = time.monotonic(), time.process_time()
     root = draws.folder(args.work, args.tiles, args.set, args.labels, args.draw)
-    if args.row == "probe":
+    if args.row == "distillation":
+        scores = _curve(args, root, {k.removeprefix("distill:"): v for k, v in given.items()})
+    elif args.row == "probe":
         scores = _probe(args, root, given["layer"])
     else:
         scores = _train(args, root, given, args.work / "runs" / name)
@@ -75,6 +78,8 @@ def main() -> None:
 
 
 def summary(scores: dict) -> str:
+    if "curve" in scores:
+        return ", ".join(f"{k} {v:.3f}" for k, v in scores["curve"][-1].items())
     return ", ".join(f"{area} {found['mIoU']:.2f}" for area, found in scores.items())
 
 
@@ -162,6 +167,21 @@ def _distilled(args: argparse.Namespace, root: pathlib.Path, changed: dict) -> p
     if not (workdir / "figures" / "held_out.json").exists():
         loop.train_and_evaluate(_config(args, "distill.py", {**_extracted(args, root), **changed}), workdir)
     return workdir
+
+
+def _curve(args: argparse.Namespace, root: pathlib.Path, changed: dict) -> dict:
+    """The variance explained over the steps, on the images of the scored areas, and what position alone explains."""
+    from benchmarks.evidence import position
+    from ktda_jax.config.settings import Settings
+    from ktda_jax.training.inputs import held_out_batches
+
+    workdir = _distilled(args, root, changed)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    curve = [{k.removeprefix("val/"): v for k, v in row.items()} for row in rows if "val/explained" in row]
+    settings = Settings.of(_config(args, "distill.py", {**_extracted(args, root), **changed}))
+    windows = _features(args).with_name(f"{_features(args).name}_unlabelled")
+    held_out, _ = held_out_batches(settings.data, settings.eval_batch_size)
+    return {"curve": curve, "position": position.shares(settings, windows, held_out)}
 
 
 def _scores(args: argparse.Namespace, config, workdir: pathlib.Path) -> dict:

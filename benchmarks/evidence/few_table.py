@@ -23,6 +23,8 @@ def read(rows: pathlib.Path) -> dict:
     found = collections.defaultdict(lambda: collections.defaultdict(dict))
     for path in sorted(rows.glob("*.json")):
         row = json.loads(path.read_text())
+        if row["row"] == "distillation":
+            continue
         changed = ", ".join(f"{k.split('.')[-1]} {v}" for k, v in sorted(row["changed"].items()))
         found[row["set"], row["labels"]][row["row"] + (f" ({changed})" if changed else "")][row["draw"]] = row
     return found
