@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_dict
 
 from ktda_jax.config.base import arguments, base, transfer
 
-STEPS = {"10": 300, "50": 1_000, "500": 5_000}
+STEPS = {"10": 200, "50": 1_000, "500": 5_000}
 
 
 def get_config(argument: str = "") -> ConfigDict:
