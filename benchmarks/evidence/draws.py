@@ -10,10 +10,11 @@ HERE = pathlib.Path(__file__).resolve().parent
 LABELLED, RAREST = 0.05, 0.005  # least share of a tile's pixels with a label, and of a draw's of each class
 
 # name: classes; groups of training tiles, taken from in turn; groups that are scored, apart and together. A group is
-# the beginning of a tile's name, up to the first underscore.
+# the split that a tile lies in, or the beginning of its name, up to the first underscore.
 SETS = {
     "choose": ("building,land,road,vegetation,water", ("area1", "area2", "area7"), ("area4",)),
     "final": ("building,land,road,vegetation,water", ("area1", "area2", "area4", "area7"), ("area3", "area6")),
+    "clouds": ("clear,cloud", ("train",), ("val",)),
 }
 
 
@@ -23,6 +24,10 @@ def names_of(tiles: pathlib.Path) -> dict[str, pathlib.Path]:
     if not found:
         raise SystemExit(f"no tiles in {tiles}/img_dir/*/: cut them first")
     return found
+
+
+def members(images: dict[str, pathlib.Path], group: str) -> list[str]:
+    return [name for name, path in images.items() if group in (path.parent.name, name.split("_")[0])]
 
 
 def label_of(image: pathlib.Path) -> pathlib.Path:
@@ -37,8 +42,8 @@ def draw(tiles: pathlib.Path, name: str, labels: int, number: int) -> list[str]:
     classes, groups, _ = SETS[name]
     images, rng = names_of(tiles), np.random.default_rng([labels, number])
     counts = {k: np.bincount(np.asarray(Image.open(label_of(v))).ravel(), minlength=256) for k, v in images.items()}
-    usable = [k for k, c in counts.items() if c[:255].sum() >= LABELLED * c.sum()]
-    by_group = [[k for k in usable if k.split("_")[0] == group] for group in groups]
+    usable = {k for k, c in counts.items() if c[:255].sum() >= LABELLED * c.sum()}
+    by_group = [[k for k in members(images, group) if k in usable] for group in groups]
     while True:
         orders = [iter(rng.permutation(group).tolist()) for group in by_group]
         chosen = [next(orders[k % len(orders)]) for k in range(labels)]
@@ -54,8 +59,8 @@ def folder(work: pathlib.Path, tiles: pathlib.Path, name: str, labels: int, numb
     """WORK/tiles/NAME_LABELS_NUMBER with the splits train and the scored groups, as links. labels 0: all tiles."""
     target, images = work / "tiles" / f"{name}_{labels}_{number}", names_of(tiles)
     _, groups, scored = SETS[name]
-    splits = {group: [k for k in images if k.split("_")[0] == group] for group in scored}
-    everything = [k for k in images if k.split("_")[0] in groups]
+    splits = {group: members(images, group) for group in scored}
+    everything = [k for group in groups for k in members(images, group)]
     splits["train"] = draw(tiles, name, labels, number) if labels else everything
     splits["images"] = everything
     for split, members in splits.items():
