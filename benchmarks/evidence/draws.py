@@ -63,9 +63,9 @@ def folder(work: pathlib.Path, tiles: pathlib.Path, name: str, labels: int, numb
     everything = [k for group in groups for k in members(images, group)]
     splits["train"] = draw(tiles, name, labels, number) if labels else everything
     splits["images"] = everything
-    for split, members in splits.items():
-        for member in members:
-            for source in (images[member], label_of(images[member])):
+    for split, names in splits.items():
+        for name in names:
+            for source in (images[name], label_of(images[name])):
                 link = target / source.parent.parent.name / split / source.name
                 link.parent.mkdir(parents=True, exist_ok=True)
                 if not link.exists():
