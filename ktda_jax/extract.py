@@ -70,6 +70,8 @@ def run(config: ConfigDict) -> pathlib.Path:
         summary = check_split(tiles, crop=data.crop, num_threads=data.num_threads)
         made_from = {"split": data.train_split, "tiles": summary.fingerprint, **identity}
         jobs.append((features_folder(stored, data), tiles, made_from))
+    if data.unlabelled and chosen is None:
+        raise UserError(f"config.data.unlabelled would teach what a random teacher says; {checks.TEACHERS}")
     if data.unlabelled:
         windows, found, _ = open_windows(
             dataclasses.replace(data, on_corrupt="stop"), tiles, held_out=None if settings.supervised else False

@@ -33,7 +33,7 @@ from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.paths import expand
 from ktda_jax.data.sources import read_tile
 from ktda_jax.figures import plots, sheets
-from ktda_jax.training.inputs import doubts, open_source, open_windows
+from ktda_jax.training.inputs import doubts, held_out_batches, open_source, open_windows
 
 AUGMENTED = 3  # draws of the augmentation beside each
 
@@ -59,7 +59,7 @@ def run(config: ConfigDict, output: pathlib.Path, samples: int) -> list[str]:
         except UserError as error:
             problems.append(str(error))
     if data.unlabelled:
-        problems += _windows(data, sources.get(data.train_split), output, samples)
+        problems += _windows(data, sources.get(data.train_split), settings.supervised, output, samples)
     if not counts and not settings.supervised:
         return problems
     if not counts:
@@ -87,10 +87,13 @@ def run(config: ConfigDict, output: pathlib.Path, samples: int) -> list[str]:
     return problems
 
 
-def _windows(data: Data, tiles, output: pathlib.Path, samples: int) -> list[str]:
+def _windows(data: Data, tiles, supervised: bool, output: pathlib.Path, samples: int) -> list[str]:
     """Says what windows the unlabelled images give, and draws some into `unlabelled.png`; what is wrong with them."""
     try:
-        windows, found, doubtful = open_windows(data, tiles, held_out=None)
+        windows, found, doubtful = open_windows(data, tiles, held_out=None if supervised else False)
+        if not supervised:
+            held_out, doubtful = held_out_batches(data, 1)[1], list(doubtful)
+            print(f"held out: {held_out.windows:,} windows of {held_out.files:,} images")
     except UserError as error:
         return [str(error)]
     print(f"unlabelled: {found.windows:,} windows of {found.files:,} images, {found.empty:,} left out without data")

@@ -1,5 +1,6 @@
 """Settings are checked one by one, and a workdir keeps to the settings it was begun with."""
 
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -14,7 +15,7 @@ from ktda_jax import UserError
 from ktda_jax.config import checks
 from ktda_jax.config import workdir as records
 from ktda_jax.config.model import compute_dtype
-from ktda_jax.config.settings import Settings
+from ktda_jax.config.settings import Settings, listed
 from ktda_jax.data import reading
 from ktda_jax.models.ktda import KTDAConfig
 
@@ -228,3 +229,12 @@ def test_alpha_bands_that_a_former_version_took_for_data_are_no_other_tiles(tmp_
     records.write_run(tmp_path, runs.settings("unused"), {"train": "a"})  # by this version
     with pytest.raises(UserError, match="use another --workdir, or the former data"):
         records.compare_data(tmp_path, {"train": "b"}, **masked)
+
+
+def test_classes_and_paths_as_one_gives_them_on_a_command_line():
+    for text in ("a,b c, d", "('a', 'b c', \"d\")", "[a,b c,d]"):
+        assert listed(text) == ("a", "b c", "d")
+    data = dataclasses.replace(Settings.of(tiny()).data, classes="a,b,c")
+    assert data.info.classes == ("a", "b", "c") and len(set(data.info.palette)) == 3
+    with pytest.raises(UserError, match="classes names a twice"):
+        _ = dataclasses.replace(data, classes="a,b,a").info

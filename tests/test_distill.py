@@ -16,7 +16,8 @@ from ktda_jax.config.model import model_of
 from ktda_jax.config.settings import Settings
 from ktda_jax.data.mixture import Mixture
 from ktda_jax.models import flat
-from ktda_jax.models.ktda import normalize
+from ktda_jax.models.initial import HostRngs
+from ktda_jax.models.ktda import KTDA, normalize
 from ktda_jax.training import distilled, explained, loop, scoring, tap_statistics, trained
 from ktda_jax.training.inputs import open_inputs
 from ktda_jax.training.program import build
@@ -138,7 +139,7 @@ def test_training_starts_from_student_fam_and_statistics(student, given, tiles):
         np.testing.assert_array_equal(ours[path], value)
     assert {path.split("/")[0] for path in program.loaded} == {"student", "fam", "taps"}
     assert program.notes == [f"student and FAM with the taps' statistics come from {workdir}"]
-    begun = loop._initial(settings, program, None)  # does not measure again
+    begun = loop._initial(settings, program, None, None)  # does not measure again
     np.testing.assert_array_equal(begun.batch_stats["taps/mean"], found["taps/mean"])
 
 
@@ -168,7 +169,53 @@ def test_a_fam_for_another_width_begins_anew_and_says_so(student, tiles):
     overrides = {**STANDARD, "weights.student": str(student[0]), "model.teacher.width": 24}
     program = build(runs.settings(tiles, overrides))
     assert {path.split("/")[0] for path in program.loaded} == {"student"}
-    assert "its FAM, for a teacher of width 16, does not: this model has one for a teacher of width" in program.notes[0]
+    assert "width 16 with align_grid=False, does not: this model's is for width 24 with align_grid" in program.notes[0]
+
+
+def test_going_on_distilling_needs_the_same_teacher(student, given, tiles, tmp_path):
+    """A random one would follow under the former one's statistics; without distillation no teacher is asked."""
+    overrides = {**STANDARD, "weights.student": str(student[0])}
+    with pytest.raises(UserError, match="was distilled from a teacher .*; give it as config.weights.teacher"):
+        build(runs.settings(tiles, overrides))
+    folder.save(tmp_path / "moved", trained.from_workdir(student[0]))
+    notes = build(runs.settings(tiles, given(STANDARD, weights__student=str(tmp_path / "moved")))).notes
+    assert "warning: nothing tells whether" in notes[1]
+    with pytest.raises(UserError, match="distilled without labels; give it as config.weights.student"):
+        build(runs.settings(tiles, {"weights.model": str(student[0])}))
+
+
+def test_without_a_teacher_there_is_nothing_to_measure(tiles):
+    """The recipe of few labels from a student of elsewhere, or from scratch."""
+    settings = runs.settings(tiles, {**STANDARD, "distill": False})
+    assert not np.any(loop._initial(settings, build(settings), None, None).batch_stats["taps/mean"])
+
+
+def test_what_validates_does_not_train(given, tiles, images):
+    config = runs.config(tiles, given(ALONE, data__unlabelled_val=str(images / "a.tif")))
+    data = open_inputs(Settings.of(config), None)
+    assert "12 windows of 1 unlabelled images, 15 windows held out" in data.what
+    everything = runs.config(tiles, given(ALONE, data__unlabelled_val=str(images)))
+    with pytest.raises(UserError, match="all of its images are held out by config.data.unlabelled_val"):
+        open_inputs(Settings.of(everything), None)
+
+
+def test_evaluation_by_another_teacher_is_refused(student):
+    config = student[2].copy_and_resolve_references()
+    config.unlock()
+    config.weights.teacher = "other"
+    with pytest.raises(UserError, match="was begun with another config: weights.teacher"):
+        scoring.evaluate_workdir(config, student[0])
+
+
+def test_an_aligned_model_maps_tiles_of_any_size_in_place(tiles):
+    """What the third level's cells see of an image that is no whole patches lies where it lies in the image."""
+    settings = runs.settings(tiles, {"model.align_grid": True, "data.crop": (56, 56), "model.teacher.patch": 14})
+    model, image = KTDA(model_of(settings), rngs=HostRngs(0)), np.full((1, 57, 57, 3), 90, np.uint8)
+    changed = image.copy()
+    changed[:, :, 48:52] = 200
+    found = np.abs(np.asarray(model(changed).student[0]) - np.asarray(model(image).student[0])).sum((0, 1, 3))
+    centre = (found * (np.arange(len(found)) + 0.5)).sum() / found.sum() * 57 / len(found)
+    assert abs(centre - 50) < 7  # half a token
 
 
 # Rows without labels ----------------------------------------------------------------------------------------------
@@ -277,6 +324,11 @@ def test_inspect_shows_windows(given, tiles, tmp_path, capsys):
         ({"supervised": False, "data.unlabelled": None}, "trains on images alone; name them by config.data.unlab"),
         ({"distill": False}, "config.data.unlabelled serves the distillation and config.semi; set config.distill=True"),
         ({"supervised": False, "distill": False}, "config.supervised=False serves the distillation"),
+        (
+            {"model.teacher.taps": (None, 2, 3, 4), "loss.tap_weights": (1.0, 0, 0, 0)},
+            "0 for all levels that have a tap",
+        ),
+        ({"model.encoder": "teacher", "model.fam": False, "distill": False}, "leaves none; take one of them"),
         ({"semi.weight": 1.0}, "config.semi.weight needs the parameters' average; set config.ema=0.99, say"),
         ({"semi.weight": 1.0, "data.unlabelled": None}, "config.semi.weight is 1.0, for config.data.unlabelled"),
         ({"weights.teacher": None}, "config.data.unlabelled would teach what a random teacher says; give a pretrained"),

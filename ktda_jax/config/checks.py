@@ -51,6 +51,11 @@ TEACHERS = (  # how one gets a teacher
 def _check_distillation(settings: Settings) -> None:
     """Of what learns from the teacher alone: images without labels, and students without a decoder."""
     data, stored = settings.data, settings.teacher.mode == "precomputed"
+    taps, weights = settings.model.teacher.taps or (1,) * 4, settings.loss.tap_weights
+    if weights and settings.distill and not any(w for tap, w in zip(taps, weights, strict=False) if tap is not None):
+        raise UserError(
+            f"config.loss.tap_weights is {weights}, 0 for all levels that have a tap ({taps}); give one of them weight"
+        )
     images = "config.data.unlabelled"
     if not settings.supervised and not data.unlabelled:
         raise UserError(f"config.supervised=False trains on images alone; name them by {images}=DIR,SCENE.tif")
@@ -65,6 +70,8 @@ def _check_distillation(settings: Settings) -> None:
         raise UserError(
             "config.semi.weight teaches a student, and config.model.encoder='teacher' leaves none; set it to 0"
         )
+    if what is not None and settings.encodes:
+        raise UserError(f"{what} teaches a student, and config.model.encoder='teacher' leaves none; take one of them")
     if what is not None and not settings.distill:
         if settings.semi.weight:
             return

@@ -22,8 +22,8 @@ KL_AXES = ("width", "channel", "position")  # that the softmax of the distillati
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """The parts of a line with commas, as one gives them on a command line."""
-    return tuple(filter(None, (part.strip() for part in text.split(","))))
+    """The parts of a line with commas, as one gives them on a command line; brackets and quotes around them go."""
+    return tuple(filter(None, (part.strip(" '\"") for part in text.strip(" ()[]").split(","))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,8 @@ class Data:
             if not self.classes:
                 return dataset_info(self.name)
             classes = listed(self.classes) if isinstance(self.classes, str) else tuple(self.classes)
+            if twice := {name for name in classes if classes.count(name) > 1}:
+                raise UserError(f"classes names {', '.join(sorted(twice))} twice")
             palette = tuple(map(tuple, self.palette)) if self.palette else distinct_colours(len(classes))
             return DatasetInfo(self.name, classes, palette, tile_size=max(self.crop), splits=())
         except UserError as error:

@@ -49,12 +49,13 @@ def open_unlabelled(
     on_corrupt: str = "stop",
     num_threads: int | None = None,
     setting: str = SETTING,
+    leave_out: Sequence[str] = (),
 ) -> tuple[UnlabelledSource, UnlabelledSummary]:
     """The windows of images that `paths` name: files, glob patterns, and folders with images right in them.
 
     Every fixed window is read once, and one UserError has all that is wrong. Windows of which less than half holds data
     are left out. With on_corrupt='skip' so are those that cannot be read, with a warning. `bands`, `scale`, `nodata`:
-    see `read_bands`. `setting`: the name of `paths`, for messages.
+    see `read_bands`. `setting`: the name of `paths`, for messages. `leave_out`: as `paths`, what is not taken.
 
     held_out: None for all windows; True for every tenth file by name, or of fewer than ten files the lowest tenth of
     each one's rows of windows, and of single rows the last file; False for the others, which share no pixel with them.
@@ -62,7 +63,13 @@ def open_unlabelled(
     crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
     reading = Reading(bands and tuple(bands), scale, nodata, by_band=any(x is not None for x in (bands, scale, nodata)))
     count, skip = len(bands) if bands else 3, on_corrupt == "skip"
-    named = _named(_listed(paths, setting))
+    chosen = _listed(paths, setting)
+    if leave_out:
+        others = {os.path.realpath(path) for path in _listed(leave_out, f"{SETTING}_val")}
+        chosen = [path for path in chosen if os.path.realpath(path) not in others]
+        if not chosen:
+            raise UserError(f"{setting}: all of its images are held out by {SETTING}_val; name others there")
+    named = _named(chosen)
     threads = num_threads or cpu_threads()
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         looked = list(pool.map(lambda one: _look(*one, reading, count, crop), named.items()))

@@ -8,7 +8,6 @@ a token things lie. So the aligned form sees images with `CELL` px a token and r
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from ktda_jax.models.initial import trunc_normal
@@ -17,11 +16,13 @@ from ktda_jax.models.layers import resize
 CELL = 16  # px of the student's image a token, where it is aligned: the third level's stride
 
 
-def on_grid(images: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
-    """Normalised images (B, H, W, bands) -> (B, CELL * grid, bands): padded as the teacher does it, then resized."""
-    (height, width), (rows, columns) = images.shape[1:3], grid
-    images = jnp.pad(images, ((0, 0), (0, rows * patch - height), (0, columns * patch - width), (0, 0)))
-    return resize(images, (CELL * rows, CELL * columns))
+def on_grid(images: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Normalised images (B, H, W, bands) -> (B, CELL * grid, bands), resized.
+
+    Not padded: what is made of them covers the image and nothing else. Crops of training are whole patches, for which
+    that is the same; an image of another size is stretched by less than a token.
+    """
+    return resize(images, (CELL * grid[0], CELL * grid[1]))
 
 
 class FAM(nnx.Module):

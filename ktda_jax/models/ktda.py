@@ -201,7 +201,7 @@ class KTDA(nnx.Module):
         if self.student is not None:
             x = normalize(images, self.dtype, *band_statistics(bands, rgb))
             if self.config.align_grid:
-                x = on_grid(x, self.config.teacher.grid_of(*images.shape[1:3]), self.config.teacher.patch)
+                x = on_grid(x, self.config.teacher.grid_of(*images.shape[1:3]))
             features = self.student(x, key=keys[0])
         elif taps is None:
             raise UserError("this model's encoder is the frozen teacher (config.model.encoder), which it came without")

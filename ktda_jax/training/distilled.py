@@ -27,10 +27,11 @@ def fam_of(
     fam = {k: v for k, v in found.arrays.items() if k.startswith(("fam/", "taps/"))}
     ours = {k for k in shapes if k.startswith(("fam/", "taps/"))}
     if any(k.startswith("fam/") and (k not in ours or fam[k].shape != shapes[k].shape) for k in fam):
-        what = f"one for a teacher of width {model.teacher.width}" if model.fam else "none"
+        have, want = ((m.teacher.width, m.align_grid) for m in (theirs, model))
+        what = f"for width {want[0]} with align_grid={want[1]}" if model.fam else "none"
         return {}, [
-            f"the student comes from {path}; its FAM, for a teacher of width {theirs.teacher.width}, does not: "
-            f"this model has {what}"
+            f"the student comes from {path}; its FAM, for a teacher of width {have[0]} with align_grid={have[1]}, does "
+            f"not: this model's is {what}"
         ]
     notes = _same_teacher(found, settings, model) if settings.distill else []
     taken = {k: v for k, v in fam.items() if k in ours}
@@ -51,9 +52,15 @@ def _same_teacher(found: Weights, settings: Settings, model: KTDAConfig) -> list
             if name.endswith("taps") and isinstance(was, list | tuple):  # layers, which settings count from 1
                 was, now = (tuple(None if k is None else k + 1 for k in layers) for layers in (was, now))
             raise UserError(f"{named} with {name}={was}, now it is {now}; set it as it was, or config.distill=False")
-    if not records.is_workdir(expand(path)) or settings.weights.teacher is None:  # which do not say, each
-        return []
-    before, now = records.read(expand(path)).weights.teacher, settings.weights.teacher
+    workdir = records.is_workdir(expand(path))
+    before = records.read(expand(path)).weights.teacher if workdir else None
+    now, stored = settings.weights.teacher, settings.teacher.mode == "precomputed"
+    if now is None and not stored:
+        raise UserError(
+            f"{named} from a teacher ({before or 'which it does not name'}); give it as config.weights.teacher"
+        )
+    if not workdir or now is None:
+        return [f"warning: nothing tells whether {path} was distilled from this teacher; taken to be so"]
     if before == now:
         return []
     try:

@@ -22,12 +22,14 @@ from ktda_jax.models.flat import Arrays, merge
 from ktda_jax.models.layers import at_least_float32
 
 
-def of_batch(student: Sequence[jax.Array], taps: Sequence[jax.Array | None]) -> jax.Array:
+def of_batch(student: Sequence[jax.Array], taps: Sequence[jax.Array | None], distance: str = "mse") -> jax.Array:
     """Of one batch, (B, h, w, C) per level, in the mean over the levels with a tap: scalar."""
     shares = []
     for s, t in zip(student, taps, strict=True):
         if t is not None:
             s, t = at_least_float32(s), at_least_float32(t)
+            if distance == "cosine":
+                s = s * ((s * t).sum() / jnp.maximum((s * s).sum(), 1e-12))
             total = jnp.square(t - t.mean((0, 1, 2))).sum()
             shares.append(1 - jnp.square(s - t).sum() / jnp.maximum(total, 1e-12))
     return sum(shares) / len(shares)

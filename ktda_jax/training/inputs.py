@@ -1,5 +1,6 @@
 """The images that a config names: which sources, checked, and this process's share of the batches."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ktda_jax import UserError
+from ktda_jax.config.checks import TEACHERS
 from ktda_jax.config.model import model_of, teacher_identity
 from ktda_jax.config.settings import Data, Settings, StoredTaps, listed
 from ktda_jax.data import classes, images, pipeline, reading, unlabelled
@@ -21,6 +23,7 @@ from ktda_jax.data.teacher_features import TeacherFeatures
 from ktda_jax.data.unlabelled import UnlabelledSource, UnlabelledSummary
 
 SAMPLED = 64  # tiles whose values are compared with those of images without labels
+HELD_OUT = 512  # windows; of many scenes a tenth would take longer to score than to train on the rest
 UNLABELLED = "unlabelled"  # the split that these images stand for
 
 
@@ -75,13 +78,17 @@ def open_windows(
 
     `held_out`: those that score (True), those that do not (False), or all.
     """
-    paths, setting = data.unlabelled, unlabelled.SETTING
+    paths, setting, others = data.unlabelled, unlabelled.SETTING, ()
     if held_out is not None and data.unlabelled_val:
-        paths, setting = (data.unlabelled_val, f"{setting}_val") if held_out else (paths, setting)
+        if held_out:
+            paths, setting = data.unlabelled_val, f"{setting}_val"
+        else:
+            others = listed(data.unlabelled_val)
         held_out = None
     source, summary = unlabelled.open_unlabelled(
         listed(paths), crop=data.crop, bands=data.bands, scale=data.scale, nodata=data.nodata, held_out=held_out,
         on_corrupt=data.on_corrupt, num_threads=data.num_threads, setting=setting,
+        leave_out=others,
     )  # fmt: skip
     found = list(summary.warnings)
     if tiles is not None:
@@ -104,8 +111,11 @@ def _statistics(tiles: Source) -> tuple[np.ndarray, np.ndarray, float]:
 
 
 def held_out_batches(data: Data, batch_size: int) -> tuple[Any, UnlabelledSummary]:
-    """Batches of the unlabelled images that score a distillation."""
+    """Batches of the unlabelled images that score a distillation: at most `HELD_OUT` windows, evenly spread."""
     source, summary, _ = open_windows(data, None, held_out=True)
+    if len(source) > HELD_OUT:
+        source = source.only(np.linspace(0, len(source) - 1, HELD_OUT).round().astype(int).tolist())
+        summary = dataclasses.replace(summary, windows=HELD_OUT)
     batches = pipeline.eval_batches(source, crop=None, batch_size=batch_size, **processes(data.num_threads))
     return batches, summary
 
@@ -175,6 +185,10 @@ def open_inputs(settings: Settings, mixture: Mixture | None, first_row: int = 0)
         if windows is not None:
             folder = features_folder(settings.teacher, data, of_windows=True)
             window_features = open_features(folder, identity, UNLABELLED, seen.fingerprint)
+            if window_features.source is None:
+                raise UserError(
+                    f"the teacher features in {folder} are of a random teacher, which knows nothing; {TEACHERS}"
+                )
             fingerprints["unlabelled teacher features"] = window_features.fingerprint
     batches = pipeline.train_iterator(
         source, crop=data.crop, batch_size=settings.batch_size, seed=settings.seed, flip=data.flip,

@@ -63,7 +63,7 @@ def _to_the_end(
         still_alone()
         checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints)
         with checkpoints, writer:
-            start, current = _begin(workdir, settings, program, data, checkpoints, extended)
+            start, current = _begin(workdir, settings, program, data, checkpoints, extended, writer)
             writer.resume(start)
             _tell(writer, settings, program, data, start)
             if changed:
@@ -95,7 +95,13 @@ def _make(workdir: pathlib.Path) -> None:
 
 
 def _begin(
-    workdir: pathlib.Path, settings: Settings, program: Program, data: Inputs, checkpoints: Checkpoints, extended: list
+    workdir: pathlib.Path,
+    settings: Settings,
+    program: Program,
+    data: Inputs,
+    checkpoints: Checkpoints,
+    extended: list,
+    writer: Writer,
 ) -> tuple[int, TrainState]:
     """The step and state to go on from, and the workdir's record of the training."""
     start = checkpoints.latest_step() or 0
@@ -106,16 +112,17 @@ def _begin(
         records.write_run(workdir, settings, data.fingerprints, extended)  # first: a kill between them loses nothing
         records.write(workdir, settings)
     if not start:
-        return 0, _initial(settings, program, data)
+        return 0, _initial(settings, program, data, writer)
     current, position = checkpoints.restore(start, program.abstract, program.shardings)
     data.batches.set_state(position)
     return start, current
 
 
-def _initial(settings: Settings, program: Program, data: Inputs) -> TrainState:
-    """Before the first step; with the taps' statistics, unless they came with the weights."""
-    current = program.init()
-    if settings.model.standardize_taps and tap_statistics.MEAN not in program.loaded:
+def _initial(settings: Settings, program: Program, data: Inputs, writer: Writer) -> TrainState:
+    """Before the first step; with the taps' statistics, unless they came with the weights or no teacher is asked."""
+    current, needed = program.init(), settings.model.standardize_taps and (settings.distill or settings.encodes)
+    if needed and tap_statistics.MEAN not in program.loaded:
+        writer.message(f"measuring the teacher's taps on {tap_statistics.IMAGES} images")
         return tap_statistics.with_statistics(current, program, settings, data.batches)
     return current
 

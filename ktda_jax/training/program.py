@@ -94,7 +94,7 @@ def train_step(
             loss, terms = loss + found[0], terms | found[1]
             terms["loss"] = loss
         if model.taps is not None and outputs.taps is not None:
-            terms["explained"] = explained.of_batch(outputs.student, outputs.taps)
+            terms["explained"] = explained.of_batch(outputs.student, outputs.taps, settings.loss.distance)
         return loss, (terms, flat.batch_stats(model))
 
     grad_fn = jax.grad(loss_fn, has_aux=True)

@@ -69,18 +69,17 @@ def evaluate_workdir(
     if trained:
         whole.check(workdir / "checkpoints", latest=False)
         decides = (
+            "supervised",
             "model.",
-            "data.name",
-            "data.classes",
-            "data.palette",
-            "data.bands",
-            "data.rgb",
-            "data.scale",
-            "data.nodata",
+            *(f"data.{key}" for key in "name classes palette bands rgb scale nodata".split()),
         )
-        if settings.encodes:
+        if settings.encodes or not settings.supervised:
             decides += ("weights.teacher",)
+        if not settings.supervised:
+            decides += ("data.unlabelled", "data.crop", "loss.distance")
         records.compare(workdir, settings, only=decides)
+    if not trained and not settings.supervised:
+        raise UserError(f"no checkpoints in {workdir}; train first, or give --workdir of a trained run")
     if not trained and settings.weights.model is None:
         raise UserError(
             f"no checkpoints in {workdir}; train first, give --workdir of a trained run, or config.weights.model"

@@ -19,17 +19,16 @@ BRIGHTNESS, CONTRAST, SATURATION = 48.0, 0.5, 0.5  # +- grey levels; factors of 
 
 
 def loss(
-    student: KTDA, average: KTDA, images: jax.Array, key: jax.Array, step: jax.Array, config: Semi, **needed
+    student: KTDA, average: KTDA, images: jax.Array, key: jax.Array, step: jax.Array, config: Semi
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted cross entropy of the `student` against what the `average` says of images (B, H, W, bands), and terms.
 
-    The mean is over all pixels, also those of which the average is not confident. `needed`: what both models are called
-    with, a frozen encoder.
+    The mean is over all pixels, also those of which the average is not confident.
     """
-    labels, confident = pseudo_labels(lambda x: average(x, **needed).logits, images, config.threshold)
+    labels, confident = pseudo_labels(lambda x: average(x).logits, images, config.threshold)
     keys = jax.random.split(key, 3)
     strong, labels = cutmix(distorted(images, keys[0]), labels, keys[1])
-    logits = student(strong, train=True, key=keys[2], **needed).logits
+    logits = student(strong, train=True, key=keys[2]).logits
     weight = config.weight * jnp.clip(step / max(config.ramp, 1), 0, 1)
     value = weight * cross_entropy(full_size(logits, labels.shape[1:3]), labels)
     return value, {"pseudo": value, "confident": 100 * confident}

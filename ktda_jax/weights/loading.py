@@ -81,6 +81,10 @@ def load(
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     kind = "ktda" if what == "model" else what
+    if what == "model" and weights.kind == "ktda" and not weights.config.decoder:
+        raise UserError(
+            f"{where}: {path} holds a student that was distilled without labels; give it as config.weights.student"
+        )
     arrays, found = weights.arrays, weights.config
     if weights.kind != kind:
         if weights.kind != "ktda":
