@@ -138,8 +138,14 @@ def _train(args: argparse.Namespace, root: pathlib.Path, given: dict, workdir: p
     config = _config(args, "few_labels.py:10", given)
     if config.distill:
         extract.run(config)
-    loop.train_and_evaluate(config, workdir)
+    _finished(loop.train_and_evaluate(config, workdir))
     return _scores(args, config, workdir)
+
+
+def _finished(result) -> None:
+    """Ends where a signal has stopped the training: what is half trained is no row."""
+    if result is None:
+        raise SystemExit("stopped; the same command goes on")
 
 
 def _features(args: argparse.Namespace) -> pathlib.Path:
@@ -165,7 +171,8 @@ def _distilled(args: argparse.Namespace, root: pathlib.Path, changed: dict) -> p
     tag = "_".join(f"{k.split('.')[-1]}{v}" for k, v in sorted(changed.items())).replace(" ", "")
     workdir = args.work / "distilled" / f"{args.set}{'_' if tag else ''}{tag}"
     if not (workdir / "figures" / "held_out.json").exists():
-        loop.train_and_evaluate(_config(args, "distill.py", {**_extracted(args, root), **changed}), workdir)
+        config = _config(args, "distill.py", {**_extracted(args, root), **changed})
+        _finished(loop.train_and_evaluate(config, workdir))
     return workdir
 
 
