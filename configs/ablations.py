@@ -22,7 +22,7 @@ Arguments: ablations.py:NAME[,base|,small], NAME one of
            and 48 channels; without either, configs/cloud.py's schedule.
            Label fractions are folders of fewer tiles: benchmarks/evidence/run.py --labels.
 Hardware:  two CPU cores with small; one accelerator without.
-Time, score: benchmarks/evidence/EVIDENCE.md.
+Time, score: benchmarks/evidence/LANDSAT24.md.
 """
 
 import pathlib

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The base-size table of benchmarks/evidence/EVIDENCE.md on one GPU, in one call:
+# The base-size table of benchmarks/evidence/LANDSAT24.md on one GPU, in one call:
 #
 #   pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
 #     --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 -d wheels \

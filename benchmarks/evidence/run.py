@@ -283,7 +283,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.folds < 2 + args.choose or not 1 <= args.inner < args.folds:
         sys.exit(f"error: --folds={args.folds} --inner={args.inner}; give at least 2 folds, 3 to --choose, fewer inner")
     if not args.teacher.exists():
-        sys.exit(f"error: no --teacher={args.teacher}; make it as benchmarks/evidence/EVIDENCE.md says")
+        sys.exit(f"error: no --teacher={args.teacher}; make it as benchmarks/evidence/LANDSAT24.md says")
     settings = {}
     for setting in args.set:
         key, sign, value = setting.partition("=")
