@@ -29,7 +29,7 @@ CONFIGS = HERE.parents[1] / "configs"
 # Changes of configs/few_labels.py. `distilled`: starts from the student of configs/distill.py.
 PLAIN = {"model.align_grid": False, "model.standardize_taps": False, "model.teacher.taps": None}
 ROWS = {
-    "student": {**PLAIN, "model.fam": False},
+    "student": {**PLAIN, "model.fam": False, "optimizer.lr": 2e-3},  # chosen on area 4
     "published": {
         **PLAIN, "distill": True, "loss.distance": "published", "model.fmm.enabled": True, "model.fmm.form": "mlp",
         "model.neck_channels": None,
