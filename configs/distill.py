@@ -5,7 +5,7 @@ Command:   python -m ktda_jax.main --config=configs/distill.py --workdir=runs/di
            Then train on labelled tiles with --config.weights.student=runs/distill (configs/few_labels.py).
 Data:      folders, files and patterns, with commas between them, of 8-bit RGB images or GeoTIFF scenes of any size.
            Windows are drawn from them; a tenth is held out and scores. Several bands: as in configs/custom.py.
-Time:      1,000 steps of 8, 20 minutes on two cores of 280 GFLOP/s together, with precomputed features
+Time:      1,000 steps of 8 with precomputed features, 20 minutes on two cores of 280 GFLOP/s with other work beside
 Score:     the share of the teacher's variance that the student explains on the held-out images, per layer.
 """
 

@@ -18,7 +18,7 @@ from ktda_jax.data.mixture import Mixture
 from ktda_jax.models import flat
 from ktda_jax.models.initial import HostRngs
 from ktda_jax.models.ktda import KTDA, normalize
-from ktda_jax.training import distilled, explained, loop, scoring, tap_statistics, trained
+from ktda_jax.training import distilled, explained, inputs, loop, scoring, tap_statistics, trained
 from ktda_jax.training.inputs import open_inputs
 from ktda_jax.training.program import build
 from ktda_jax.weights import folder
@@ -197,6 +197,13 @@ def test_what_validates_does_not_train(given, tiles, images):
     everything = runs.config(tiles, given(ALONE, data__unlabelled_val=str(images)))
     with pytest.raises(UserError, match="all of its images are held out by config.data.unlabelled_val"):
         open_inputs(Settings.of(everything), None)
+
+
+def test_not_more_windows_score_than_take_a_while(given, tiles, images, monkeypatch):
+    monkeypatch.setattr(inputs, "HELD_OUT", 3)
+    settings = runs.settings(tiles, given(ALONE, data__unlabelled_val=str(images / "a.tif")))
+    batches, summary = inputs.held_out_batches(settings.data, 2)
+    assert summary.windows == 3 == sum(int(batch["mask"].sum()) for batch in batches)
 
 
 def test_evaluation_by_another_teacher_is_refused(student):

@@ -6,6 +6,7 @@ has no scale, and gets the one that fits best.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -89,12 +90,16 @@ def evaluate(
     distance: str,
 ) -> Explained:
     """Runs over this process's share of `batches`; the sums are those of all processes. `tapped`: layers from 0."""
-    total = None
-    for batch in batches:
-        arrays = {k: batch[k] for k in ("image", "mask")}
-        found = jax.device_get(eval_step(params, stats, sharding.to_global(mesh, arrays), teacher))
-        found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
-        total = found if total is None else jax.tree.map(np.add, total, found)
+    total, pending = None, None
+    for batch in itertools.chain(batches, (None,)):
+        found = None
+        if batch is not None:
+            rows = sharding.to_global(mesh, {k: batch[k] for k in ("image", "mask")})
+            found = eval_step(params, stats, rows, teacher)
+        if pending is not None:  # fetched one batch late, so that the device works while the host decodes
+            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(pending))
+            total = sums if total is None else jax.tree.map(np.add, total, sums)
+        pending = found
     layers = tuple(0 if index is None else index + 1 for index in tapped)
     return Explained(layers, tuple(_share(sums, distance) for sums in total))
 
