@@ -6,13 +6,12 @@
 #
 # It needs jax, flax, optax, orbax, torch, pytest and what they need, and neither grain nor tensorflow-datasets nor
 # pytest-xdist nor a network; wheels/ is unpacked for the time of the call. A part that fails is named at the end, and
-# the others go on. PARTS (tests ops ours precomputed peer), CONFIG, BATCH, FORWARD_BATCH, STEPS and VARIANTS may be
-# set; where a call may last ten minutes only, run PARTS="tests ops ours" and PARTS="precomputed peer" one after the
-# other.
+# the others go on. PARTS (tests ours peer precomputed ops), CONFIG, BATCH, FORWARD_BATCH, STEPS and VARIANTS may be
+# set; where a call may last so long only, LIMIT=SECONDS: a part is then stopped, and named as failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-results}
-parts=${PARTS:-tests ops ours precomputed peer}
+parts=${PARTS:-tests ours peer precomputed ops} limit=${LIMIT:-86400}
 config=${CONFIG:-configs/grass.py} batch=${BATCH:-64} forward=${FORWARD_BATCH:-64} steps=${STEPS:-20}
 variants=${VARIANTS:-published,once,tf32,compiled,compiled_once}
 mkdir -p "$out"
@@ -30,7 +29,7 @@ part() { # NAME COMMAND...
   shift
   [[ " $parts " == *" ${name%%_*} "* ]] || return 0
   echo "== $name"
-  if "$@" 2>&1 | tee "$out/$name.log"; then echo "== $name: $((SECONDS - begun)) s"; else failed+=("$name"); fi
+  if timeout "$((limit > SECONDS ? limit - SECONDS : 1))" "$@" 2>&1 | tee "$out/$name.log"; then echo "== $name: $((SECONDS - begun)) s"; else failed+=("$name"); fi
 }
 
 # On the GPU, which tests/conftest.py would otherwise hide; a part that cannot run has failed. pytest-xdist, which
@@ -38,17 +37,17 @@ part() { # NAME COMMAND...
 platforms=$(python -c 'import jax; print("cuda,cpu" if jax.default_backend() == "gpu" else "cpu")')
 part tests env JAX_PLATFORMS="$platforms" python -m pytest -o addopts= -q \
   tests/test_attention.py tests/test_depthwise.py
-# Which form of attention and depthwise convolution a model should take here.
-part ops python benchmarks/ops.py --batch="$batch" --dtype=bfloat16
-# Ours first: small and large batches, and what precomputed features save.
-for size in 4 "$batch"; do
+# Ours first: large and small batches; the peer; what precomputed features save.
+for size in "$batch" 4; do
   part "ours_$size" python -m ktda_jax.benchmark --config="$config" --config.batch_size="$size" --steps="$steps" \
     --warmup=3 --forwards="$steps" --forward_batch="$forward" --output="$out/ours_$size.json"
 done
-part precomputed python -m ktda_jax.benchmark --config="$config" --config.batch_size="$batch" --steps="$steps" \
-  --warmup=3 --forwards=0 --config.teacher.mode=precomputed --output="$out/precomputed.json"
 part peer python benchmarks/torch_peer/run.py --config="$config" --config.batch_size="$batch" --steps="$steps" \
   --warmup=3 --forwards="$steps" --forward_batch="$forward" --variants="$variants" --output="$out/peer.json"
+part precomputed python -m ktda_jax.benchmark --config="$config" --config.batch_size="$batch" --steps="$steps" \
+  --warmup=3 --forwards=0 --config.teacher.mode=precomputed --output="$out/precomputed.json"
+# Which form of attention and depthwise convolution a model should take here.
+part ops python benchmarks/ops.py --batch="$batch" --dtype=bfloat16
 
 if ((${#failed[@]})); then
   echo "failed: ${failed[*]}"

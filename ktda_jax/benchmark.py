@@ -107,7 +107,7 @@ def run(config: ConfigDict, *, steps=3, warmup=1, forwards=3, forward_batch=1, p
         start = time.perf_counter()
         step = program.compile_step(current, sharding.to_global(program.mesh, host), teacher)
         report["compile_s"] = time.perf_counter() - start
-        report["temporary_gb"] = step.memory_analysis().temp_size_in_bytes / 1e9
+        report["temporary_gb"] = step.func.memory_analysis().temp_size_in_bytes / 1e9
 
         def train():
             nonlocal current

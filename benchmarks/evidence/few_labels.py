@@ -36,8 +36,12 @@ ROWS = {
     },
     "labelled": {"distill": True},
     "aligned": {},  # the same network without a teacher
+    "frozen": {"distilled": True, "optimizer.student_lr_mult": 0.0},  # only the decoder learns
     "distilled": {"distilled": True},
     "unlabelled": {"distilled": True, "distill": True, "batch_size": 8, "data.unlabelled": True},
+    "semi": {
+        "distilled": True, "batch_size": 8, "data.unlabelled": True, "semi.weight": 1.0, "semi.ramp": 200, "ema": 0.99,
+    },
     "teacher": {
         **PLAIN, "model.encoder": "teacher", "model.fam": False, "model.standardize_taps": True,
     },
@@ -67,7 +71,7 @@ def main() -> None:
     row = {
         "set": args.set, "labels": args.labels, "draw": args.draw, "row": args.row, "changed": changed,
         "scores": scores, "seconds": round(time.monotonic() - started, 1),
-        "cpu_seconds": round(time.process_time() - cpu, 1), "gflops": _speed(),
+        "cpu_seconds": round(time.process_time() - cpu, 1), "gflops": _speed(), "device": _device(),
         "command": " ".join(["python", "benchmarks/evidence/few_labels.py", *sys.argv[1:]]),
     }  # fmt: skip
     args.rows.mkdir(parents=True, exist_ok=True)
@@ -93,6 +97,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--set", choices=draws.SETS, default="final")
     parser.add_argument("--labels", type=int, default=16, help="tiles; 0: all")
     parser.add_argument("--draw", type=int, default=0, help="of the tiles, and the seed")
+    parser.add_argument("--computed", action="store_true", help="the teacher runs in every step, as suits a GPU")
     parser.add_argument("--with", dest="changed", action="append", type=_change, default=[], metavar="KEY=VALUE")
     return parser.parse_args()
 
@@ -110,7 +115,7 @@ def _config(args: argparse.Namespace, path: str, given: dict):
     config = runpy.run_path(str(CONFIGS / file))["get_config"](argument)
     config.update_from_flattened_dict({
         "mesh.data": 1, "seed": args.draw, "weights.teacher": args.teacher,
-        "teacher.mode": "precomputed", "teacher.dtype": "float16", **given,
+        "teacher.mode": "computed" if args.computed else "precomputed", "teacher.dtype": "float16", **given,
     })  # fmt: skip
     config.eval_every = min(config.eval_every, config.total_steps) if file == "distill.py" else config.total_steps
     return config.lock()
@@ -131,12 +136,12 @@ def _train(args: argparse.Namespace, root: pathlib.Path, given: dict, workdir: p
     if given.get("data.unlabelled"):
         given["data.unlabelled"] = str(root / "img_dir" / "images")
         windows = features.with_name(f"{features.name}_unlabelled")
-        if not windows.exists():
+        if not args.computed and not windows.exists():
             _extracted(args, root)
             windows.symlink_to(_features(args).name + "_unlabelled")
     given["teacher.features"] = str(features)
     config = _config(args, "few_labels.py:10", given)
-    if config.distill:
+    if config.distill and not args.computed:
         extract.run(config)
     _finished(loop.train_and_evaluate(config, workdir))
     return _scores(args, config, workdir)
@@ -160,7 +165,8 @@ def _extracted(args: argparse.Namespace, root: pathlib.Path) -> dict:
     held_out = {"data.unlabelled_val": ",".join(str(root / "img_dir" / group) for group in draws.SETS[args.set][2])}
     # The images of the scored areas, without their labels, show how far the distillation is. They choose the checkpoint
     # as well: the last one, as long as the curve rises.
-    extract.run(_config(args, "distill.py", {**given, **held_out}))
+    if not args.computed:
+        extract.run(_config(args, "distill.py", {**given, **held_out}))
     return {**given, **held_out}
 
 
@@ -177,7 +183,7 @@ def _distilled(args: argparse.Namespace, root: pathlib.Path, changed: dict) -> p
 
 
 def _curve(args: argparse.Namespace, root: pathlib.Path, changed: dict) -> dict:
-    """The variance explained over the steps, on the images of the scored areas, and what position alone explains."""
+    """The variance explained over the steps, on the images of the scored areas, and, of stored features, by position."""
     from benchmarks.evidence import position
     from ktda_jax.config.settings import Settings
     from ktda_jax.training.inputs import held_out_batches
@@ -185,6 +191,8 @@ def _curve(args: argparse.Namespace, root: pathlib.Path, changed: dict) -> dict:
     workdir = _distilled(args, root, changed)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     curve = [{k.removeprefix("val/"): v for k, v in row.items()} for row in rows if "val/explained" in row]
+    if args.computed:
+        return {"curve": curve}
     settings = Settings.of(_config(args, "distill.py", {**_extracted(args, root), **changed}))
     windows = _features(args).with_name(f"{_features(args).name}_unlabelled")
     held_out, _ = held_out_batches(settings.data, settings.eval_batch_size)
@@ -242,6 +250,12 @@ def _probe(args: argparse.Namespace, root: pathlib.Path, layer: int) -> dict:
     options = dict(patch=14, num_classes=len(draws.SETS[args.set][0].split(",")), l2=1e-2)
     scored = {a: probe.run(taps, tiles, names["train"], names[a], **options) for a in draws.SETS[args.set][2]}
     return _summaries({**scored, "all": np.sum(list(scored.values()), 0)})
+
+
+def _device() -> str:
+    import jax
+
+    return jax.devices()[0].device_kind
 
 
 def _speed() -> float:

@@ -65,6 +65,7 @@ def base() -> ConfigDict:
         align_grid=False,  # the student's grid on the teacher's tokens, of which the FAM then sees all
         fmm=dict(enabled=True, form="transformer", blocks=4, heads=8, mlp_ratio=4.0, remat=False),
         grid=config_dict.placeholder(tuple),  # of the FAM's output; None: the teacher's
+        head="uper",  # or linear, for very few labels: a classifier on the FAM's maps, without the neck
         neck_channels=config_dict.placeholder(int),  # of all behind the FAM; None: the teacher's width, as published
         head_channels=512,
         aux_channels=256,  # 0: no auxiliary head
@@ -98,7 +99,10 @@ def base() -> ConfigDict:
         threshold=0.95,  # probability from which a pixel counts
         ramp=0,  # steps in which the weight rises
     )
-    config.optimizer = dict(lr=6e-4, b1=0.9, b2=0.999, weight_decay=0.01)
+    config.optimizer = dict(
+        lr=6e-4, b1=0.9, b2=0.999, weight_decay=0.01,
+        student_lr_mult=1.0,  # times lr, for student and FAM; 0: they stay as they came
+    )  # fmt: skip
     config.schedule = dict(warmup=1150, poly_begin=config_dict.placeholder(int), power=0.9)
     return config
 

@@ -182,6 +182,7 @@ class Model:
     grid: tuple[int, int] | None = setting(
         "rows and columns of the FAM's output; None: the teacher's", fits=SIZES, absent=None
     )
+    head: str = setting("uper, or linear: a classifier on the FAM's maps, without the neck", absent="uper")
     neck_channels: int | None = setting("of all behind the FAM; None: the teacher's width", fits=SIZE, absent=None)
     head_channels: int = setting("of the UPerNet decoder", source=PUBLISHED, fits=SIZE, absent=512)
     aux_channels: int = setting(
@@ -251,6 +252,9 @@ class Optimizer:
     b1: float = setting("decay of the first moment", source=PUBLISHED, fits=SHARE)
     b2: float = setting("decay of the second moment", source=PUBLISHED, fits=SHARE)
     weight_decay: float = setting("of all but norms", source=PUBLISHED, fits=NOT_NEGATIVE)
+    student_lr_mult: float = setting(
+        "times lr, for student and FAM; 0: they stay as they came", absent=1.0, fits=NOT_NEGATIVE
+    )
 
 
 @dataclasses.dataclass(frozen=True)

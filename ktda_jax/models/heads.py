@@ -1,4 +1,4 @@
-"""Decoders of mmsegmentation: UPerHead (Xiao et al., 2018) and FCNHead (the auxiliary one)."""
+"""Decoders: UPerHead (Xiao et al., 2018) and FCNHead (the auxiliary one) of mmsegmentation, and a linear one."""
 
 from collections.abc import Sequence
 
@@ -66,3 +66,21 @@ class FCNHead(nnx.Module):
         for layer in self.convs:
             x = layer(x, train=train)
         return self.conv_seg(dropout2d(x, self.dropout, key))
+
+
+class LinearHead(nnx.Module):
+    """A classifier on the channels of all levels, resized to the first one's size (hypercolumns, Hariharan et al.,
+    2015): a linear probe. One layer a level, since resizing their sums is the same and cheaper."""
+
+    def __init__(
+        self, inputs: Sequence[int], num_classes: int, *, dropout: float = 0.1, dtype, param_dtype, rngs: nnx.Rngs
+    ):
+        common = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.conv_seg = nnx.List(classifier(c, num_classes, **common) for c in inputs)
+        self.dropout = dropout
+
+    def __call__(self, features: Sequence[jax.Array], *, train: bool, key: jax.Array | None) -> jax.Array:
+        """features: (B, H_i, W_i, C_i) from fine to coarse -> logits (B, H_0, W_0, classes)."""
+        keys = (None,) * len(features) if key is None else jax.random.split(key, len(features))
+        logits = [layer(dropout2d(x, self.dropout, k)) for layer, x, k in zip(self.conv_seg, features, keys, strict=True)]
+        return sum(resize(x, features[0].shape[1:3]) for x in logits)

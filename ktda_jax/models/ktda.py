@@ -9,6 +9,7 @@ teacher's taps go to the neck. A model that is only distilled has no `decoder`: 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from ktda_jax.models import convnext, vit
 from ktda_jax.models.convnext import ConvNeXt, ConvNeXtConfig
 from ktda_jax.models.fam import FAM, on_grid
 from ktda_jax.models.fmm import FMM, FMMConfig
-from ktda_jax.models.heads import FCNHead, UPerHead
+from ktda_jax.models.heads import FCNHead, LinearHead, UPerHead
 from ktda_jax.models.layers import at_least_float32, resize
 from ktda_jax.models.neck import MultiLevelNeck
 from ktda_jax.models.taps import TapStatistics
@@ -39,6 +40,7 @@ class KTDAConfig:
     encoder: str = "student"  # or "teacher": the frozen one, whose taps take the place of the FAM's outputs
     fam: bool = True
     align_grid: bool = False  # the student's grid on the teacher's: see fam.py
+    head: str = "uper"  # or "linear": a classifier on what the FAM gives, without the neck
     decoder: bool = True  # neck, FMM and heads; without them there is only something to distil
     fmm: FMMConfig | None = FMMConfig()
     grid: tuple[int, int] | None = None  # of the FAM's output; None: the teacher's for the input at hand
@@ -53,6 +55,8 @@ class KTDAConfig:
     def __post_init__(self):
         if self.encoder not in ("student", "teacher"):
             raise UserError(f"config.model.encoder is {self.encoder!r}; choose 'student' or 'teacher'")
+        if self.head not in ("uper", "linear"):
+            raise UserError(f"config.model.head is {self.head!r}; choose 'uper' or 'linear'")
         if self.encoder == "teacher" and self.fam:
             raise UserError("config.model.encoder='teacher' leaves nothing to align; set config.model.fam=False")
         if self.align_grid and not (self.fam and self.grid is None):
@@ -76,7 +80,8 @@ class KTDAConfig:
     def channels(self) -> tuple[int, ...]:
         """Of the four maps that go to the FMM and the decoders."""
         if self.fam or self.encoder == "teacher":
-            return (self.neck_channels or self.teacher.width,) * 4
+            narrowed = self.neck_channels if self.head == "uper" else None
+            return (narrowed or self.teacher.width,) * 4
         return tuple(self.student.channels)
 
     @classmethod
@@ -160,10 +165,14 @@ class KTDA(nnx.Module):
         self.student = None if frozen else ConvNeXt(config.student, **common)
         self.fam = FAM(config.student.channels, width, aligned=config.align_grid, **common) if config.fam else None
         decoder, heads = config.decoder, dict(dropout=config.dropout, **common)
-        fits = decoder and (config.fam or frozen)
+        fits = decoder and config.head == "uper" and (config.fam or frozen)
         self.neck = MultiLevelNeck((width,) * 4, channels[0], **common) if fits else None
         self.fmm = FMM(channels, config.fmm, **common) if decoder and config.fmm else None
-        self.decode_head = UPerHead(channels, config.head_channels, config.num_classes, **heads) if decoder else None
+        if config.head == "linear":
+            head = functools.partial(LinearHead, channels, config.num_classes)
+        else:
+            head = functools.partial(UPerHead, channels, config.head_channels, config.num_classes)
+        self.decode_head = head(**heads) if decoder else None
         aux = (channels[AUX_LEVEL], config.aux_channels, config.num_classes)
         self.auxiliary_head = FCNHead(*aux, **heads) if decoder and config.aux_channels else None
         self.config, self.dtype = config, dtype

@@ -47,7 +47,8 @@ def compile_for(config: ConfigDict, topology: str) -> dict:
     program = build(settings, devices=devices)
     mesh, model, crop = program.mesh, model_of(settings), settings.data.crop
     try:
-        traced = program.train_step.trace(*program.arguments)
+        step = program.train_step
+        traced = step.func.trace(*program.arguments, **step.keywords)
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         said = str(error).splitlines()[0]

@@ -48,11 +48,18 @@ def decay_mask(params: Mapping) -> dict[str, bool]:
     return {path: decays(path) for path in params}
 
 
+def of_student(path: str) -> bool:
+    """Whether a parameter is the student's or the FAM's: what a distillation has trained before."""
+    return path.startswith(("student/", "fam/"))
+
+
 def adamw(
     learning_rate: Callable, *, b1: float = 0.9, b2: float = 0.999, weight_decay: float = 0.01,
-    clip_norm: float | None = None,
+    clip_norm: float | None = None, student_lr_mult: float = 1.0,
 ) -> optax.GradientTransformation:  # fmt: skip
-    """AdamW as torch's, with optional clipping of the global gradient norm."""
+    """AdamW as torch's, with optional clipping of the global gradient norm, and other steps for student and FAM."""
     parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
     parts.append(optax.adamw(learning_rate, b1=b1, b2=b2, eps=1e-8, weight_decay=weight_decay, mask=decay_mask))
+    if student_lr_mult != 1:
+        parts.append(optax.masked(optax.scale(student_lr_mult), lambda params: {k: of_student(k) for k in params}))
     return optax.chain(*parts)

@@ -41,9 +41,9 @@ class Program:
     init: Callable[[], TrainState]
     encoder: nnx.GraphDef | None  # of the frozen teacher, where that is the model's encoder
     teacher: Callable[[], flat.Arrays]  # the frozen teacher's arrays; empty where nothing needs it
-    train_step: Callable
+    train_step: functools.partial  # of a jitted function, with the seed
     eval_step: Callable
-    compile_step: Callable  # compiles train_step for such arguments, which a call may otherwise do as well
+    compile_step: Callable  # such a partial, compiled for some arguments, which a call may otherwise do as well
     arguments: tuple  # train_step's three, as ShapeDtypeStructs with shardings: enough to compile it
     teacher_graphdef: nnx.GraphDef | None = None  # of the frozen teacher, where it is run
     mixture: Mixture | None = None  # of labelled and unlabelled rows
@@ -63,15 +63,22 @@ def train_step(
     schedule,
     mesh,
     mixture: Mixture | None = None,
+    seed: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step. batch: `image` (B, H, W, bands), `label` (B, H, W), the rows of all devices.
 
     The teacher's taps are those of the batch (`taps`, precomputed), or `teacher`'s for these images. All rows are
-    distilled; only those that have labels by the `mixture` go through the decoders and into the cross entropy.
+    distilled; only those that have labels by the `mixture` go through the decoders and into the cross entropy. `seed`:
+    the data of a key, so that trainings which differ in nothing else share a compiled program; None: settings.seed's.
     """
-    key = jax.random.fold_in(jax.random.key(settings.seed), current.step)
+    key = jax.random.key(settings.seed) if seed is None else jax.random.wrap_key_data(seed)
+    key = jax.random.fold_in(key, current.step)
+
+    frozen_student = settings.optimizer.student_lr_mult == 0
 
     def loss_fn(params, stats, rows, key):
+        if frozen_student:  # its backward pass is not even made
+            params = {k: jax.lax.stop_gradient(v) if optim.of_student(k) else v for k, v in params.items()}
         model = flat.merge(graphdef, params, stats)
         given = teacher_graphdef is None or "taps" in rows
         frozen = None if given else flat.merge(teacher_graphdef, teacher, {})
@@ -197,8 +204,16 @@ def build(
         schedule=schedule, mesh=mesh, mixture=mixture,
     )  # fmt: skip
     options = compiler_options(mesh)
+
+    def compile_step(*args, **kwargs) -> functools.partial | None:
+        compiled = compile_ahead(jitted, *args, seed=seed, **kwargs)
+        return compiled and functools.partial(compiled, seed=seed)
+
     placed = (shardings, sharding.replicated(mesh))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=placed, compiler_options=options)
+    seed = np.asarray(jax.random.key_data(jax.random.key(settings.seed)))
+    if devices is None:
+        seed = sharding.place(seed, sharding.replicated(mesh))
     batch = batch_shapes(settings, model_config)
     batch = sharding.abstract(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
     return Program(
@@ -214,23 +229,25 @@ def build(
         loaded=frozenset(loaded),
         notes=notes,
         teacher=teacher_arrays,
-        train_step=jitted,
+        train_step=functools.partial(jitted, seed=seed),
         eval_step=(
             evaluate.make_eval_step(graphdef, len(info.classes), mesh, encoder, options)
             if settings.supervised
             else explained.make_eval_step(graphdef, teacher_graphdef, mesh, options)
         ),
-        compile_step=functools.partial(compile_ahead, jitted),
+        compile_step=compile_step,
         arguments=(sharding.abstract(abstract, shardings), batch, teacher_shapes),
     )
 
 
-def compile_ahead(jitted: Callable, *args, given_up: Callable[[], bool] = lambda: False) -> jax.stages.Compiled | None:
+def compile_ahead(
+    jitted: Callable, *args, given_up: Callable[[], bool] = lambda: False, **kwargs
+) -> jax.stages.Compiled | None:
     """Compiles what a later call with such arguments then runs, and returns the compiler's memory to the system.
 
     The C library would keep it: 2.2 GB while the base model's step runs on a CPU. None if it was `given_up` in time.
     """
-    lowered = jitted.lower(*args)
+    lowered = jitted.lower(*args, **kwargs)
     if given_up():
         return None
     compiled = lowered.compile()
