@@ -3,8 +3,8 @@
     python benchmarks/evidence/few_choice.py choose              > choose.txt   # queues for few_gpu.sh
     python benchmarks/evidence/few_choice.py final --rows=DIR    > final.txt
 
-The rule: of each kind of row the settings with the highest mIoU on area 4 in the mean over three draws, and of all kinds
-that distil first the best one is what is compared at 8, 32 and all labels.
+The rule: of each kind of row the settings with the highest mIoU on area 4 in the mean over three draws; and of
+all kinds that distil first the best one is compared at 8, 32 and all labels.
 """
 
 import argparse

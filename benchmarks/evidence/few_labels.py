@@ -183,7 +183,7 @@ def _distilled(args: argparse.Namespace, root: pathlib.Path, changed: dict) -> p
 
 
 def _curve(args: argparse.Namespace, root: pathlib.Path, changed: dict) -> dict:
-    """The variance explained over the steps, on the images of the scored areas, and, of stored features, by position."""
+    """The variance explained over the steps on the images of the scored areas; of stored features, by position too."""
     from benchmarks.evidence import position
     from ktda_jax.config.settings import Settings
     from ktda_jax.training.inputs import held_out_batches

@@ -82,5 +82,8 @@ class LinearHead(nnx.Module):
     def __call__(self, features: Sequence[jax.Array], *, train: bool, key: jax.Array | None) -> jax.Array:
         """features: (B, H_i, W_i, C_i) from fine to coarse -> logits (B, H_0, W_0, classes)."""
         keys = (None,) * len(features) if key is None else jax.random.split(key, len(features))
-        logits = [layer(dropout2d(x, self.dropout, k)) for layer, x, k in zip(self.conv_seg, features, keys, strict=True)]
-        return sum(resize(x, features[0].shape[1:3]) for x in logits)
+        size = features[0].shape[1:3]
+        return sum(
+            resize(layer(dropout2d(x, self.dropout, k)), size)
+            for layer, x, k in zip(self.conv_seg, features, keys, strict=True)
+        )
