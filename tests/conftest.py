@@ -20,6 +20,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     if metadata.version("jaxlib").startswith("0.10."):  # later ones abort at a flag that they know no more
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+else:  # products in float32, where a GPU would take TF32
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else it is that of the process which started this one
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ktda_jax_programs_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -82,8 +82,9 @@ def test_kernel_of_another_dtype_keeps_its_gradient_dtype():
 
 @pytest.mark.parametrize("implementation", ["shifts", None])
 def test_batch_stays_sharded(implementation):
-    assert jax.device_count() == 8, "conftest.py sets 8 CPU devices"
-    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    devices = jax.devices("cpu")
+    assert len(devices) == 8, "conftest.py sets 8 CPU devices"
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
     batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     x, kernel, dy = inputs((8, 10, 12, 16))
     expected = value_and_grads(implementation, x, kernel, dy)
