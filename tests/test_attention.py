@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,31 @@ def test_precision_of_narrow_types(dtype, tolerance, implementation):
         assert relative_error(a, b) < tolerance
 
 
+@pytest.mark.parametrize("tokens", [361, 362, 1369, 1444])
+@pytest.mark.parametrize("implementation", [None, "cudnn"])
+def test_odd_numbers_of_tokens_do_not_go_to_cudnn(tokens, implementation, monkeypatch):
+    """JAX refuses them where gradients are wanted, which stopped the grass model's training on an H200."""
+
+    @jax.custom_vjp
+    def fused(query, key, value):
+        return attention(query, key, value, implementation="chunked")
+
+    def forward(query, key, value):
+        if query.shape[1] % 2:
+            raise NotImplementedError(f"Unsupported sequence length Q {query.shape[1]}, KV {key.shape[1]}.")
+        return jax.vjp(functools.partial(attention, implementation="chunked"), query, key, value)
+
+    fused.defvjp(forward, lambda pullback, dout: pullback(dout))
+    calls = []
+    monkeypatch.setattr(attention_module, "_has_cudnn_attention", lambda: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **_: calls.append(a) or fused(*a))
+    arrays = inputs(1, tokens, 2, 16, count=4, dtype=jnp.bfloat16)
+    found = jax.jit(value_and_grads, static_argnums=0)(implementation, *arrays)
+    assert bool(calls) == (tokens % 2 == 0)
+    for a, b in zip(found, value_and_grads("plain", *arrays), strict=True):
+        assert relative_error(a, b) < 2e-2
+
+
 def test_layout_of_accelerators():
     """The form that GPU and TPU compile, all heads at once, run here on CPU."""
     function = attention_module._chunked
@@ -100,7 +127,9 @@ def test_long_sequences_need_little_memory():
     square = tokens * tokens * heads * 4
     for function in (attention, jax.grad(loss, (0, 1, 2))):
         compiled = jax.jit(function).lower(x, x, x).compile()
-        assert compiled.memory_analysis().temp_size_in_bytes < square / 8
+        # Accelerators take all heads at once: 395 MB on an H200.
+        most = square / 8 if jax.default_backend() == "cpu" else square / 4
+        assert compiled.memory_analysis().temp_size_in_bytes < most
         assert f"{tokens},{tokens}" not in compiled.as_text()  # no such array at all
 
 

@@ -1,5 +1,6 @@
 """Few labelled tiles, drawn: which ones, and folders that hold them and the tiles that are scored."""
 
+import contextlib
 import json
 import pathlib
 
@@ -68,6 +69,6 @@ def folder(work: pathlib.Path, tiles: pathlib.Path, name: str, labels: int, numb
             for source in (images[name], label_of(images[name])):
                 link = target / source.parent.parent.name / split / source.name
                 link.parent.mkdir(parents=True, exist_ok=True)
-                if not link.exists():
+                with contextlib.suppress(FileExistsError):  # of another row, which may run at this moment
                     link.symlink_to(source.resolve())
     return target

@@ -23,19 +23,19 @@ def attention(query, key, value, *, implementation=None):
     """softmax(query key^T / sqrt(head_dim)) value; all (B, N, heads, head_dim), floating, one dtype.
 
     `implementation` is one of the above; None chooses by this process's device, dtype and N, 'xla' by N alone, so that
-    the program runs on any device. 'cudnn' takes 16-bit inputs only and is 'chunked' for others. Softmax is float32
-    or wider.
+    the program runs on any device. 'cudnn' takes 16-bit inputs of an even number of tokens only (JAX refuses odd ones in
+    training) and is 'chunked' for others. Softmax is float32 or wider.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"attention implementation {implementation!r} is none of {IMPLEMENTATIONS}")
     tokens, head_dim = query.shape[1], query.shape[3]
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    fused = query.dtype in (jnp.bfloat16, jnp.float16) and tokens % 2 == 0
     if implementation in (None, "xla"):
         # cuDNN's kernels take head_dim up to 128 in multiples of 8.
-        fits = implementation is None and half and head_dim % 8 == 0 and head_dim <= 128
+        fits = implementation is None and fused and head_dim % 8 == 0 and head_dim <= 128
         cudnn = fits and _has_cudnn_attention()
         implementation = "cudnn" if cudnn else "plain" if tokens <= PLAIN_TOKENS else "chunked"
-    if implementation == "cudnn" and half:
+    if implementation == "cudnn" and fused:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     if implementation == "plain":
         return _plain(query, key, value)
