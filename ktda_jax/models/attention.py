@@ -23,8 +23,8 @@ def attention(query, key, value, *, implementation=None):
     """softmax(query key^T / sqrt(head_dim)) value; all (B, N, heads, head_dim), floating, one dtype.
 
     `implementation` is one of the above; None chooses by this process's device, dtype and N, 'xla' by N alone, so that
-    the program runs on any device. 'cudnn' takes 16-bit inputs of an even number of tokens only (JAX refuses odd ones in
-    training) and is 'chunked' for others. Softmax is float32 or wider.
+    the program runs on any device. 'cudnn' takes 16-bit inputs of an even number of tokens only (JAX refuses odd ones
+    in training) and is 'chunked' for others. Softmax is float32 or wider.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"attention implementation {implementation!r} is none of {IMPLEMENTATIONS}")
