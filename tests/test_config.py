@@ -49,6 +49,7 @@ def tiny(**overrides):
         ("ema", 1.5, "config.ema is 1.5; give a decay between 0 and 1"),
         ("model.fam", False, "config.distill needs the FAM"),
         ("clip_norm", -1.0, "config.clip_norm is -1.0; give a number above 0"),
+        ("optimizer.student_lr_mult", -1.0, "config.optimizer.student_lr_mult is -1.0; give at least 0"),
         ("optimizer.b1", 1.5, "config.optimizer.b1 is 1.5; give a number from 0 to below 1"),
         ("data.flip", 7.0, "config.data.flip is 7.0; give a probability"),
         ("data.num_threads", -1, "config.data.num_threads is -1; give at least 0"),

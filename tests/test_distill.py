@@ -143,6 +143,22 @@ def test_training_starts_from_student_fam_and_statistics(student, given, tiles):
     np.testing.assert_array_equal(begun.batch_stats["taps/mean"], found["taps/mean"])
 
 
+def test_a_student_may_stay_as_it_came(student, tiles):
+    """Under a linear head, as configs/few_labels.py:10 has it: the head alone learns."""
+    changed = {"weights.student": str(student[0]), "distill": False, "optimizer.student_lr_mult": 0.0, "mesh.data": 1}
+    changed |= {"model.head": "linear", "model.aux_channels": 0, "model.fmm.enabled": False, "schedule.warmup": 0}
+    settings = runs.settings(tiles, {**STANDARD, **changed})
+    program = build(settings)
+    assert {path.split("/")[0] for path in program.abstract.params} == {"student", "fam", "decode_head"}
+    before, data = program.init(), open_inputs(settings, None)
+    kept, batch = jax.device_get(before.params), next(iter(data.batches))
+    rows = sharding.to_global(program.mesh, {k: batch[k] for k in ("image", "label")})
+    after, terms = program.train_step(before, rows, {})
+    for path, value in jax.device_get(after.params).items():
+        assert np.array_equal(value, kept[path]) == (not path.startswith("decode_head/")), path
+    assert float(terms["grad_norm"]) > 0
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [
@@ -343,6 +359,11 @@ def test_inspect_shows_windows(given, tiles, tmp_path, capsys):
         ({"supervised": False, "weights.teacher": None}, "config.supervised=False would teach what a random teacher"),
         ({"data.unlabelled_val": "x"}, "config.data.unlabelled_val scores a training with config.supervised=False"),
         ({"supervised": False, "weights.model": "x"}, "trains no decoder; give config.weights.student, not .model"),
+        ({"optimizer.student_lr_mult": 0.0}, "student_lr_mult=0 keeps the student as it is, and config.distill trains"),
+        (
+            {"optimizer.student_lr_mult": 0.0, "distill": False, "data.unlabelled": None},
+            "student_lr_mult=0 keeps a student that starts at random; give one, as config.weights.student=WORKDIR",
+        ),
         ({"data.unlabelled_share": 1.0}, "config.data.unlabelled_share is 1.0; give a share between 0 and 1"),
         ({"loss.distance": "l1"}, "config.loss.distance is 'l1'; choose published, mse or cosine"),
         ({"loss.tap_weights": (1.0, 1.0)}, r"config.loss.tap_weights is \(1.0, 1.0\); give four numbers from 0"),

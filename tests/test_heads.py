@@ -10,7 +10,7 @@ from flax import nnx
 from torch_weights import adopt, error, gradients, nchw, nhwc, ours, random, randomize, value_and_pullback, worst
 
 from ktda_jax.models import flat, heads
-from ktda_jax.models.heads import FCNHead, UPerHead
+from ktda_jax.models.heads import FCNHead, LinearHead, UPerHead
 
 RENAMES = [
     (r"classifier", "conv_seg"),
@@ -120,3 +120,20 @@ def test_training_on_one_image_is_finite():
         return head(features, train=True, key=None), flat.batch_stats(head)
 
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(train(params, [f[:1] for f in features])))
+
+
+def test_the_linear_head_is_one_convolution_of_all_levels():
+    """Against torch's 1x1 convolution of the levels resized and put together: logits and gradients."""
+    head = LinearHead(CHANNELS, CLASSES, dropout=0.0, dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    features = [random(3, *size, c, seed=k) for k, (size, c) in enumerate(zip(SIZES, CHANNELS, strict=True))]
+    dout = random(3, *SIZES[0], CLASSES, seed=9)
+    logits, pullback = jax.vjp(lambda x: head(x, train=True, key=None), [jnp.asarray(f) for f in features])
+    tensors = [torch.tensor(np.moveaxis(f, -1, 1), requires_grad=True) for f in features]
+    wide = [torch.nn.functional.interpolate(x, SIZES[0], mode="bilinear", align_corners=False) for x in tensors]
+    kernel = np.concatenate([layer.kernel[...] for layer in head.conv_seg]).T[:, :, None, None]
+    bias = sum(layer.bias[...] for layer in head.conv_seg)
+    theirs = torch.nn.functional.conv2d(torch.cat(wide, 1), torch.tensor(kernel), torch.tensor(np.asarray(bias)))
+    theirs.backward(torch.tensor(np.moveaxis(dout, -1, 1)))
+    np.testing.assert_allclose(logits, np.moveaxis(theirs.detach().numpy(), 1, -1), rtol=1e-10, atol=1e-12)
+    for ours_, tensor in zip(pullback(jnp.asarray(dout))[0], tensors, strict=True):
+        np.testing.assert_allclose(ours_, np.moveaxis(tensor.grad.numpy(), 1, -1), rtol=1e-10, atol=1e-12)

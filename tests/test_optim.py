@@ -71,6 +71,19 @@ def test_clipping_bounds_the_global_norm():
     np.testing.assert_allclose(moments["a"], clipped["a"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("mult", [0.0, 0.1])
+def test_student_and_fam_take_other_steps(mult):
+    params = {k: jnp.ones((2, 2)) for k in ("student/a/kernel", "fam/b/kernel", "neck/fam/kernel", "decode_head/kernel")}
+    grads = {k: jnp.full((2, 2), 3.0) for k in params}
+    whole, part = (optim.adamw(lambda step: 1e-2, student_lr_mult=m) for m in (1.0, mult))
+    (all_, state), (some, _) = (o.update(grads, o.init(params), params) for o in (whole, part))
+    for path in params:
+        times = mult if path.startswith(("student/", "fam/")) else 1.0
+        np.testing.assert_allclose(some[path], times * all_[path], rtol=1e-6)
+    before = optim.adamw(lambda step: 1e-2)  # as workdirs from before the setting have it
+    assert jax.tree.structure(before.init(params)) == jax.tree.structure(state)
+
+
 def test_all_that_the_optimiser_keeps_begins_at_zero():
     """A training makes it so on the host, without asking the optimiser (program.py)."""
     kept = optim.adamw(lambda step: 1.0, clip_norm=1.0).init({"a/norm": jnp.ones(3), "b": jnp.ones((2, 2))})

@@ -272,6 +272,17 @@ def test_options_of_the_step_together():
     assert moved > 0.9 * len(before.params)
 
 
+def test_trainings_that_differ_in_their_seed_share_a_program():
+    """So that the compilation cache serves all of them: the key is an argument."""
+    small = {"model.student.depths": (0, 0, 0, 0), "distill": False, "mesh.data": 1}
+    programs = [build(runs.settings("unused", {**small, "seed": seed})) for seed in (1, 2)]
+    texts = [p.train_step.func.lower(*p.arguments, **p.train_step.keywords).as_text() for p in programs]
+    assert texts[0] == texts[1]
+    seeds = [np.asarray(p.train_step.keywords["seed"]) for p in programs]
+    expected = [jax.random.key_data(jax.random.key(seed)) for seed in (1, 2)]
+    np.testing.assert_array_equal(seeds, expected)
+
+
 def _is_adam(leaf) -> bool:
     return isinstance(leaf, optax.ScaleByAdamState)
 
