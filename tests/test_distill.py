@@ -1,6 +1,7 @@
 """Learning from a frozen teacher alone: images without labels, the variance explained, and training from there."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -285,8 +286,9 @@ def test_a_mesh_computes_what_one_device_does(given, tiles):
         np.testing.assert_allclose(value, found[1][term], rtol=2e-4, err_msg=term)
 
 
-def test_resumed_it_is_the_same_bit_for_bit(given, tiles, tmp_path):
-    """With labelled and unlabelled rows, statistics of the taps, and a stop between two evaluations."""
+def test_resumed_it_is_the_same_bit_for_bit(given, tiles, images, tmp_path):
+    """With labelled and unlabelled rows, statistics of the taps, and a stop between two evaluations; the images may lie
+    elsewhere by then, but not be gone."""
     overrides = given({**STANDARD, "total_steps": 4, "eval_every": 4, "checkpoint_every": 2})
     loop.train_and_evaluate(runs.config(tiles, overrides), tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
@@ -294,7 +296,10 @@ def test_resumed_it_is_the_same_bit_for_bit(given, tiles, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             loop.train_and_evaluate(runs.config(tiles, overrides), tmp_path / "parts")
     assert runs.steps(tmp_path / "parts", "train/explained")
-    loop.train_and_evaluate(runs.config(tiles, overrides), tmp_path / "parts")
+    with pytest.raises(UserError, match="the unlabelled data are not those that .* was begun with"):
+        loop.train_and_evaluate(runs.config(tiles, {**overrides, "data.unlabelled": None}), tmp_path / "parts")
+    elsewhere = {"data.unlabelled": str(shutil.copytree(images, tmp_path / "elsewhere"))}
+    loop.train_and_evaluate(runs.config(tiles, {**overrides, **elsewhere}), tmp_path / "parts")
     whole, parts = (runs.saved_state(tmp_path / name, tiles, overrides) for name in ("whole", "parts"))
     assert whole[0] == parts[0] == 4 and whole[2] == parts[2]
     for path, value in whole[1].items():

@@ -26,7 +26,9 @@ from benchmarks.evidence import draws
 HERE = pathlib.Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"
 
-# Changes of configs/few_labels.py. `distilled`: starts from the student of configs/distill.py.
+# What all rows have, whatever configs/few_labels.py:10 recommends by now.
+BASE = {"model.head": "uper", "model.aux_channels": 32, "optimizer.student_lr_mult": 1.0}
+# Changes of that. `distilled`: starts from the student of configs/distill.py.
 PLAIN = {"model.align_grid": False, "model.standardize_taps": False, "model.teacher.taps": None}
 ROWS = {
     "student": {**PLAIN, "model.fam": False, "optimizer.lr": 2e-3},  # chosen on area 4
@@ -114,7 +116,7 @@ def _config(args: argparse.Namespace, path: str, given: dict):
     file, _, argument = path.partition(":")
     config = runpy.run_path(str(CONFIGS / file))["get_config"](argument)
     config.update_from_flattened_dict({
-        "mesh.data": 1, "seed": args.draw, "weights.teacher": args.teacher,
+        **(BASE if file == "few_labels.py" else {}), "mesh.data": 1, "seed": args.draw, "weights.teacher": args.teacher,
         "teacher.mode": "computed" if args.computed else "precomputed", "teacher.dtype": "float16", **given,
     })  # fmt: skip
     config.eval_every = min(config.eval_every, config.total_steps) if file == "distill.py" else config.total_steps

@@ -14,7 +14,7 @@ import pathlib
 import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
-ORDER = ("student", "published", "aligned", "labelled", "distilled", "unlabelled", "semi", "teacher", "probe")
+ORDER = ("student", "published", "aligned", "labelled", "frozen", "distilled", "unlabelled", "semi", "teacher", "probe")
 AGAINST = ("student", "published", "probe")
 
 
@@ -71,7 +71,7 @@ def draw_figure(rows: dict, path: pathlib.Path) -> None:
     axes = figure.add_subplot()
     for place, name in enumerate(reversed(names)):
         values = [score(row) for row in rows[name].values()]
-        color = LINES[0] if name.startswith(("distilled", "unlabelled", "labelled")) else FAINT
+        color = LINES[0] if name.startswith(("frozen", "distilled", "unlabelled", "labelled")) else FAINT
         axes.plot(values, [place] * len(values), "o", color=color, markersize=5, alpha=0.7)
         axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color=TEXT, linewidth=2)
     axes.set_yticks(range(len(names)), list(reversed(names)), fontsize=9, color=TEXT)

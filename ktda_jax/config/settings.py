@@ -60,13 +60,13 @@ class Data:
     label_map: tuple | None = setting("((stored value or (r, g, b), class), ...); None: as stored", absent=None)
     unlabelled: str | None = setting(
         "images and scenes without labels, for the distillation: files, patterns and folders with commas between them",
-        absent=None,
-    )
+        absent=None, runtime=True,
+    )  # fmt: skip
     unlabelled_share: float = setting(
         "of a batch's rows that come from them", absent=0.5, fits=(lambda x: 0 < x < 1, "a share between 0 and 1")
     )
     unlabelled_val: str | None = setting(
-        "those that score a distillation without labels; None: a tenth of `unlabelled`", absent=None
+        "those that score a distillation without labels; None: a tenth of `unlabelled`", absent=None, runtime=True
     )
     crop: tuple[int, int] = setting("height and width trained on, and evaluated at", unit="px", source=PUBLISHED)
     flip: float = setting(

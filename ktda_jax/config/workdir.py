@@ -115,6 +115,8 @@ def compare_data(
     except (OSError, ValueError, KeyError, TypeError):
         return None  # nothing to compare with
     changed = [split for split in fingerprints if saved.get(split, fingerprints[split]) != fingerprints[split]]
+    if ("unlabelled" in saved) != ("unlabelled" in fingerprints):  # where they are may change, not whether they are
+        changed.append("unlabelled")
     if not changed:
         return None
     which = f"the {' and '.join(changed)} data are not those that {workdir} was begun with"
