@@ -3,6 +3,11 @@
     python benchmarks/evidence/few_choice.py choose              > choose.txt   # queues for few_gpu.sh
     python benchmarks/evidence/few_choice.py final --rows=DIR    > final.txt
 
+Chosen on 2026-11-27, before anything of areas 3 and 6 was scored: `frozen` with the linear head (34.4, 35.9 and 35.6
+on area 4) after the 1,000 steps of configs/distill.py, against the better of the two students. Fine-tuning at a tenth
+of the rate gave 25.6 in draw 1 where frozen gave 35.9, and was not followed further. What TRIED lists besides was begun
+on a GPU whose time ran out. `published` takes the student's learning rate.
+
 The rule: of each kind of row the settings with the highest mIoU on area 4 in the mean over three draws; and of
 all kinds that distil first the best one is compared at 8, 32 and all labels.
 """
