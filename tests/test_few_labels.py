@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.evidence import draws, few_table
+from benchmarks.evidence import draws, few_choice, few_table
 
 
 @pytest.fixture
@@ -65,3 +65,28 @@ def test_differences_are_paired_by_draw(tmp_path):
     assert lines[0] == "| model | draws | mIoU | area3 | against student | seconds |"
     assert lines[2] == "| `student` | 2 | 15.00 ± 5.00 | 15.0 |  | 9 |"
     assert lines[3] == "| `distilled` | 3 | 42.67 ± 23.92 | 42.7 | +4.00 ± 1.00 | 9 |"
+
+
+def test_the_best_on_area_4_is_what_is_scored_elsewhere(tmp_path):
+    """Of settings that were run in all three draws; what was run in one only does not count, however good."""
+
+    def write(row, draw, changed, value):
+        found = {"row": row, "draw": draw, "changed": changed, "scores": {"all": {"mIoU": value}}}
+        (tmp_path / f"choose_16_{draw}_{row}_{len(changed)}.json").write_text(json.dumps(found))
+
+    linear = {"model.head": "linear", "model.aux_channels": 0}
+    for draw in range(3):
+        write("student", draw, {}, 20 + draw)
+        write("student", draw, linear, 22)
+        write("frozen", draw, {**linear}, 35)
+    write("distilled", 0, {}, 90)
+    best = few_choice.chosen(tmp_path)
+    assert {kind: (round(score), row) for kind, (score, row, _) in best.items()} == {
+        "student": (22, "student"), "distilled": (35, "frozen"),
+    }  # fmt: skip
+    lines = few_choice.final(tmp_path)
+    assert lines[0] == "--set=final --labels=0 --draw=0 --row=distillation" and lines[1] == "wait"
+    with_linear = " --with=model.head=linear --with=model.aux_channels=0"
+    assert f"--set=final --labels=16 --draw=4 --row=frozen{with_linear}" in lines
+    assert f"--set=final --labels=32 --draw=2 --row=student{with_linear}" in lines
+    assert len(lines) == 2 + 2 * 5 + 2 * 2 * 3 + 2 and all("choose" not in line for line in lines)

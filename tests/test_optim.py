@@ -73,7 +73,9 @@ def test_clipping_bounds_the_global_norm():
 
 @pytest.mark.parametrize("mult", [0.0, 0.1])
 def test_student_and_fam_take_other_steps(mult):
-    params = {k: jnp.ones((2, 2)) for k in ("student/a/kernel", "fam/b/kernel", "neck/fam/kernel", "decode_head/kernel")}
+    params = {
+        k: jnp.ones((2, 2)) for k in ("student/a/kernel", "fam/b/kernel", "neck/fam/kernel", "decode_head/kernel")
+    }
     grads = {k: jnp.full((2, 2), 3.0) for k in params}
     whole, part = (optim.adamw(lambda step: 1e-2, student_lr_mult=m) for m in (1.0, mult))
     (all_, state), (some, _) = (o.update(grads, o.init(params), params) for o in (whole, part))
