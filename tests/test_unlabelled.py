@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 from scene_files import smooth, write
 from test_images import error_of
 
@@ -143,10 +144,24 @@ def test_images_of_another_range_are_refused_or_doubted():
         compare(summary([3], [0]), [100], [30], 0)
 
 
+def test_labels_in_place_of_images_are_refused(tmp_path):
+    """A folder too many in a path: masks hold few values, of whatever kind they are."""
+    labels = np.random.default_rng(0).integers(0, 6, (70, 90)).astype(np.uint8)
+    labels[:9] = 255
+    for kind in ("grey", "colour"):
+        (tmp_path / kind).mkdir()
+    Image.fromarray(labels).save(tmp_path / "grey" / "a.png")
+    write(tmp_path / "colour" / "a.tif", np.stack([40 * labels, labels, labels // 2], -1))
+    with pytest.raises(UserError, match="hold is the values 0, 1, 2, .*255, as if they were labels; name the images"):
+        open_unlabelled([str(tmp_path / "grey")], crop=64)
+    with pytest.raises(UserError, match="as if they were labels"):
+        open_unlabelled([str(tmp_path / "colour")], crop=64)
+
+
 def test_what_reads_slowly_is_named(tmp_path):
     """A window of a file in strips decodes them to the other end of the image, in one piece all of it."""
     wide = np.zeros((64, 300_000, 3), np.uint8)
-    wide[..., ::2, :] = 9
+    wide[..., ::2, :] = (np.arange(150_000, dtype=np.uint8) % 40 + 9)[:, None]
     write(tmp_path / "wide.tif", wide, compress="deflate", blockysize=32)
     _, seen = open_unlabelled([str(tmp_path / "wide.tif")], crop=(64, 60_000))
     assert seen.windows == 5 and seen.warnings == []

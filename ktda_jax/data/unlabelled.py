@@ -21,6 +21,7 @@ from ktda_jax.data.sources import IMAGE_EXTENSIONS, cpu_threads, some
 
 SETTING = "config.data.unlabelled"
 SLOW = 1 << 24  # pixels decoded for a window
+LABELS = 16  # different values or fewer in all images are no image's
 SATURATED, NOT_SATURATED, NARROW, FAR = 0.9, 0.5, 0.1, 2  # of `compare`
 
 
@@ -90,6 +91,12 @@ def open_unlabelled(
     source = source.only([k for k, digest in enumerate(digests) if digest])
     counts, values = sum(row.counts for row in seen), np.arange(256)
     mean = counts @ values / counts.sum(1)
+    levels = np.flatnonzero((counts > 0).any(0))
+    if len(levels) <= LABELS:
+        raise UserError(
+            f"{setting}: all that the images hold is the value{'s' * (len(levels) > 1)} {some(levels.tolist())}, as if "
+            "they were labels; name the images"
+        )
     return source, UnlabelledSummary(
         windows=len(source),
         files=len(files),
