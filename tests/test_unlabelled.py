@@ -152,7 +152,7 @@ def test_labels_in_place_of_images_are_refused(tmp_path):
         (tmp_path / kind).mkdir()
     Image.fromarray(labels).save(tmp_path / "grey" / "a.png")
     write(tmp_path / "colour" / "a.tif", np.stack([40 * labels, labels, labels // 2], -1))
-    with pytest.raises(UserError, match="hold is the values 0, 1, 2, .*255, as if they were labels; name the images"):
+    with pytest.raises(UserError, match="hold is the values 1, 2, 3, .* as if they were labels; name the images"):
         open_unlabelled([str(tmp_path / "grey")], crop=64)
     with pytest.raises(UserError, match="as if they were labels"):
         open_unlabelled([str(tmp_path / "colour")], crop=64)
