@@ -189,6 +189,22 @@ def test_a_fam_for_another_width_begins_anew_and_says_so(student, tiles):
     assert "width 16 with align_grid=False, does not: this model's is for width 24 with align_grid" in program.notes[0]
 
 
+def test_images_of_another_range_are_told(student, tiles):
+    """Not refused: another product of the same sensor may well have one."""
+    changed = {**STANDARD, "weights.student": str(student[0]), "distill": False, "data.bands": (1, 2, 3)}
+    (_, line) = build(runs.settings(tiles, {**changed, "data.scale": (0, 3000)})).notes
+    assert line == f"warning: {student[0]} was trained with config.data.scale=None, now it is (0, 3000)"
+    assert len(build(runs.settings(tiles, changed)).notes) == 1
+
+
+def test_a_student_of_another_order_of_bands_is_put_in_order(student, tiles):
+    """Also one that comes out of a training, whose arrays are JAX's."""
+    stem, changed = "student/downsample/0/conv/kernel", {**STANDARD, "distill": False, "data.bands": (1, 2, 3)}
+    theirs = trained.from_workdir(student[0]).arrays[stem]
+    settings = runs.settings(tiles, {**changed, "weights.student": str(student[0]), "data.rgb": (3, 2, 1)})
+    np.testing.assert_array_equal(build(settings).init().params[stem], theirs[:, :, ::-1])
+
+
 def test_going_on_distilling_needs_the_same_teacher(student, given, tiles, tmp_path):
     """A random one would follow under the former one's statistics; without distillation no teacher is asked."""
     overrides = {**STANDARD, "weights.student": str(student[0])}

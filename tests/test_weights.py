@@ -69,6 +69,17 @@ def test_weights_for_rgb_serve_other_bands(tmp_path, kind, bands, rgb):
     assert kernel.dtype == np.float32 and kernel.shape[2] == bands
 
 
+def test_a_whole_models_student_comes_in_its_own_order_of_bands(tmp_path):
+    folder.save(tmp_path / "w", made("ktda", dataclasses.replace(WHOLE, rgb=(2, 1, 0))))
+    stem, wanted = "downsample/0/conv/kernel", expected("student", STUDENT)
+    original = loading.read(tmp_path / "w").arrays[f"student/{stem}"]
+    same, usual = (
+        loading.load(str(tmp_path / "w"), wanted, "student", STUDENT, rgb=rgb)[stem] for rgb in ((2, 1, 0), (0, 1, 2))
+    )
+    np.testing.assert_array_equal(same, original)
+    np.testing.assert_array_equal(usual, original[:, :, ::-1])
+
+
 def test_other_bands_are_named_by_their_setting(tmp_path):
     """What was trained on four bands does not serve another four."""
     four = dataclasses.replace(WHOLE, student=dataclasses.replace(STUDENT, bands=4), rgb=(2, 1, 0))

@@ -39,6 +39,16 @@ def fam_of(
     return taken, [f"student and FAM{with_them} come from {path}", *notes]
 
 
+def read_otherwise(found: Weights, settings: Settings, bands: int) -> list[str]:
+    """A warning if the student has learnt from images of as many `bands` whose values meant something else."""
+    if found.kind != "ktda" or not found.data or found.config.student.bands != bands:
+        return []
+    was, now = found.data.get("scale"), settings.data.scale
+    if was == now:
+        return []
+    return [f"warning: {settings.weights.student} was trained with config.data.scale={was}, now it is {now}"]
+
+
 def _same_teacher(found: Weights, settings: Settings, model: KTDAConfig) -> list[str]:
     """UserError unless the teacher of the distillation goes on to teach; or a warning where that cannot be told."""
     path, theirs = settings.weights.student, found.config

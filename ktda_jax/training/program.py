@@ -301,6 +301,7 @@ def _loaded(
     student = {k.removeprefix("student/"): v for k, v in params.items() if k.startswith("student/")}
     tensors = loading.load(chosen.student, student, "student", model.student, rgb=model.rgb, read=read)
     fam, notes = distilled.fam_of(read(chosen.student), settings, model, {**params, **stats})
+    notes += distilled.read_otherwise(read(chosen.student), settings, model.student.bands)
     return {f"student/{k}": v for k, v in tensors.items()} | fam, notes
 
 

@@ -101,7 +101,8 @@ def load(
         found = dataclasses.replace(found, num_classes=config.num_classes)
     if weights.source.get("statistics") == ASSUMED and isinstance(found, ViTConfig):
         found = dataclasses.replace(found, mean=config.mean, std=config.std)
-    arrays, found = _other_bands(arrays, found, config, rgb)
+    theirs = weights.config.rgb if weights.kind == "ktda" else (0, 1, 2)
+    arrays, found = _other_bands(arrays, found, config, theirs, rgb)
     _compare(where, path, found, config)
     arrays = {k: v for k, v in arrays.items() if not k.endswith("num_batches_tracked")}
     if what == "model":
@@ -125,26 +126,27 @@ def inflate(kernel: np.ndarray, bands: int, rgb: tuple[int, int, int]) -> np.nda
     Red, green and blue keep their weights and every other band gets the average of the three, all times 3 / bands: so
     an image whose bands are all the same gives what it gave as RGB.
     """
+    kernel = np.asarray(kernel)
     inflated = np.repeat(kernel.mean(2, keepdims=True), bands, axis=2)
     if len(set(rgb)) == 3:
         inflated[:, :, list(rgb)] = kernel
     return inflated * np.asarray(3 / bands, kernel.dtype)
 
 
-def _other_bands(arrays: Arrays, found, wanted, rgb: tuple[int, int, int]):
-    """Weights for RGB made to fit another number or order of bands; all others as they are."""
+def _other_bands(arrays: Arrays, found, wanted, theirs: tuple[int, int, int], rgb: tuple[int, int, int]):
+    """Weights for three bands, of which `theirs` are red, green and blue, made to fit another number or order of bands;
+    all others as they are."""
     if isinstance(found, ViTConfig):
         return arrays, found
     whole = isinstance(found, KTDAConfig)
-    theirs, bands = (found.student if whole else found), (wanted.student if whole else wanted).bands
-    usual = (3, (0, 1, 2))
-    if (theirs.bands, found.rgb if whole else usual[1]) != usual or (bands, rgb) == usual:
+    student, bands = (found.student if whole else found), (wanted.student if whole else wanted).bands
+    if student.bands != 3 or len(set(theirs)) < 3 or (bands, rgb) == (3, theirs):
         return arrays, found
     stem = "student/downsample/0/conv/kernel" if whole else "downsample/0/conv/kernel"
-    theirs = dataclasses.replace(theirs, bands=bands)
-    found = dataclasses.replace(found, student=theirs, rgb=wanted.rgb) if whole else theirs
+    student = dataclasses.replace(student, bands=bands)
+    found = dataclasses.replace(found, student=student, rgb=wanted.rgb) if whole else student
     logging.info("%s: from RGB to %d bands, of which %s are red, green, blue", stem, bands, rgb)
-    return {**arrays, stem: inflate(arrays[stem], bands, rgb)}, found
+    return {**arrays, stem: inflate(arrays[stem][:, :, list(theirs)], bands, rgb)}, found
 
 
 def _compare(where: str, path: str, found, wanted) -> None:
