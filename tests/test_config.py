@@ -14,7 +14,7 @@ import runs
 from ktda_jax import UserError
 from ktda_jax.config import checks
 from ktda_jax.config import workdir as records
-from ktda_jax.config.model import compute_dtype
+from ktda_jax.config.model import compute_dtype, model_of
 from ktda_jax.config.settings import Settings, listed
 from ktda_jax.data import reading
 from ktda_jax.models.ktda import KTDAConfig
@@ -77,6 +77,11 @@ def tiny(**overrides):
 def test_a_bad_value_is_named_with_what_would_do(setting, value, message):
     with pytest.raises(UserError, match=message):
         checks.resolve(tiny(**{setting: value}))
+
+
+def test_an_unknown_head_is_named():
+    with pytest.raises(UserError, match="config.model.head is 'fcn'; choose 'uper' or 'linear'"):
+        model_of(Settings.of(tiny(**{"model.head": "fcn"})))
 
 
 def test_every_config_passes_its_own_check():

@@ -187,6 +187,8 @@ def test_a_fam_for_another_width_begins_anew_and_says_so(student, tiles):
     program = build(runs.settings(tiles, overrides))
     assert {path.split("/")[0] for path in program.loaded} == {"student"}
     assert "width 16 with align_grid=False, does not: this model's is for width 24 with align_grid" in program.notes[0]
+    with pytest.raises(UserError, match="student_lr_mult=0 keeps .* as they came, and .*run brings no fam"):
+        build(runs.settings(tiles, {**overrides, "distill": False, "optimizer.student_lr_mult": 0.0}))
 
 
 def test_images_of_another_range_are_told(student, tiles):

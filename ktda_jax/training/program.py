@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import gc
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ktda_jax import UserError, sharding
 from ktda_jax.config.model import compute_dtype, model_of, teacher_arrays
-from ktda_jax.config.settings import Settings
+from ktda_jax.config.settings import Settings, Weights
 from ktda_jax.data import libc
 from ktda_jax.data.mixture import Mixture
 from ktda_jax.models import flat
@@ -176,6 +176,8 @@ def build(
     common = dict(dtype=dtype, param_dtype=param_dtype)
     graphdef, params, stats = flat.abstract(lambda: KTDA(model_config, **common, rngs=nnx.Rngs(0)))
     loaded, notes = _loaded(settings, model_config, params, stats) if initial else ({}, [])
+    if initial and settings.optimizer.student_lr_mult == 0:
+        _check_frozen(settings.weights, params, loaded)
     teacher_graphdef, teacher_shapes, teacher_arrays = None, {}, dict
     encodes = model_config.encoder == "teacher"
     computed = settings.teacher.mode == "computed" or not settings.supervised  # which the teacher scores as well
@@ -303,6 +305,16 @@ def _loaded(
     fam, notes = distilled.fam_of(read(chosen.student), settings, model, {**params, **stats})
     notes += distilled.read_otherwise(read(chosen.student), settings, model.student.bands)
     return {f"student/{k}": v for k, v in tensors.items()} | fam, notes
+
+
+def _check_frozen(chosen: Weights, params: flat.Arrays, loaded: Mapping[str, np.ndarray]) -> None:
+    """UserError where a part that is to stay as it came would stay random: the FAM, of a student that brings none."""
+    if random := sorted({path.split("/")[0] for path in params if optim.of_student(path) and path not in loaded}):
+        raise UserError(
+            "config.optimizer.student_lr_mult=0 keeps student and FAM as they came, and "
+            f"{chosen.student or chosen.model} brings no {random[0]} for this model; give a student that was distilled "
+            "with these settings (configs/distill.py), or let it learn"
+        )
 
 
 def frozen_teacher(
