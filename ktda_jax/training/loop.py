@@ -129,8 +129,13 @@ def _initial(settings: Settings, program: Program, data: Inputs, writer: Writer)
 
 def _tell(writer: Writer, settings: Settings, program: Program, data: Inputs, start: int) -> None:
     """What will be trained, where, and from what."""
+    stay = {k: v for k, v in program.abstract.params.items() if optim.of_student(k)}
+    count, kept = (flat.count(x) for x in (program.abstract.params, stay))
+    parameters = f"{count / 1e6:.1f} M parameters to train"
+    if settings.optimizer.student_lr_mult == 0:
+        parameters = f"{count - kept:,} parameters to train, {kept / 1e6:.1f} M that stay"
     writer.message(
-        f"{flat.count(program.abstract.params) / 1e6:.1f} M parameters to train, {data.what}, "
+        f"{parameters}, {data.what}, "
         f"{program.mesh.size} {jax.default_backend()} device(s), compute in {compute_dtype(settings.dtype)}"
         + (f", resuming at step {start}" if start else "")
     )
