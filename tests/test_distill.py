@@ -127,6 +127,19 @@ def test_a_student_alone_makes_no_map(student):
     assert again.shares == student[1].shares
 
 
+def test_other_images_may_score_a_distillation(student, images, tmp_path, capsys):
+    """Where they lie now, or others altogether, which is said."""
+    workdir, result, config = shutil.copytree(student[0], tmp_path / "run"), *student[1:]
+    changed = config.copy_and_resolve_references()
+    changed.data.unlabelled = str(shutil.copytree(images, tmp_path / "elsewhere"))
+    assert scoring.evaluate_workdir(changed, workdir).shares == result.shares
+    assert "not those held out" not in capsys.readouterr().out
+    pixels = np.random.default_rng(5).integers(0, 256, (216, 216, 3), np.uint8)
+    scene_files.write(tmp_path / "elsewhere" / "c.tif", pixels)
+    assert scoring.evaluate_workdir(changed, workdir).shares != result.shares
+    assert "warning: the images that score are not those held out in training, which may" in capsys.readouterr().out
+
+
 # Training from there ----------------------------------------------------------------------------------------------
 
 

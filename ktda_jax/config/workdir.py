@@ -127,6 +127,14 @@ def compare_data(
     raise UserError(f"{which}; use another --workdir, or the former data")
 
 
+def fingerprint(workdir: pathlib.Path, what: str) -> str | None:
+    """Of the data that a run was begun with, where that is known: `train`, `val`, `held out`, ..."""
+    try:
+        return dict(json.loads((workdir / RUN).read_text())["data"]).get(what)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'data.crop': ...} of nested mappings."""
     found = {}

@@ -76,7 +76,7 @@ def evaluate_workdir(
         if settings.encodes or not settings.supervised:
             decides += ("weights.teacher",)
         if not settings.supervised:
-            decides += ("data.unlabelled", "data.crop", "loss.distance")
+            decides += ("data.crop", "loss.distance")
         records.compare(workdir, settings, only=decides)
     if not trained and not settings.supervised:
         raise UserError(f"no checkpoints in {workdir}; train first, or give --workdir of a trained run")
@@ -91,6 +91,8 @@ def evaluate_workdir(
         batches, _, doubtful = eval_source(settings.data, split, settings.eval_batch_size)
     else:
         (batches, held_out), doubtful = held_out_batches(settings.data, settings.eval_batch_size), []
+        if trained and records.fingerprint(workdir, "held out") not in (None, held_out.fingerprint):
+            doubtful.append("the images that score are not those held out in training, which may have trained on them")
     if not said and jax.process_index() == 0:
         for line in [*doubtful, *filter(None, [obstacle])]:
             print(f"warning: {line}", flush=True)
