@@ -48,6 +48,7 @@ ROWS = {
         **PLAIN, "model.encoder": "teacher", "model.fam": False, "model.standardize_taps": True,
     },
     "probe": {"layer": 6},  # chosen on area 4
+    "colour": {"layer": None},  # the same of a token's mean colour
     "distillation": {},  # alone: how much of the teacher's variance it explains; --labels=0
 }  # fmt: skip
 
@@ -66,7 +67,7 @@ def main() -> None:
     root = draws.folder(args.work, args.tiles, args.set, args.labels, args.draw)
     if args.row == "distillation":
         scores = _curve(args, root, {k.removeprefix("distill:"): v for k, v in given.items()})
-    elif args.row == "probe":
+    elif args.row in ("probe", "colour"):
         scores = _probe(args, root, given["layer"])
     else:
         scores = _train(args, root, given, args.work / "runs" / name)
@@ -237,18 +238,21 @@ def _summaries(confusions: dict) -> dict:
     return found
 
 
-def _probe(args: argparse.Namespace, root: pathlib.Path, layer: int) -> dict:
-    """A linear probe of one layer of the frozen teacher (probe.py), its penalty as chosen for the former evidence."""
+def _probe(args: argparse.Namespace, root: pathlib.Path, layer: int | None) -> dict:
+    """A linear probe of one layer of the frozen teacher, or of mean colours (None), the penalty as chosen before."""
     import numpy as np
 
     from benchmarks.evidence import probe
 
-    config = _config(args, "few_labels.py:10", {"model.teacher.taps": (layer,) * 4, "data.classes": "none"})
     tiles, names = {}, {}
     for split in ("train", *draws.SETS[args.set][2]):
         names[split] = [path.stem for path in sorted((root / "img_dir" / split).iterdir())]
         tiles |= {n: tuple(root / kind / split / f"{n}.png" for kind in ("img_dir", "ann_dir")) for n in names[split]}
-    taps = {name: found[0] for name, found in probe.features(config, tiles).items()}
+    if layer is None:
+        taps = probe.colours(tiles, 14)
+    else:
+        config = _config(args, "few_labels.py:10", {"model.teacher.taps": (layer,) * 4, "data.classes": "none"})
+        taps = {name: found[0] for name, found in probe.features(config, tiles).items()}
     options = dict(patch=14, num_classes=len(draws.SETS[args.set][0].split(",")), l2=1e-2)
     scored = {a: probe.run(taps, tiles, names["train"], names[a], **options) for a in draws.SETS[args.set][2]}
     return _summaries({**scored, "all": np.sum(list(scored.values()), 0)})

@@ -14,7 +14,19 @@ import pathlib
 import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
-ORDER = ("student", "published", "aligned", "labelled", "frozen", "distilled", "unlabelled", "semi", "teacher", "probe")
+ORDER = (
+    "student",
+    "published",
+    "aligned",
+    "labelled",
+    "frozen",
+    "distilled",
+    "unlabelled",
+    "semi",
+    "teacher",
+    "probe",
+    "colour",
+)
 AGAINST = ("student", "published", "probe")
 
 
