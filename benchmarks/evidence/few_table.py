@@ -37,7 +37,8 @@ def read(rows: pathlib.Path) -> dict:
         row = json.loads(path.read_text())
         if row["row"] == "distillation":
             continue
-        changed = ", ".join(f"{k.split('.')[-1]} {v}" for k, v in sorted(row["changed"].items()))
+        told = {k: v for k, v in row["changed"].items() if k != "model.aux_channels"}  # which goes with the linear head
+        changed = ", ".join(f"{k.split('.')[-1]} {v}" for k, v in sorted(told.items()))
         found[row["set"], row["labels"]][row["row"] + (f" ({changed})" if changed else "")][row["draw"]] = row
     return found
 
