@@ -39,18 +39,11 @@ def check(settings: Settings) -> None:
         raise UserError("config.model.encoder='teacher' has no student; leave config.weights.student out")
     if settings.distill and not model.fam:
         raise UserError("config.distill needs the FAM; set config.model.fam=True or config.distill=False")
-    if settings.optimizer.student_lr_mult == 0 and not settings.encodes:
-        _check_frozen(settings)
+    if settings.distill and settings.optimizer.student_lr_mult == 0:
+        raise UserError(
+            "config.optimizer.student_lr_mult=0 keeps the student as it is, and config.distill trains it; take one"
+        )
     _check_distillation(settings)
-
-
-def _check_frozen(settings: Settings) -> None:
-    """Of a student that stays as it came."""
-    name = "config.optimizer.student_lr_mult=0"
-    if settings.distill:
-        raise UserError(f"{name} keeps the student as it is, and config.distill trains it; take one of them")
-    if settings.weights.student is None and settings.weights.model is None:
-        raise UserError(f"{name} keeps a student that starts at random; give one, as config.weights.student=WORKDIR")
 
 
 TEACHERS = (  # how one gets a teacher
