@@ -314,8 +314,8 @@ def _check_frozen(chosen: Weights, params: flat.Arrays, loaded: Mapping[str, np.
         raise UserError(f"{name} keeps a student that starts at random; give one, as config.weights.student=WORKDIR")
     if random := sorted({path.split("/")[0] for path in params if optim.of_student(path) and path not in loaded}):
         raise UserError(
-            f"{name} keeps student and FAM as they came, and {path} brings no {random[0]} for this model; give one that "
-            "was distilled with these settings (configs/distill.py), or let it learn"
+            f"{name} keeps student and FAM as they came, and {path} brings no {random[0]} for this model; give one "
+            "that was distilled with these settings (configs/distill.py), or let it learn"
         )
 
 
