@@ -9,7 +9,7 @@ Arguments: few_labels.py:10, :50 or :500  about so many labelled tiles (default 
                                           wants --config.weights.teacher=..., the one that was distilled from
 With :10 student and FAM stay as they were distilled, and one linear layer learns; with more labels everything does.
 Time:      600 steps of 4 for few_labels.py:10, 4 minutes on one core of 130 GFLOP/s with other work beside
-Score:     {{SCORE}}
+Score:     from 16 tiles of Dubai 38.9 ± 1.5 mIoU on areas not seen, from scratch 17.5 ± 2.8 (EVIDENCE.md)
 """
 
 from ml_collections import ConfigDict, config_dict
