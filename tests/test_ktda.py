@@ -150,7 +150,10 @@ def trajectory(request):
         optimizer = optax.chain(keep_gradients, optim.adamw(schedule))
         arrays = golden.arrays("grass_tiny")
         batch = {"image": arrays["image_rgb_uint8"], "label": arrays["label_uint8"]}
-        settings = ConfigDict(dict(seed=0, grad_accum=1, ema=None, loss=LOSS, semi=dict(weight=0.0)))
+        given = dict(
+            seed=0, grad_accum=1, ema=None, loss=LOSS, semi=dict(weight=0.0), optimizer=dict(student_lr_mult=1.0)
+        )
+        settings = ConfigDict(given)
         parts = dict(graphdef=graphdef, teacher_graphdef=teacher_graphdef, optimizer=optimizer, schedule=schedule)
         step = jax.jit(lambda current: train_step(current, batch, frozen, settings=settings, mesh=None, **parts))
         current = TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), None)
