@@ -309,12 +309,12 @@ def _loaded(
 
 def _check_frozen(chosen: Weights, params: flat.Arrays, loaded: Mapping[str, np.ndarray]) -> None:
     """UserError where a part that is to stay as it came would stay random: the FAM, of a student that brings none."""
-    name, path = "config.optimizer.student_lr_mult=0", chosen.student or chosen.model
-    if path is None and any(map(optim.of_student, params)):
+    name, source = "config.optimizer.student_lr_mult=0", chosen.student or chosen.model
+    if source is None and any(map(optim.of_student, params)):
         raise UserError(f"{name} keeps a student that starts at random; give one, as config.weights.student=WORKDIR")
     if random := sorted({path.split("/")[0] for path in params if optim.of_student(path) and path not in loaded}):
         raise UserError(
-            f"{name} keeps student and FAM as they came, and {path} brings no {random[0]} for this model; give one "
+            f"{name} keeps student and FAM as they came, and {source} brings no {random[0]} for this model; give one "
             "that was distilled with these settings (configs/distill.py), or let it learn"
         )
 
