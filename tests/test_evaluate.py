@@ -15,7 +15,7 @@ from ktda_jax import sharding
 from ktda_jax.data import pipeline
 from ktda_jax.data.datasets import IGNORE, dataset_info
 from ktda_jax.data.sources import FolderSource
-from ktda_jax.metrics import summarize
+from ktda_jax.metrics.confusion import summarize
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDAConfig
 from ktda_jax.training import evaluate, loop

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ktda_jax import metrics
+from ktda_jax.metrics import confusion as metrics
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "metrics.npz"
 COUNT = jax.jit(metrics.confusion_matrix, static_argnums=2)

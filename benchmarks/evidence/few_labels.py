@@ -228,7 +228,7 @@ def _scores(args: argparse.Namespace, config, workdir: pathlib.Path) -> dict:
 
 
 def _summaries(confusions: dict) -> dict:
-    from ktda_jax.metrics import summarize
+    from ktda_jax.metrics.confusion import summarize
 
     found = {}
     for area, confusion in confusions.items():

@@ -18,7 +18,7 @@ from ktda_jax.config.settings import Settings
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.images import read_image
 from ktda_jax.data.labels import read_label
-from ktda_jax.metrics import confusion_matrix
+from ktda_jax.metrics.confusion import confusion_matrix
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import normalize
 from ktda_jax.models.layers import resize

@@ -12,7 +12,7 @@ import pathlib
 
 import numpy as np
 
-from ktda_jax.metrics import summarize
+from ktda_jax.metrics.confusion import summarize
 
 BASELINE = "student"
 

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from ktda_jax.metrics import summarize
+from ktda_jax.metrics.confusion import summarize
 
 DPI = 150
 CHARACTER = 0.085  # inches that a character of 10 pt takes, on the safe side

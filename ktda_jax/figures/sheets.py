@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ktda_jax.data.datasets import IGNORE
 from ktda_jax.figures.plots import CHARACTER, FAINT, TEXT, save_figure
-from ktda_jax.metrics import IGNORE
 
 WRONG = (214, 39, 40)  # red of the error map
 STRIPES = ((238, 238, 238), (170, 170, 170))  # the two greys of ignored pixels; no class looks striped

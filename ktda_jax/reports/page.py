@@ -8,7 +8,7 @@ from html import escape
 
 from ktda_jax.config.workdir import flatten
 from ktda_jax.figures.plots import LOSS_TERMS
-from ktda_jax.metrics import summarize
+from ktda_jax.metrics.confusion import summarize
 from ktda_jax.reports import panels
 from ktda_jax.reports.charts import Line, chart
 from ktda_jax.reports.panels import cell, percent, swatch, table

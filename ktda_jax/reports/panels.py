@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from ktda_jax.metrics import summarize
+from ktda_jax.metrics.confusion import summarize
 from ktda_jax.reports import charts, pictures
 from ktda_jax.reports.features import Level
 from ktda_jax.reports.tiles import Tile, shown

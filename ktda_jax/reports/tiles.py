@@ -11,7 +11,7 @@ from ktda_jax import UserError, sharding
 from ktda_jax.config.settings import Data
 from ktda_jax.data import pipeline
 from ktda_jax.data.sources import read_tile
-from ktda_jax.metrics import count, summarize
+from ktda_jax.metrics.confusion import count, summarize
 from ktda_jax.reports.trained import Trained
 
 PREDICTED = 64  # tiles of a split that is not evaluated, for the shares of its predictions

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ktda_jax import sharding
 from ktda_jax.data.datasets import DatasetInfo
 from ktda_jax.figures import plots, sheets
-from ktda_jax.metrics import Metrics, best_constant, confusion_matrix, count, format_table, summarize
+from ktda_jax.metrics.confusion import Metrics, best_constant, confusion_matrix, count, format_table, summarize
 from ktda_jax.models.flat import Arrays, merge
 from ktda_jax.models.ktda import full_size
 
