@@ -39,11 +39,13 @@ def generate(root: pathlib.Path, tiles: int) -> pathlib.Path:
 
 
 def ours(root: pathlib.Path, workers: int):
+    from ktda_jax.data.augment import Augmentation
     from ktda_jax.data.pipeline import train_iterator
     from ktda_jax.data.sources import FolderSource
 
     source = FolderSource(root, "train", num_classes=5)
-    return train_iterator(source, crop=CROP, batch_size=BATCH, seed=0, num_threads=workers)
+    how = Augmentation((CROP, CROP))
+    return train_iterator(source, augmentation=how, batch_size=BATCH, seed=0, num_threads=workers)
 
 
 def peer(root: pathlib.Path, workers: int):

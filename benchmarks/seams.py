@@ -34,8 +34,8 @@ def main():
     import ktda_jax
     from ktda_jax.data.images import Reading, read_image
     from ktda_jax.data.raster import open_scene
-    from ktda_jax.prediction import files, pipeline
-    from ktda_jax.tiling import device
+    from ktda_jax.prediction import files
+    from ktda_jax.tiling import device, pipeline
     from ktda_jax.tiling.windows import axis
 
     model = ktda_jax.load_pretrained(args.checkpoint)

@@ -3,7 +3,7 @@
 Command:   python -m ktda_jax.main --config=configs/custom.py --config.data.root=DIR
            DIR/img_dir/{train,val}/NAME.{tif,png,jpg} and DIR/ann_dir/{train,val}/NAME.{png,tif}. Copy this file, edit
            the capitals below, and look at the result first: python -m ktda_jax.inspect --config=... Images must be at
-           least as large as CROP; evaluation resizes them to it.
+           least as large as CROP; larger ones are scored in windows of it, as predict maps them.
 Arguments: custom.py:tiny  a model and schedule for a laptop
 Hardware, time, score: yours. With few tiles, 2,000 to 10,000 steps are a sensible first try.
 """
@@ -36,6 +36,7 @@ def get_config(argument: str = "") -> ConfigDict:
     data.name = "custom"
     data.classes, data.palette = tuple(CLASSES), tuple(CLASSES.values())
     data.crop = config.model.teacher.image_size = CROP
+    data.eval_scale = "native"
     data.label_map = LABELS and tuple(LABELS.items())
     data.bands, data.rgb, data.scale, data.nodata = BANDS, RGB, SCALE, NODATA
     config.total_steps, config.eval_every = 5_000, 250

@@ -25,6 +25,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config = base()
     transfer(config)
     config.data.name, config.data.classes = "custom", config_dict.placeholder(str)
+    config.data.eval_scale = "native"
     config.model.fmm.enabled = False
     config.loss.avg_non_ignore = True  # tiles may be labelled in part
     config.distill = "unlabelled" in flags

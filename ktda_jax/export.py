@@ -183,7 +183,7 @@ def _inference(found: Weights, dtype, *, for_onnx: bool) -> tuple[Callable, Mapp
     stats = {k: jnp.asarray(ours[k], v.dtype) for k, v in stats.items()}
 
     def infer(images):
-        _, labels, probabilities = segmenter.infer(graphdef, params, stats, images)
+        _, labels, probabilities = segmenter.infer(graphdef, found.temperature, params, stats, images)
         return {"labels": labels, "probabilities": probabilities}
 
     return infer, {**params, **stats}
@@ -233,6 +233,7 @@ def _describe(found: Weights, arrays, size: tuple[int, int], format: str, dtype:
             "labels": {"dtype": "uint8", "shape": shape},
             "probabilities": {"dtype": "float32", "shape": [*shape, config.num_classes]},
         },
+        "temperature": found.temperature,  # that the probabilities have been made with
         "classes": found.classes,
         "palette": found.palette,
         "nodata": IGNORE,

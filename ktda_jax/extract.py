@@ -1,9 +1,9 @@
 """`python -m ktda_jax.extract --config=...`: the frozen teacher's features of the training images, once and for all.
 
-Runs the teacher over every training tile and its mirror image, sharded over all devices, into config.teacher.features;
-and over a fixed grid of windows of the images without labels, config.data.unlabelled, into a folder beside it.
-Training with --config.teacher.mode=precomputed then reads them in step with the tiles. Of several processes each writes
-a file of its own, so that all must see the folder.
+Runs the teacher over every training tile and its mirror image, or with config.data.rotate over all eight views of it,
+sharded over all devices, into config.teacher.features; and over a fixed grid of windows of the images without labels,
+config.data.unlabelled, into a folder beside it. Training with --config.teacher.mode=precomputed then reads them in step
+with the tiles. Of several processes each writes a file of its own, so that all must see the folder.
 """
 
 from ktda_jax import cli
@@ -34,6 +34,7 @@ from ktda_jax.config.settings import Settings
 from ktda_jax.config.workdir import write_json
 from ktda_jax.data import pipeline
 from ktda_jax.data.check import check_split
+from ktda_jax.data.geometry import VIEWS
 from ktda_jax.data.teacher_features import (
     DTYPES,
     FORMAT,
@@ -44,6 +45,7 @@ from ktda_jax.data.teacher_features import (
     check,
     read_manifest,
     stored_layers,
+    views_of,
 )
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDAConfig, teacher_images
@@ -78,16 +80,17 @@ def run(config: ConfigDict) -> pathlib.Path:
         )
         made_from = {"split": UNLABELLED, "tiles": found.fingerprint, **identity}
         jobs.append((features_folder(stored, data, of_windows=True), windows, made_from))
-    jobs = [job for job in jobs if not _there(job[0], job[2], stored.dtype)]
+    views = VIEWS if data.rotate else 2
+    jobs = [job for job in jobs if not _there(job[0], job[2], stored.dtype, views)]
     if chosen is None and jobs:
         _say("warning: the teacher is random; set config.weights.teacher")
-    step = _step(graphdef, model, dtype, DTYPES[stored.dtype], mesh)
+    step = _step(graphdef, model, dtype, DTYPES[stored.dtype], mesh, views)
     for folder, source, made_from in jobs:
-        _extract(folder, source, made_from, settings, model, step, place, mesh)
+        _extract(folder, source, made_from, settings, model, step, place, mesh, views)
     return features_folder(stored, data)
 
 
-def _there(folder: pathlib.Path, made_from: dict, dtype: str) -> bool:
+def _there(folder: pathlib.Path, made_from: dict, dtype: str, views: int) -> bool:
     """Whether a folder holds these features already; UserError for others."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
@@ -100,19 +103,27 @@ def _there(folder: pathlib.Path, made_from: dict, dtype: str) -> bool:
             f"the teacher features in {folder} are there, but as {manifest['dtype']}, not {dtype}; "
             "choose another config.teacher.features, or remove them"
         )
+    if views_of(manifest) < views:
+        raise UserError(
+            f"the teacher features in {folder} are there, but of {views_of(manifest)} views of each tile, and "
+            f"config.data.rotate needs {views}; choose another config.teacher.features, or remove them"
+        )
     _say(f"the features are in {folder} already")
     return True
 
 
-def _extract(folder, source, made_from: dict, settings: Settings, model: KTDAConfig, step, place, mesh) -> None:
+def _extract(
+    folder, source, made_from: dict, settings: Settings, model: KTDAConfig, step, place, mesh, views: int
+) -> None:  # fmt: skip
     """The features of one source's tiles into `folder`."""
     stored = settings.teacher
     rows = dict(crop=None, batch_size=settings.eval_batch_size, **processes(settings.data.num_threads))
     batches = pipeline.eval_batches(source, **rows)
     records, per_shard = _records(batches, model, jax.process_count())
     itemsize = DTYPES[stored.dtype].itemsize * len(stored_layers(model.teacher.tapped))
-    size = sum(2 * h * w * model.teacher.width * itemsize for *_, h, w in records)
-    _say(f"{len(source)} tiles and their mirror images, {size / 1e9:.2f} GB of {stored.dtype} before compression")
+    size = sum(views * h * w * model.teacher.width * itemsize for *_, h, w in records)
+    what = "and their mirror images" if views == 2 else f"in {views} views each"
+    _say(f"{len(source)} tiles {what}, {size / 1e9:.2f} GB of {stored.dtype} before compression")
     temporary = folder.with_name(f".{folder.name}.tmp")
     with _claim(temporary, folder) if jax.process_index() == 0 else contextlib.nullcontext():
         _meet("folder made")
@@ -126,6 +137,7 @@ def _extract(folder, source, made_from: dict, settings: Settings, model: KTDACon
                 "padding": PADDING,
                 "computed_in": str(compute_dtype(settings.dtype)),
                 "dtype": stored.dtype,
+                "views": views,
                 "shards": {_shard(k): (temporary / _shard(k)).stat().st_size for k, n in enumerate(per_shard) if n},
             }
             np.save(temporary / RECORDS, np.array(records, np.int64))
@@ -169,17 +181,20 @@ def _records(batches: pipeline.EvalBatches, model: KTDAConfig, count: int) -> tu
     return records, per_shard
 
 
-def _step(graphdef, model: KTDAConfig, dtype, stored: np.dtype, mesh):
-    """(teacher, images (B, H, W, bands)) -> taps of the images and of their mirror images, (B, n, h, w, C) each."""
+def _step(graphdef, model: KTDAConfig, dtype, stored: np.dtype, mesh, views: int):
+    """(teacher, images (B, H, W, bands)) -> taps of each view of the images, (B, n, h, w, C)."""
 
     def taps(teacher, images):
         seen = teacher_images(images, model.rgb, model.teacher, dtype)
         vit, tapped = flat.merge(graphdef, teacher, {}), model.teacher.tapped
         levels = [tapped.index(layer) for layer in stored_layers(tapped)]
-        both = [vit(x) for x in (seen, seen[:, :, ::-1])]
-        return tuple(jnp.stack([found[k] for k in levels], 1).astype(stored) for found in both)
+        found = []
+        for number in range(views):  # as geometry.view makes them
+            mirrored = seen[:, :, ::-1] if number % 2 else seen
+            found.append(vit(jnp.rot90(mirrored, number // 2, axes=(1, 2))))
+        return tuple(jnp.stack([each[k] for k in levels], 1).astype(stored) for each in found)
 
-    return jax.jit(taps, out_shardings=(sharding.batch_sharding(mesh),) * 2)
+    return jax.jit(taps, out_shardings=(sharding.batch_sharding(mesh),) * views)
 
 
 def _write(path: pathlib.Path, dtype: str, step, teacher, batches, mesh) -> None:
@@ -189,9 +204,9 @@ def _write(path: pathlib.Path, dtype: str, step, teacher, batches, mesh) -> None
     started = said
 
     def write(batch, taps):
-        both = [sharding.local_rows(values) for values in taps]
+        views = [sharding.local_rows(values) for values in taps]
         for row in np.flatnonzero(batch["mask"]):
-            writer.write(batch["name"][row], both[0][row], both[1][row])
+            writer.write(batch["name"][row], [values[row] for values in views])
 
     try:
         for number, batch in enumerate(batches):

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     PARSE = cli.parsed(cli.parse_config)  # before the imports below, which take seconds
 
 import contextlib
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -27,22 +28,24 @@ from ktda_jax import UserError
 from ktda_jax.config import checks
 from ktda_jax.config.settings import Data
 from ktda_jax.config.workdir import write_json
-from ktda_jax.data import augment, shares
+from ktda_jax.data import leaks, places, shares
 from ktda_jax.data.check import check_split
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.paths import expand
+from ktda_jax.data.rows import Shuffled, TrainRows
 from ktda_jax.data.sources import read_tile
 from ktda_jax.figures import plots, sheets
-from ktda_jax.training.inputs import doubts, held_out_batches, open_source, open_windows
+from ktda_jax.training.inputs import augmentation, doubts, held_out_batches, open_source, open_windows
 
 AUGMENTED = 3  # draws of the augmentation beside each
+FEW = 16  # files of a split
 
 
 def run(config: ConfigDict, output: pathlib.Path, samples: int) -> list[str]:
     """Inspects all splits; returns what is wrong with them."""
     settings = checks.resolve(config)
     data, info = settings.data, settings.data.info
-    names = list(dict.fromkeys(filter(None, (data.train_split, data.val_split, data.test_split))))
+    names = list(dict.fromkeys(filter(None, (data.train_split, data.validation, data.test_split))))
     names = names if settings.supervised else []
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -57,7 +60,7 @@ def run(config: ConfigDict, output: pathlib.Path, samples: int) -> list[str]:
             sources[split] = source
             problems += doubts(data, source, split, check_split(source, crop=crop, num_threads=data.num_threads))
         except UserError as error:
-            problems.append(str(error))
+            problems += {str(error)} - set(problems)  # of folds both parts of a split have the same
     if data.unlabelled:
         problems += _windows(data, sources.get(data.train_split), settings.supervised, output, samples)
     if not counts and not settings.supervised:
@@ -78,11 +81,18 @@ def run(config: ConfigDict, output: pathlib.Path, samples: int) -> list[str]:
         "effective_number": shares.effective_number(train.tiles_with[:classes]),
     }
     print(_tables(info.classes, counts, suggested, [g for g in groups if g not in across]))
+    fold = next((source.fold for source in sources.values() if source.fold), None)
+    if fold:
+        print(fold.table())
+    warnings = _leaks(sources, counts, data.num_threads)
+    for line in warnings:
+        print(f"warning: {line}")
     by_split = {split: found.pixels[:classes] for split, found in counts.items()}
     plots.save_shares(output / "classes.png", by_split, info.classes, info.palette)
     if data.train_split in sources:
         _sheet(output / "samples.png", sources[data.train_split], data, settings.seed, samples)
-    write_json(output / "inspection.json", _report(info.classes, counts, groups, suggested, problems))
+    report = _report(info.classes, counts, groups, suggested, problems) | {"warnings": warnings}
+    write_json(output / "inspection.json", report | ({"fold": dataclasses.asdict(fold)} if fold else {}))
     print(f"written to {output}")
     return problems
 
@@ -104,6 +114,18 @@ def _windows(data: Data, tiles, supervised: bool, output: pathlib.Path, samples:
         output / "unlabelled.png", rows, ["as distilled on"], [windows[k]["name"] for k in chosen], (), ()
     )
     return doubtful
+
+
+def _leaks(sources: dict, counts: dict, num_threads: int | None) -> list[str]:
+    """What may make scores flatter than they would be on new ground, one line each."""
+    named = {split: [name for same in found.hashes.values() for name in same] for split, found in counts.items()}
+    extents, names = {}, {}
+    for split, source in sources.items():
+        paths = getattr(source, "image_paths", ())
+        few = paths[:: max(1, len(paths) // FEW)]  # where none of these has a place, the rest need not be opened
+        if places.read(few, num_threads=num_threads).located.any():
+            extents[split], names[split] = places.read(paths, num_threads=num_threads), source.names
+    return leaks.by_name(named) + leaks.by_place(extents, names)
 
 
 def _tables(classes, counts, suggested, within) -> str:
@@ -151,7 +173,9 @@ def _report(classes, counts, groups, suggested, problems) -> dict:
 
 
 def _sheet(path: pathlib.Path, source, data: Data, seed: int, samples: int) -> None:
-    """Random tiles: image, label, both, and what training sees of them."""
+    """Random tiles: image, label, both, and what training sees of them (not which it prefers)."""
+    how = dataclasses.replace(augmentation(data), rare_crops=0.0)
+    drawn = TrainRows(Shuffled(source, None, seed, False), None, None, seed=seed, augmentation=how)
     rng, rows, names = np.random.default_rng(seed), [], []
     rgb, info = list(data.rgb_positions), data.info
     for index in rng.permutation(len(source)):
@@ -163,10 +187,7 @@ def _sheet(path: pathlib.Path, source, data: Data, seed: int, samples: int) -> N
             shown = image[..., rgb]
             row = [shown, sheets.paint(label, info.palette), sheets.overlay(shown, label, info.palette)]
             for _ in range(AUGMENTED):
-                seen, truth = augment.random_crop(image, label, data.crop, rng)
-                seen, truth = augment.random_flip(seen, truth, rng, data.flip)
-                seen = augment.photometric_distortion(seen, rng) if data.photometric else seen
-                row.append(seen[..., rgb])
+                row.append(drawn.of_tile(int(index), rng)["image"][..., rgb])
         except UserError:  # already reported
             continue
         rows.append(row)

@@ -48,6 +48,7 @@ from ktda_jax.data.reading import is_scale
 from ktda_jax.prediction import files, mapping, polygons, segmenter
 from ktda_jax.prediction.outputs import Legend
 from ktda_jax.tiling import device
+from ktda_jax.tiling.windows import usual_overlap
 
 
 def run(
@@ -96,7 +97,7 @@ def run(
     outputs = [named[scene.path] for scene in scenes]
     files.check_sources({scene.path: scene.files for scene in scenes}, outputs)
     size = (tile, tile) if tile else tuple((model.data or {}).get("crop") or model.config.teacher.image_size)
-    overlap = min(size) // 4 if overlap is None else overlap
+    overlap = usual_overlap(size) if overlap is None else overlap
     mapping.check_tiles(size, overlap)
 
     found = device.of_segmenter(model, tta=tta)
@@ -105,11 +106,14 @@ def run(
         f"{len(scenes)} scene{'s' * (len(scenes) > 1)}, tiles of {size[0]} x {size[1]} overlapping by {overlap}, "
         f"{step.batch_size} at once on {jax.local_device_count()} x {jax.devices()[0].device_kind}"
     )
+    tags = {"CHECKPOINT": str(checkpoint), "SOFTWARE": "ktda_jax"}
+    if model.temperature != 1 and (probabilities or confidence):
+        tags["TEMPERATURE"] = f"{model.temperature:.4g}"
     try:
         used = mapping.map_scenes(
             scenes, outputs, step, Legend.of(found.classes, model.classes, model.palette), overlap=overlap,
-            rgb=model.config.rgb, cog=cog, tags={"CHECKPOINT": str(checkpoint), "SOFTWARE": "ktda_jax"}, say=_say,
-            failures=failures,
+            rgb=model.config.rgb, cog=cog, tags=tags, say=_say, failures=failures,
+            temperature=model.temperature,
         )  # fmt: skip
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         words = str(error).strip().partition("\n")[0]

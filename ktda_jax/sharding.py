@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -81,6 +82,37 @@ def local_rows(array: jax.Array) -> np.ndarray:
     """The rows of a batch-sharded array that this process fed in."""
     shards = sorted(array.addressable_shards, key=lambda s: s.index[0].start or 0)
     return np.concatenate([np.asarray(s.data) for s in shards])
+
+
+def on_each(tree: Any, mesh: Mesh, local: Mesh) -> Any:
+    """Arrays on the `mesh` of all processes -> whole ones on every device of this process's own mesh, `local`."""
+    whole, target = replicated(mesh), replicated(local)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, target)
+    if any(not x.sharding.is_equivalent_to(whole, x.ndim) for x in jax.tree.leaves(tree)):
+        tree = jax.jit(lambda x: x, out_shardings=whole)(tree)  # all processes call this
+    shards = jax.tree.map(lambda x: [s.data for s in x.addressable_shards], tree)
+    return jax.tree.map(lambda x, held: jax.make_array_from_single_device_arrays(x.shape, target, held), tree, shards)
+
+
+def sum_of_processes(array: np.ndarray) -> np.ndarray:
+    """The sum over all processes, which all call this, of arrays of one shape and type."""
+    if jax.process_count() == 1:
+        return array
+    rows = multihost_utils.process_allgather(np.ascontiguousarray(array).view(np.uint8).ravel())
+    return rows.view(array.dtype).reshape(-1, *array.shape).sum(0)  # as bytes, since JAX makes 32 bits of 64
+
+
+def rows_of_processes(array: np.ndarray) -> np.ndarray:
+    """The rows of all processes, which all call this, one after the other: arrays that differ in their length alone."""
+    if jax.process_count() == 1:
+        return array
+    lengths = multihost_utils.process_allgather(np.int32(len(array))).tolist()
+    padded = np.zeros((max(lengths), *array.shape[1:]), array.dtype)
+    padded[: len(array)] = array
+    gathered = multihost_utils.process_allgather(padded.view(np.uint8).ravel())
+    rows = gathered.view(array.dtype).reshape(-1, *padded.shape)
+    return np.concatenate([part[:length] for part, length in zip(rows, lengths, strict=True)])
 
 
 def place(tree: Any, shardings: Any) -> Any:

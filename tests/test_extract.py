@@ -14,6 +14,7 @@ from ktda_jax import UserError, extract, sharding
 from ktda_jax.config.model import model_of, teacher_identity
 from ktda_jax.config.settings import Settings
 from ktda_jax.data import pipeline
+from ktda_jax.data.augment import Augmentation
 from ktda_jax.data.check import check_split
 from ktda_jax.training.inputs import features_folder, open_features, open_source
 from ktda_jax.training.program import build
@@ -63,7 +64,11 @@ def first_terms(config):
     features = open_if_precomputed(config, source)
     batch = next(
         pipeline.train_iterator(
-            source, crop=config.data.crop, batch_size=config.batch_size, seed=0, photometric=False, features=features
+            source,
+            augmentation=Augmentation(config.data.crop, photometric=False),
+            batch_size=config.batch_size,
+            seed=0,
+            features=features,
         )
     )
     batch = sharding.to_global(program.mesh, {k: batch[k] for k in ("image", "label", "taps") if k in batch})

@@ -7,11 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+import rasterio
 import runs
+import scene_files
 from PIL import Image
 
 from ktda_jax import inspect as verb
-from ktda_jax.data import shares
+from ktda_jax.data import leaks, shares
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.sources import FolderSource
 
@@ -92,3 +94,81 @@ def test_no_data_is_one_line(tmp_path):
     assert done.returncode == 1 and not (tmp_path / "out").exists()
     lines = done.stderr.splitlines()
     assert len(lines) == 2 and all(line.startswith("error: ") and "/nowhere" in line for line in lines)  # train, val
+
+
+def renamed(root, names: dict) -> None:
+    """{split: names}, in the order of the tiles t0, t1, ..."""
+    for kind in ("img_dir", "ann_dir"):
+        for split, given in names.items():
+            for number, name in enumerate(given):
+                (path,) = (root / kind / split).glob(f"t{number}.*")
+                path.rename(path.with_name(f"{name}{path.suffix}"))
+
+
+def warned(root, tmp_path, capsys) -> list[str]:
+    """What is printed as a warning, which is also in the report and makes nothing wrong."""
+    assert run(root, tmp_path / "out") == []
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    report = json.loads((tmp_path / "out" / "inspection.json").read_text())
+    assert [f"warning: {line}" for line in report["warnings"]] == lines and report["problems"] == []
+    return lines
+
+
+def test_a_scene_in_two_splits_is_warned_of(tiles, tmp_path, capsys):
+    renamed(tiles, {"train": ["area1_0", "area1_1", "area2_0", "c"], "val": ["area1_2", "area2_1", "area3_0"]})
+    (line,) = warned(tiles, tmp_path, capsys)
+    assert line.startswith("warning: 3 tile(s) of train and 2 tile(s) of val are of the same 2 scene(s)")
+    assert "train/area1_0 and val/area1_2; train/area2_0 and val/area2_1; hold whole areas out by config.data" in line
+
+
+@pytest.mark.parametrize(
+    "train, val, scenes",
+    [
+        (["t0", "t1"], ["t1", "t2"], None),
+        (["tile_001", "tile_002"], ["tile_003", "tile_001"], None),
+        (["tile7-001", "tile7-002"], ["tile7-003"], None),  # all begin so
+        (["Forest_1", "River_1"], ["Forest_2", "River_2"], None),  # classes
+        (["0_0", "0_1", "1_0"], ["0_0", "1_1"], 1),  # 0_0 in both: counted by each split for itself
+        (["Wetlands_01_0416", "Wetlands_02_0001"], ["Wetlands_03_0416"], None),
+        (["S2A_MSIL2A_T33UUP_0", "S2B_MSIL2A_T33UUP_1"], ["S2A_MSIL2A_T32TQM_0"], None),
+        (["S2A_MSIL2A_T33UUP_0", "S2B_MSIL2A_T33UUQ_1"], ["S2A_MSIL2A_T33UUP_1"], 1),
+        (["urban_LC80640452014041LGN00_patch_0_512"], ["urban_LC80640452014041LGN00_patch_512_0", "snow_LC8"], 1),
+        (["top_mosaic_09cm_area1_0_0", "top_mosaic_09cm_area2_1"], ["top_mosaic_09cm_area1_0_5"], 1),
+    ],
+)
+def test_what_names_a_scene(train, val, scenes):
+    found = leaks.by_name({"train": train, "val": val})
+    assert len(found) == (scenes is not None)
+    assert not scenes or f"are of the same {scenes} scene(s)" in found[0]
+
+
+def placed(root, split, columns, **profile):
+    """Tiles t0, ... of 72 pixels of 30 m in some columns of a grid, as GeoTIFFs in the place of the PNGs."""
+    for number, column in enumerate(columns):
+        path = root / "img_dir" / split / f"t{number}.png"
+        place = {"transform": rasterio.Affine(30, 0, 400_000.1 + column * 72 * 30, 0, -30, 4e6 / 3)} | profile
+        scene_files.write(path.with_suffix(".tif"), np.array(Image.open(path)), **place)
+        path.unlink()
+
+
+def test_tiles_side_by_side_in_two_splits_are_warned_of(tiles, tmp_path, capsys):
+    placed(tiles, "train", [0, 1, 2, 7])
+    placed(tiles, "val", [3, 5, 6.5])
+    (line,) = warned(tiles, tmp_path, capsys)
+    assert line.startswith("warning: 2 of 3 tile(s) of val touch or overlap tiles of train, by their coordinates")
+    assert "val/t0 and train/t2; val/t2 and train/t3; hold whole areas out by config.data.folds" in line
+
+
+@pytest.mark.parametrize(
+    "val, profile", [([3.02, 5, 9], {}), ([2, 3, 4], {"crs": "EPSG:32634"}), ([2, 3, 4], {"crs": None})]
+)
+def test_tiles_apart_are_not(tiles, tmp_path, capsys, val, profile):
+    placed(tiles, "train", [0, 1, 2, 6.5])
+    placed(tiles, "val", val, **profile)
+    assert warned(tiles, tmp_path, capsys) == []
+
+
+def test_nor_are_files_that_all_have_the_place_of_their_scene(tiles, tmp_path, capsys):
+    placed(tiles, "train", [0] * 4)
+    placed(tiles, "val", [0] * 3)
+    assert warned(tiles, tmp_path, capsys) == []

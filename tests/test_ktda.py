@@ -40,6 +40,12 @@ LOSS = ConfigDict(
         kl_axis="width",
         distance="published",
         tap_weights=None,
+        cross_entropy=1.0,
+        dice=0.0,
+        focal=0.0,
+        focal_gamma=2.0,
+        lovasz=0.0,
+        hard_share=None,
     )
 )
 

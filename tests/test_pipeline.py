@@ -11,8 +11,12 @@ from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
 from ktda_jax import UserError
+from ktda_jax.data.augment import Augmentation
 from ktda_jax.data.pipeline import eval_batches, train_iterator
 from ktda_jax.data.sources import FolderSource
+
+HOW = Augmentation((16, 16))
+PLAIN = Augmentation((16, 16), photometric=False)
 
 
 def make_tiles(root, sizes):
@@ -53,7 +57,7 @@ def tiles_of(batches):
 
 
 def test_a_training_batch(source):
-    batch = next(train_iterator(source, crop=16, batch_size=4, seed=0))
+    batch = next(train_iterator(source, augmentation=HOW, batch_size=4, seed=0))
     assert batch["image"].shape == (4, 16, 16, 3) and batch["image"].dtype == np.uint8
     assert batch["label"].shape == (4, 16, 16) and batch["label"].dtype == np.uint8
     assert batch["mask"].tolist() == [True] * 4 and batch["mask"].dtype == bool
@@ -61,7 +65,7 @@ def test_a_training_batch(source):
 
 
 def test_epochs_are_permutations_that_differ_and_run_on(source):
-    numbers = tiles_of(take(train_iterator(source, crop=16, batch_size=4, seed=0, photometric=False), 10))
+    numbers = tiles_of(take(train_iterator(source, augmentation=PLAIN, batch_size=4, seed=0), 10))
     epochs = [numbers[start : start + 10] for start in range(0, 40, 10)]  # 4 does not divide 10
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -69,13 +73,13 @@ def test_epochs_are_permutations_that_differ_and_run_on(source):
 
 def test_fewer_tiles_than_rows(tmp_path):
     source = make_tiles(tmp_path, [(16, 16)] * 3)
-    numbers = tiles_of(take(train_iterator(source, crop=16, batch_size=8, seed=0, photometric=False), 3))
+    numbers = tiles_of(take(train_iterator(source, augmentation=PLAIN, batch_size=8, seed=0), 3))
     assert collections.Counter(numbers) == {0: 8, 1: 8, 2: 8}
 
 
 def test_the_seed_decides(source):
     def run(seed):
-        return take(train_iterator(source, crop=16, batch_size=4, seed=seed), 4)
+        return take(train_iterator(source, augmentation=HOW, batch_size=4, seed=seed), 4)
 
     assert_same(run(42), run(42))
     assert any((a["image"] != b["image"]).any() for a, b in zip(run(42), run(43), strict=True))
@@ -83,22 +87,24 @@ def test_the_seed_decides(source):
 
 def test_the_same_tile_is_augmented_anew_in_every_epoch(tmp_path):
     source = make_tiles(tmp_path, [(16, 16)])
-    images = [batch["image"][0] for batch in take(train_iterator(source, crop=16, batch_size=1, seed=0), 12)]
+    images = [batch["image"][0] for batch in take(train_iterator(source, augmentation=HOW, batch_size=1, seed=0), 12)]
     assert len({image.tobytes() for image in images}) > 6
 
 
 @pytest.mark.parametrize("threads", [0, 1, 5])
 def test_threads_do_not_matter(source, threads):
-    expected = take(train_iterator(source, crop=16, batch_size=4, seed=3), 6)
-    assert_same(take(train_iterator(source, crop=16, batch_size=4, seed=3, num_threads=threads), 6), expected)
+    expected = take(train_iterator(source, augmentation=HOW, batch_size=4, seed=3), 6)
+    assert_same(take(train_iterator(source, augmentation=HOW, batch_size=4, seed=3, num_threads=threads), 6), expected)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_global_batch_does_not_depend_on_the_processes(source, processes):
-    whole = take(train_iterator(source, crop=16, batch_size=4, seed=7), 6)
+    whole = take(train_iterator(source, augmentation=HOW, batch_size=4, seed=7), 6)
     parts = [
         take(
-            train_iterator(source, crop=16, batch_size=4, seed=7, process_index=index, process_count=processes),
+            train_iterator(
+                source, augmentation=HOW, batch_size=4, seed=7, process_index=index, process_count=processes
+            ),
             6,
         )
         for index in range(processes)
@@ -110,7 +116,7 @@ def test_the_global_batch_does_not_depend_on_the_processes(source, processes):
 
 def test_resume_continues_exactly(source):
     def fresh():
-        return train_iterator(source, crop=16, batch_size=4, seed=5)
+        return train_iterator(source, augmentation=HOW, batch_size=4, seed=5)
 
     iterator = fresh()
     take(iterator, 7)
@@ -133,7 +139,7 @@ def test_resume_reads_nothing_of_what_is_past(source):
             return source[index]
 
     counting = Counting()
-    iterator = train_iterator(counting, crop=16, batch_size=4, seed=5, num_threads=0)
+    iterator = train_iterator(counting, augmentation=HOW, batch_size=4, seed=5, num_threads=0)
     iterator.set_state({"next_index": 10**9})
     next(iterator)
     assert counting.reads == 4
@@ -141,7 +147,7 @@ def test_resume_reads_nothing_of_what_is_past(source):
 
 def test_position_goes_through_orbax(source, tmp_path):
     def fresh():
-        return train_iterator(source, crop=16, batch_size=4, seed=5)
+        return train_iterator(source, augmentation=HOW, batch_size=4, seed=5)
 
     iterator = fresh()
     take(iterator, 3)
@@ -164,7 +170,7 @@ def damaged(tmp_path):
 
 def test_a_corrupt_tile_stops_training_by_name(damaged):
     with pytest.raises(UserError, match=r"cannot read .*t0[23]\.tif.*on_corrupt='skip'") as caught:
-        take(train_iterator(damaged, crop=16, batch_size=2, seed=0), 3)
+        take(train_iterator(damaged, augmentation=HOW, batch_size=2, seed=0), 3)
     assert "\n" not in str(caught.value)
 
 
@@ -176,10 +182,9 @@ def test_a_corrupt_tile_is_skipped_named_once_and_counted(damaged, monkeypatch):
         return take(
             train_iterator(
                 damaged,
-                crop=16,
+                augmentation=PLAIN,
                 batch_size=2,
                 seed=0,
-                photometric=False,
                 on_corrupt="skip",
                 num_threads=threads,
             ),
@@ -198,12 +203,12 @@ def test_nothing_readable_is_an_error_even_when_skipping(tmp_path):
     for path in (tmp_path / "img_dir" / "train").iterdir():
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no readable tile"):
-        next(train_iterator(source, crop=16, batch_size=2, seed=0, on_corrupt="skip"))
+        next(train_iterator(source, augmentation=HOW, batch_size=2, seed=0, on_corrupt="skip"))
 
 
 def test_bad_settings(source):
     def start(**changes):
-        return train_iterator(source, **{"crop": 16, "batch_size": 4, "seed": 0, **changes})
+        return train_iterator(source, **{"augmentation": HOW, "batch_size": 4, "seed": 0, **changes})
 
     with pytest.raises(UserError, match="batch_size 4 does not divide among 3 process"):
         start(process_count=3)
@@ -212,7 +217,7 @@ def test_bad_settings(source):
     with pytest.raises(UserError, match="seed is -1"):
         start(seed=-1)
     with pytest.raises(UserError, match=r"tile t\d\d: tile of 24 x 28 is smaller than the crop of 64 x 64"):
-        next(start(crop=64))
+        next(start(augmentation=Augmentation((64, 64))))
 
 
 def test_evaluation_sees_every_tile_once_and_pads_the_last_batch(source):

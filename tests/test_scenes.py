@@ -7,10 +7,10 @@ import pytest
 import scene_files as sf
 
 from ktda_jax import UserError
+from ktda_jax.data import raster
 from ktda_jax.data.images import Reading
 from ktda_jax.data.raster import open_scene
-from ktda_jax.prediction import pipeline
-from ktda_jax.tiling import blend
+from ktda_jax.tiling import blend, pipeline
 from ktda_jax.tiling.device import FLIPS, SCALES, Step, augmented
 from ktda_jax.tiling.windows import axis
 
@@ -103,8 +103,8 @@ def test_nothing_is_computed_where_there_are_no_data(tmp_path):
             return super().__call__(images, rows, columns)
 
     with pytest.MonkeyPatch.context() as patch:
-        original = pipeline.RowReader._window
-        patch.setattr(pipeline.RowReader, "_window", lambda self, *given: seen.append(given) or original(self, *given))
+        original = raster.RowReader._window
+        patch.setattr(raster.RowReader, "_window", lambda self, *given: seen.append(given) or original(self, *given))
         strips = list(pipeline.finished([scene], Counting(sf.model(), (64, 64), 8), classes=3, overlap=16))
     labels = np.concatenate([strip.labels for strip in strips])
     np.testing.assert_array_equal(labels == 255, (values == 0).all(-1))

@@ -16,7 +16,7 @@ from ktda_jax.benchmark import COMPILED
 from ktda_jax.config.settings import Settings
 from ktda_jax.data import pipeline
 from ktda_jax.training.checkpoint import Checkpoints
-from ktda_jax.training.inputs import open_source
+from ktda_jax.training.inputs import augmentation, open_source
 from ktda_jax.training.program import Compilation, build
 
 pytestmark = pytest.mark.usefixtures("all_recomputed")
@@ -110,7 +110,11 @@ def train(tiles, data, fsdp, steps=4):
     assert config.model.student.drop_path > 0 and config.model.dropout > 0
     program = build(Settings.of(config))
     batches = pipeline.train_iterator(
-        open_source(Settings.of(config).data, "train"), crop=config.data.crop, batch_size=8, seed=0, num_threads=1
+        open_source(Settings.of(config).data, "train"),
+        augmentation=augmentation(Settings.of(config).data),
+        batch_size=8,
+        seed=0,
+        num_threads=1,
     )
     current, teacher = program.init(), program.teacher()
     first, terms = jax.device_get(current.params), []

@@ -12,7 +12,7 @@ from ktda_jax.models.initial import HostRngs
 from ktda_jax.models.ktda import KTDA, normalize
 from ktda_jax.models.taps import TapStatistics
 from ktda_jax.training import losses, tap_statistics
-from ktda_jax.training.inputs import open_source
+from ktda_jax.training.inputs import augmentation, open_source
 from ktda_jax.training.program import build
 
 
@@ -35,7 +35,7 @@ def test_statistics_are_those_of_the_first_batches_which_training_sees_again(tmp
     given = {"model.standardize_taps": True, "mesh.data": mesh[0], "mesh.fsdp": mesh[1], "batch_size": 8}
     settings = runs.settings(tiles, {**given, "eval_batch_size": 8, "model.teacher.taps": (1, None, 3, 4)})
     program, source = build(settings), open_source(settings.data, "train")
-    options = dict(crop=settings.data.crop, batch_size=8, seed=0, num_threads=0)
+    options = dict(augmentation=augmentation(settings.data), batch_size=8, seed=0, num_threads=0)
     batches, again = (pipeline.train_iterator(source, **options) for _ in range(2))
     found = tap_statistics.with_statistics(runs.random_state(program), program, settings, batches)
     np.testing.assert_array_equal(next(batches)["image"], next(again)["image"])

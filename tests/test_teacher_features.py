@@ -1,5 +1,6 @@
 """Teacher features on disk: what is written is read, refused when it is not what is wanted, and cut with the tiles."""
 
+import dataclasses
 import json
 import pickle
 
@@ -8,11 +9,14 @@ import pytest
 
 from ktda_jax import UserError
 from ktda_jax.data import teacher_features
+from ktda_jax.data.augment import Augmentation
+from ktda_jax.data.geometry import Rare, view
 from ktda_jax.data.pipeline import train_iterator
 from ktda_jax.data.teacher_features import DTYPES, FeatureWriter, TeacherFeatures
 
 MADE_FROM = {"teacher": "dinov2", "tiles": "a" * 64, "sha256": "b" * 64, "split": "train", "patch": 14, "width": 8}
 MADE_FROM |= {"rgb": [0, 1, 2], "depth": 12}
+PLAIN = Augmentation((64, 64), photometric=False)
 
 
 def taps(tile: int, mirrored: bool, size=(3, 5)):
@@ -28,7 +32,7 @@ def folder(request, tmp_path):
     for name, tiles in shards.items():
         writer = FeatureWriter(path / name, request.param)
         for tile in tiles:
-            writer.write(f"t{tile}", *(taps(tile, m).astype(DTYPES[request.param]) for m in (False, True)))
+            writer.write(f"t{tile}", [taps(tile, m).astype(DTYPES[request.param]) for m in (False, True)])
         writer.close()
     manifest = {"format": 1, "made_from": MADE_FROM, "dtype": request.param, "computed_in": "float32"}
     manifest["shards"] = {name: (path / name).stat().st_size for name in shards}
@@ -94,7 +98,7 @@ def test_values_too_large_for_float16_are_refused(tmp_path):
     writer = FeatureWriter(tmp_path / "x", "float16")
     with pytest.raises(UserError, match="tile t7 are not finite as float16: set config.teacher.dtype='bfloat16'"):
         with np.errstate(over="ignore"):
-            writer.write("t7", *[np.full((4, 1, 1, 8), 1e6).astype(np.float16)] * 2)
+            writer.write("t7", [np.full((4, 1, 1, 8), 1e6).astype(np.float16)] * 2)
     writer.close()
 
 
@@ -104,16 +108,17 @@ PATCH = 14
 
 
 class Tiles:
-    """Six tiles of noise."""
+    """Six tiles of noise, whose second band is their number."""
 
     num_classes = 3
 
     def __init__(self, size):
         rng = np.random.default_rng(0)
         self.images = rng.integers(0, 256, (6, *size, 3), np.uint8)
+        self.images[..., 1] = np.arange(6)[:, None, None]
 
     def __len__(self):
-        return 6
+        return len(self.images)
 
     def __getitem__(self, index):
         return {"image": self.images[index], "label": self.images[index, ..., 0] % 3, "name": f"t{index}"}
@@ -125,7 +130,7 @@ class Tiles:
 class Corners:
     """A teacher that sees of every patch its upper left pixel, at four brightnesses."""
 
-    patch, levels = PATCH, [0, 1, 2, 3]
+    patch, levels, views = PATCH, [0, 1, 2, 3], 8
 
     def __init__(self, tiles):
         self.tiles = tiles
@@ -133,9 +138,8 @@ class Corners:
     def __len__(self):
         return len(self.tiles)
 
-    def read(self, index, mirrored):
-        image = self.tiles.images[index]
-        return corners(image[:, ::-1] if mirrored else image)
+    def read(self, index, number):
+        return corners(view(self.tiles.images[index], number))
 
 
 def corners(image):
@@ -146,7 +150,9 @@ def corners(image):
 def test_crops_and_flips_take_their_window_of_the_features(size):
     """What the batch holds is what the teacher would say of the very image in it; colours unchanged."""
     tiles = Tiles(size)
-    iterator = train_iterator(tiles, crop=(64, 50), batch_size=4, seed=0, photometric=False, features=Corners(tiles))
+    iterator = train_iterator(
+        tiles, augmentation=Augmentation((64, 50), photometric=False), batch_size=4, seed=0, features=Corners(tiles)
+    )
     places = set()
     for _ in range(12):
         batch = next(iterator)
@@ -160,10 +166,43 @@ def test_crops_and_flips_take_their_window_of_the_features(size):
     assert len(places) > min(20, 0.8 * 6 * windows)
 
 
+@pytest.mark.parametrize("size", [(96, 110), (64, 64)])
+@pytest.mark.parametrize("how", [{"rotate": True}, {"cutmix": 1.0}, {"rotate": True, "cutmix": 0.7, "rare_crops": 0.5}])
+def test_turned_and_pasted_crops_take_theirs_of_the_features(size, how):
+    """The same of all eight views, of parts pasted at whole patches, and of crops around a rare class."""
+    tiles = Tiles(size)
+    rare = Rare.of(np.array([np.bincount(image[..., 0].ravel() % 3, minlength=3) for image in tiles.images]))
+    made = dict(augmentation=dataclasses.replace(PLAIN, **how), batch_size=4, seed=0, rare=rare)
+    iterator, plain = (train_iterator(tiles, **made, features=f) for f in (Corners(tiles), None))
+    corners_seen, mixed = set(), 0
+    for _ in range(16):
+        batch = next(iterator)
+        for row, image in enumerate(batch["image"]):
+            np.testing.assert_array_equal(np.stack([taps[row] for taps in batch["taps"]]), corners(image))
+            np.testing.assert_array_equal(batch["label"][row], image[..., 0] % 3)
+            corners_seen.add(image[0, 0].tobytes())
+            mixed += len(np.unique(image[..., 1])) > 1  # the second band is the tile's number
+        batch = next(plain)
+        for image, label in zip(batch["image"], batch["label"], strict=True):
+            np.testing.assert_array_equal(label, image[..., 0] % 3)
+    assert len(corners_seen) > 8 and (mixed > 20) == ("cutmix" in how)
+
+
+def test_all_eight_views_are_asked_for_only_where_they_are_stored(folder):
+    tiles = Tiles((64, 64))
+    tiles.images = tiles.images[:3]
+    features = TeacherFeatures(folder, MADE_FROM)
+    assert features.views == 2  # as stored before there was a choice
+    with pytest.raises(UserError, match=r"of 2 views of each tile, and config.data.rotate needs 8: extract them again"):
+        train_iterator(
+            tiles, augmentation=dataclasses.replace(PLAIN, rotate=True), batch_size=2, seed=0, features=features
+        )
+
+
 def test_of_whole_tiles_the_rows_are_those_without_features():
     """Same draws, so that computed and precomputed training see the same images, colour changes included."""
     tiles = Tiles((64, 64))
-    options = dict(crop=64, batch_size=4, seed=5)
+    options = dict(augmentation=Augmentation((64, 64)), batch_size=4, seed=5)
     with_features = train_iterator(tiles, **options, features=Corners(tiles))
     for plain, _ in zip(train_iterator(tiles, **options), range(6), strict=False):
         batch = next(with_features)
@@ -180,7 +219,7 @@ def test_a_stand_in_brings_its_own_features():
 
     tiles = Damaged((64, 64))
     iterator = train_iterator(
-        tiles, crop=64, batch_size=6, seed=0, photometric=False, on_corrupt="skip", features=Corners(tiles)
+        tiles, augmentation=PLAIN, batch_size=6, seed=0, on_corrupt="skip", features=Corners(tiles)
     )
     batch = next(iterator)
     assert batch["skipped"] == 1
@@ -190,7 +229,9 @@ def test_a_stand_in_brings_its_own_features():
 
 def test_features_of_fewer_tiles_are_refused(folder):
     with pytest.raises(UserError, match="3 tiles have teacher features, but Tiles.. has 6"):
-        train_iterator(Tiles((64, 64)), crop=64, batch_size=2, seed=0, features=TeacherFeatures(folder, MADE_FROM))
+        train_iterator(
+            Tiles((64, 64)), augmentation=PLAIN, batch_size=2, seed=0, features=TeacherFeatures(folder, MADE_FROM)
+        )
 
 
 def test_the_check_is_a_function_of_the_manifest(tmp_path):

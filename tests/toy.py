@@ -13,6 +13,7 @@ import runs
 
 from ktda_jax import sharding
 from ktda_jax.training import loop, scoring
+from ktda_jax.training.predicted import Model, Predictor
 from ktda_jax.training.program import Program
 from ktda_jax.training.state import TrainState
 
@@ -48,14 +49,19 @@ def install(monkeypatch, quality=None, at=None, loss=None, ema=None, figures=Fal
         share = (quality or {}).get(int(params["steps"]), 0.5)
         right = np.eye(runs.CLASSES) * share * 1000
         wrong = np.roll(np.eye(runs.CLASSES), 1, 1) * (1 - share) * 1000
-        return jnp.asarray(np.nan_to_num(right + wrong).astype(np.int32)), jnp.zeros_like(batch["label"])
+        confusions = np.zeros((*batch["mask"].shape, runs.CLASSES, runs.CLASSES), np.int32)
+        confusions[0] = np.nan_to_num(right + wrong)  # the first row is always a tile
+        size = batch["label"].shape
+        uniform = jnp.full((size[0], runs.CLASSES, *size[1:]), 1 / runs.CLASSES)
+        return jnp.asarray(confusions), jnp.zeros_like(batch["label"]), uniform
 
     start = jax.eval_shape(init)
     program = Program(
         encoder=None,
         mesh=mesh, graphdef=None, optimizer=None, abstract=start,
         shardings=sharding.tree_shardings(mesh, start), init=init, teacher=dict, train_step=train_step,
-        eval_step=eval_step, compile_step=lambda *args, **options: None, arguments=(),
+        eval_step=eval_step, predictor=Predictor(Model(None, None, runs.CLASSES, 3), mesh, (64, 64), 2, eval_step),
+        compile_step=lambda *args, **options: None, arguments=(),
     )  # fmt: skip
     for module in (loop, scoring):
         monkeypatch.setattr(module, "build", lambda config, **options: program)

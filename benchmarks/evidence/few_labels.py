@@ -27,7 +27,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"
 
 # What all rows have, whatever configs/few_labels.py:10 recommends by now.
-BASE = {"model.head": "uper", "model.aux_channels": 32, "optimizer.student_lr_mult": 1.0}
+BASE = {
+    "model.head": "uper", "model.aux_channels": 32, "optimizer.student_lr_mult": 1.0, "data.eval_scale": "crop",
+}  # fmt: skip
 # Changes of that. `distilled`: starts from the student of configs/distill.py.
 PLAIN = {"model.align_grid": False, "model.standardize_taps": False, "model.teacher.taps": None}
 ROWS = {

@@ -38,6 +38,8 @@ def base() -> ConfigDict:
         train_split="train",
         val_split="val",  # selects the best checkpoint
         test_split=config_dict.placeholder(str),  # evaluated at the end; None: val_split
+        folds=config_dict.placeholder(str),  # name, name:K or place:K: an area of train_split in the place of val_split
+        fold=0,  # which one
         bands=config_dict.placeholder(tuple),  # of multi-band files, counted from 1; None: 8-bit RGB
         rgb=config_dict.placeholder(tuple),  # those that the teacher and the figures see; None: the first three
         scale=config_dict.placeholder(tuple),  # (low, high), or one pair per band: what becomes 0 and 255
@@ -47,7 +49,12 @@ def base() -> ConfigDict:
         unlabelled_share=0.5,  # of a batch's rows that come from them
         unlabelled_val=config_dict.placeholder(str),  # score a distillation without labels; None: a tenth of them
         crop=(256, 256),
+        eval_scale="crop",  # how tiles are scored: squeezed to the crop, as published; or native, as predict maps them
         flip=0.5,
+        rotate=False,  # quarter turns, too: all eight views of images from above
+        zoom=config_dict.placeholder(tuple),  # (0.75, 1.5): crops enlarged by such a factor
+        cutmix=0.0,  # probability that a part of another crop is pasted in
+        rare_crops=0.0,  # share of crops around a class drawn by its inverse frequency
         photometric=True,
         on_corrupt="stop",  # or skip: take the next tile and count
         num_threads=config_dict.placeholder(int),
@@ -93,6 +100,12 @@ def base() -> ConfigDict:
         avg_non_ignore=False,  # as published: ignored pixels count in the mean's denominator
         distance="published",  # of student and teacher: KL and MSE; or mse, cosine
         tap_weights=config_dict.placeholder(tuple),  # of the four levels in it; None: 1
+        cross_entropy=1.0,  # weights of what both heads learn from labels; as published, the cross entropy alone
+        dice=0.0,
+        focal=0.0,
+        focal_gamma=2.0,
+        lovasz=0.0,
+        hard_share=config_dict.placeholder(float),  # of the labelled pixels, in the cross entropy; None: all pixels
     )
     config.semi = dict(  # learning from what the parameters' average says of data.unlabelled; needs config.ema
         weight=0.0,  # 0: not at all

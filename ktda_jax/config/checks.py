@@ -7,7 +7,7 @@ from typing import Any
 
 from ktda_jax import UserError
 from ktda_jax.config.settings import DISTANCES, KL_AXES, Settings
-from ktda_jax.data import reading
+from ktda_jax.data import folds, reading
 from ktda_jax.data.paths import expand
 
 
@@ -28,9 +28,26 @@ def check(settings: Settings) -> None:
     _choose("dtype", settings.dtype, ("auto", "float32", "bfloat16"), also=("float64",))
     _choose("loss.kl_axis", loss.kl_axis, KL_AXES)
     _choose("loss.distance", loss.distance, DISTANCES)
+    if settings.supervised and not any((loss.cross_entropy, loss.dice, loss.focal, loss.lovasz)):
+        raise UserError(
+            "config.loss.cross_entropy, dice, focal and lovasz are all 0, which leaves nothing to learn from labels; "
+            "give one of them weight, or set config.supervised=False"
+        )
     _choose("data.source", data.source, ("tfds", "folder"))
     _choose("data.on_corrupt", data.on_corrupt, ("stop", "skip"))
+    if data.rotate and data.crop[0] != data.crop[1]:
+        raise UserError(
+            f"config.data.rotate turns crops, and config.data.crop is {tuple(data.crop)}; give a square one, or leave "
+            "config.data.rotate out"
+        )
+    if data.zoom and settings.distill and settings.teacher.mode == "precomputed":
+        raise UserError(
+            "config.data.zoom changes what the teacher sees, and with config.teacher.mode='precomputed' it saw the "
+            "tiles as they are; set one of them otherwise"
+        )
+    _choose("data.eval_scale", data.eval_scale, ("native", "crop"))
     reading.check(data, len(classes))
+    folds.check(data.folds, data.fold, records=data.source == "tfds")
     _choose("teacher.mode", settings.teacher.mode, ("computed", "precomputed"))
     _choose("teacher.dtype", settings.teacher.dtype, ("bfloat16", "float16"))
     if settings.encodes and settings.distill:

@@ -43,8 +43,13 @@ class Data:
     root: str | None = setting("folder with img_dir/ and ann_dir/; for tfds its data_dir", runtime=True)
     manual_dir: str | None = setting("tfds: where the published folders or archives are", runtime=True)
     train_split: str = setting("split that is trained on")
-    val_split: str = setting("split that selects the best checkpoint")
+    val_split: str = setting("split that selects the best checkpoint; not read with `folds`")
     test_split: str | None = setting("split evaluated at the end; None: val_split", runtime=True)
+    folds: str | None = setting(
+        "areas of train_split, one of which is held out instead of val_split: name (tiles' names up to the first _ or "
+        "-), name:K (K groups of these) or place:K (by coordinates); None: val_split validates", absent=None,
+    )  # fmt: skip
+    fold: int = setting("the area that is held out", unit="from 0", fits=NOT_NEGATIVE, absent=0)
     classes: tuple[str, ...] | str | None = setting(
         "names of your own classes, or a line of them with commas; None: the data set's", absent=None
     )
@@ -69,9 +74,26 @@ class Data:
         "those that score a distillation without labels; None: a tenth of `unlabelled`", absent=None, runtime=True
     )
     crop: tuple[int, int] = setting("height and width trained on, and evaluated at", unit="px", source=PUBLISHED)
+    eval_scale: str = setting(
+        "native: validation maps tiles as predict does, in windows of the crop; crop: it squeezes them to the crop",
+        source=PUBLISHED, absent="crop",
+    )  # fmt: skip
     flip: float = setting(
         "probability of a mirror image", source=PUBLISHED, fits=(lambda x: 0 <= x <= 1, "a probability")
     )
+    rotate: bool = setting("quarter turns too, so that each of the eight views is as likely", absent=False)
+    zoom: tuple[float, float] | None = setting(
+        "(low, high): crops are enlarged by a factor between them; below 1 as far as the tile goes", absent=None,
+        fits=(lambda x: len(x) == 2 and 0 < x[0] <= x[1], "(low, high) above 0"),
+    )  # fmt: skip
+    cutmix: float = setting(
+        "probability that a part of another crop is pasted into a labelled one", absent=0.0,
+        fits=(lambda x: 0 <= x <= 1, "a probability"),
+    )  # fmt: skip
+    rare_crops: float = setting(
+        "share of labelled crops around a pixel of a class that is drawn by its inverse frequency", absent=0.0,
+        fits=(lambda x: 0 <= x <= 1, "a share from 0 to 1"),
+    )  # fmt: skip
     photometric: bool = setting("distort brightness, contrast, saturation and hue", source=PUBLISHED)
     on_corrupt: str = setting("what a broken training tile does: stop, or skip it and count", runtime=True)
     num_threads: int | None = setting("that read tiles; None: by the cores", fits=NOT_NEGATIVE, runtime=True)
@@ -89,6 +111,11 @@ class Data:
             return DatasetInfo(self.name, classes, palette, tile_size=max(self.crop), splits=())
         except UserError as error:
             raise UserError(f"config.data: {error}") from error
+
+    @property
+    def validation(self) -> str:
+        """What selects the best checkpoint, as `open_source` takes it: val_split, or train_fold0 and so on of folds."""
+        return self.val_split if self.folds is None else f"{self.train_split}_fold{self.fold}"
 
     @property
     def num_bands(self) -> int:
@@ -213,14 +240,14 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """Cross entropy of both heads, and distillation."""
+    """What both heads learn from labels, and distillation."""
 
     alpha: float = setting(
         "share of KL against MSE", source=PUBLISHED, fits=(lambda x: 0 <= x <= 1, "a share from 0 to 1")
     )
     temperature: float = setting("of the KL", source=PUBLISHED, fits=POSITIVE)
     kl_axis: str = setting("along which the KL's softmax runs: width, channel or position", source=PUBLISHED)
-    aux_weight: float = setting("of the auxiliary head's cross entropy", source=PUBLISHED, fits=NOT_NEGATIVE)
+    aux_weight: float = setting("of the auxiliary head's loss", source=PUBLISHED, fits=NOT_NEGATIVE)
     class_weights: tuple[float, ...] | None = setting(
         "of the classes in the cross entropy; None: 1",
         fits=(lambda x: min(x, default=-1) >= 0 and max(x) > 0, "numbers from 0, not all 0"),
@@ -232,6 +259,15 @@ class Loss:
     tap_weights: tuple[float, ...] | None = setting(
         "of the four levels in the distillation; None: 1", absent=None,
         fits=(lambda x: len(x) == 4 and min(x) >= 0 and max(x) > 0, "four numbers from 0, not all 0"),
+    )  # fmt: skip
+    cross_entropy: float = setting("weight of the cross entropy in both heads' loss", fits=NOT_NEGATIVE, absent=1.0)
+    dice: float = setting("weight of the Dice loss (training/region_losses.py)", fits=NOT_NEGATIVE, absent=0.0)
+    focal: float = setting("weight of the focal loss, one class against all others", fits=NOT_NEGATIVE, absent=0.0)
+    focal_gamma: float = setting("power by which easy pixels fade in it", fits=NOT_NEGATIVE, absent=2.0)
+    lovasz: float = setting("weight of the Lovász-softmax loss", fits=NOT_NEGATIVE, absent=0.0)
+    hard_share: float | None = setting(
+        "of the labelled pixels, those of the highest cross entropy, over which its mean is; None: all pixels",
+        absent=None, fits=(lambda x: 0 < x < 1, "a share between 0 and 1"),
     )  # fmt: skip
 
 

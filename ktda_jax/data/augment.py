@@ -1,11 +1,26 @@
-"""Training augmentation on uint8 tiles in numpy and OpenCV, with mmsegmentation's arithmetic to the bit.
+"""Published training augmentation on uint8 tiles in numpy and OpenCV, with mmsegmentation's arithmetic to the bit.
 
 Every function is pure: its randomness is a strength or a numpy Generator that the caller passes in.
 Images are uint8 (H, W, bands), RGB unless said otherwise, labels uint8 (H, W).
 """
 
+import dataclasses
+
 import cv2
 import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What config.data says of it. Off are those that are not published."""
+
+    crop: tuple[int, int]  # height, width
+    flip: float = 0.5  # probability of a mirror image
+    rotate: bool = False  # quarter turns, too
+    zoom: tuple[float, float] | None = None  # by which crops are enlarged
+    cutmix: float = 0.0  # probability that a part of another crop is pasted in
+    rare_crops: float = 0.0  # share of crops that lie around a rare class
+    photometric: bool = True
 
 
 def random_crop(
@@ -23,17 +38,6 @@ def random_crop(
     left = int(rng.integers(label.shape[1] - width + 1))
     window = np.s_[top : top + height, left : left + width]
     return image[window], label[window]
-
-
-def draw_aligned(
-    size: tuple[int, int], crop: tuple[int, int], patch: int, rng: np.random.Generator, probability: float
-) -> tuple[int, int, bool]:
-    """Corner (top, left) of a crop at whole multiples of `patch`, and whether the tile is mirrored before it is cut.
-
-    With a tile as large as the crop these are the draws of `random_crop` and then `random_flip`.
-    """
-    top, left = (patch * int(rng.integers((a - b) // patch + 1)) for a, b in zip(size, crop, strict=True))
-    return top, left, rng.random() < probability
 
 
 def random_flip(

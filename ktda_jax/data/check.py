@@ -28,6 +28,7 @@ class SplitSummary:
     ignored: int
     fingerprint: str  # sha256 over names and pixels: the same tiles give it from any storage form
     labels: str  # sha256 over names and labels alone: the same for other bands of the same tiles
+    by_tile: np.ndarray  # int64 (tiles, num_classes): the same of each tile; 0 where it cannot be read
     unreadable: tuple[str, ...] = ()  # tiles that will be skipped in training; empty unless on_corrupt='skip'
 
 
@@ -76,11 +77,12 @@ def check_split(
     crop = (crop, crop) if isinstance(crop, int) else crop
     problems: dict[str | tuple[str, str], list[_Tile]] = {}
     counts, sizes, readable = np.zeros(256, np.int64), set(), 0
-    fingerprint, labels = hashlib.sha256(), hashlib.sha256()
+    fingerprint, labels, by_tile = hashlib.sha256(), hashlib.sha256(), []
     with concurrent.futures.ThreadPoolExecutor(num_threads or cpu_threads()) as pool:
         for tile in pool.map(lambda index: _examine(source, index, num_classes, crop), range(len(source))):
             if tile.counts is not None:
                 counts += tile.counts
+            by_tile.append(np.zeros(num_classes, np.int64) if tile.counts is None else tile.counts[:num_classes])
             if tile.problem:
                 problems.setdefault(tile.problem, []).append(tile)
                 continue
@@ -117,6 +119,7 @@ def check_split(
         ignored=int(counts[IGNORE]),
         fingerprint=fingerprint.hexdigest(),
         labels=labels.hexdigest(),
+        by_tile=np.stack(by_tile),
         unreadable=tuple(unreadable),
     )
 

@@ -14,12 +14,14 @@ import numpy as np
 
 from ktda_jax import UserError
 from ktda_jax.data import libc
+from ktda_jax.data.augment import Augmentation
 from ktda_jax.data.datasets import IGNORE
+from ktda_jax.data.geometry import VIEWS, Rare
 from ktda_jax.data.mixture import Mixture
 from ktda_jax.data.rows import Shuffled, TrainRows
 from ktda_jax.data.scene_windows import UnlabelledSource
 from ktda_jax.data.sources import Source, cpu_threads, label_sizes, read_tile
-from ktda_jax.data.teacher_features import TeacherFeatures
+from ktda_jax.data.teacher_features import AGAIN, TeacherFeatures
 
 ON_CORRUPT = ("stop", "skip")
 
@@ -40,11 +42,10 @@ class Batch(TypedDict, total=False):
 def train_iterator(
     source: Source | None,
     *,
-    crop: int | tuple[int, int],
+    augmentation: Augmentation,
     batch_size: int,
     seed: int,
-    flip: float = 0.5,
-    photometric: bool = True,
+    rare: Rare | None = None,
     process_index: int = 0,
     process_count: int = 1,
     on_corrupt: str = "stop",
@@ -62,11 +63,11 @@ def train_iterator(
     number of its rows (int) that stand in for unreadable tiles. `on_corrupt='stop'` raises UserError with the
     tile's name; 'skip' takes the next readable tile instead and warns once per tile.
 
-    `first_row`: the tile of the endless sequence that batch 0 begins with; below 0 where earlier batches were smaller,
-    and the iterator is set to a later one.
+    `rare`: for augmentation.rare_crops. `first_row`: the tile of the endless sequence that batch 0 begins with; below 0
+    where earlier batches were smaller, and the iterator is set to a later one.
 
-    With `features` a batch also has `taps`, of each level (b, h, w, C) or None: what the teacher saw of each row, flips
-    included, colour changes not. Crops then begin at multiples of the teacher's patch.
+    With `features` a batch also has `taps`, of each level (b, h, w, C) or None: what the teacher saw of each row, its
+    view and what was pasted in included, colour changes not. Crops then begin at multiples of the teacher's patch.
 
     Of `unlabelled` images come the rows that `mixture` says, with labels of 255; without a `source`, all of them.
     """
@@ -80,14 +81,19 @@ def train_iterator(
             raise UserError(f"{tiles!r} has no tiles")
         if taps is not None and len(taps) != len(tiles):
             raise UserError(f"{len(taps)} tiles have teacher features, but {tiles!r} has {len(tiles)}")
+        if taps is not None and augmentation.rotate and taps.views < VIEWS:
+            raise UserError(
+                f"the teacher features in {taps.folder} are of {taps.views} views of each tile, and config.data.rotate "
+                f"needs {VIEWS}: {AGAIN}"
+            )
     cv2.setNumThreads(0)  # the parallelism is Grain's: one thread per batch in flight
     libc.keep_tile_sized_blocks()
-    skip, crop = on_corrupt == "skip", (crop, crop) if isinstance(crop, int) else tuple(crop)
+    skip = on_corrupt == "skip"
     rows_source = TrainRows(
         source and Shuffled(source, features, seed, skip),
         unlabelled and Shuffled(unlabelled, unlabelled_features, seed, skip, order=(1,)),
         mixture,
-        seed=seed, crop=crop, flip=flip, photometric=photometric, first_row=first_row,
+        seed=seed, augmentation=augmentation, rare=rare, first_row=first_row,
     )  # fmt: skip
     batches = grain.MapDataset.source(rows_source).batch(rows, batch_fn=_stack)[
         # Batches of b rows, every process_count-th one: local batch k of process p is then number
@@ -123,6 +129,7 @@ class EvalBatches:
                 plan.append(chunk + [-1] * (batch_size - len(chunk)))
                 self.batch_sizes.append(size)
         self.plan = np.array(plan, np.int64).reshape(-1, batch_size)
+        self.count = len(source)  # tiles, of all processes
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -179,6 +186,29 @@ def eval_batches(
         process_count=process_count,
         num_threads=num_threads,
     )
+
+
+class EvalTiles:
+    """One pass over this process's tiles of a split, as they are and of any size: what `predict` would be given."""
+
+    native = True
+
+    def __init__(
+        self, source: Source, *, process_index: int = 0, process_count: int = 1, num_threads: int | None = None
+    ):
+        if not len(source):
+            raise UserError(f"{source!r} has no tiles")
+        self._source, self._num_threads = source, num_threads
+        self._mine = range(process_index, len(source), process_count)
+        self.count = len(source)  # tiles, of all processes
+
+    def __iter__(self) -> Iterator[dict]:
+        """Tiles with their `index` in the split, decoded ahead in threads; unreadable ones raise UserError."""
+        if not self._mine:  # of more processes than tiles
+            return iter(())
+        cv2.setNumThreads(0)
+        tiles = grain.MapDataset.source(self._mine).map(lambda index: read_tile(self._source, index) | {"index": index})
+        return iter(tiles.to_iter_dataset(_read_options(self._num_threads)))
 
 
 def _rows_per_process(batch_size: int, process_index: int, process_count: int) -> int:

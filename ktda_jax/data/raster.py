@@ -35,6 +35,9 @@ class Scene:
         """Whether anything says where on Earth, or at least in some plane, it lies."""
         return is_located(self.place)
 
+    def reader(self) -> "RowReader":
+        return RowReader(self)
+
 
 def open_scene(path: pathlib.Path, reading: Reading, bands: int, *, by: str = "flags") -> Scene:
     """Looks at a raster without reading its pixels. UserError unless it can give a model of `bands` bands its input.

@@ -8,7 +8,9 @@ import numpy as np
 from absl import logging
 
 from ktda_jax import UserError
-from ktda_jax.data import augment
+from ktda_jax.data import augment, geometry
+from ktda_jax.data.augment import Augmentation
+from ktda_jax.data.geometry import Rare
 from ktda_jax.data.mixture import Mixture
 from ktda_jax.data.sources import Source, Tile, read_tile, tile_name
 from ktda_jax.data.teacher_features import TeacherFeatures
@@ -64,11 +66,11 @@ class TrainRows:
 
     def __init__(
         self, labelled: Shuffled | None, unlabelled: Shuffled | None, mixture: Mixture | None, *, seed: int,
-        crop: tuple[int, int], flip: float, photometric: bool, first_row: int,
+        augmentation: Augmentation, rare: Rare | None = None, first_row: int = 0,
     ):  # fmt: skip
         self._labelled, self._unlabelled, self._mixture = labelled, unlabelled, mixture
-        self._first_row, self._seed, self._crop = first_row, seed, crop
-        self._flip, self._photometric = flip, photometric
+        self._first_row, self._seed = first_row, seed
+        self._augmentation, self._rare = augmentation, rare
 
     def __len__(self) -> int:
         return 2**60  # endless; Grain counts batches in floats, which rounds sys.maxsize up
@@ -84,48 +86,100 @@ class TrainRows:
         if self._mixture is not None:
             with_label, number = self._mixture.place(position)
         rng = np.random.Generator(np.random.Philox(key=np.array([self._seed, position], np.uint64)))
-        image, label, row = self._of_tile(number, rng) if with_label else self._of_image(number, rng)
-        if self._photometric:
-            image = augment.photometric_distortion(image, rng)
-        return {"image": image, "label": label, **row}
+        return self.of_tile(self._labelled.tile(number), rng) if with_label else self._of_image(number, rng)
 
-    def _of_tile(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, dict]:
-        """Cropped and mirrored image and label of the labelled tile `number`."""
-        tiles = self._labelled
-        wanted = tiles.tile(number)
-        tile, index = tiles.read(wanted)
-        row = {"skipped": index != wanted}
-        if tiles.features is None:
-            try:
-                image, label = augment.random_crop(tile["image"], tile["label"], self._crop, rng)
-            except ValueError as error:
-                raise UserError(f"tile {tile['name']}: {error}") from error
-            image, label = augment.random_flip(image, label, rng, self._flip)
-        else:
-            image, label, row["taps"] = self._aligned(tiles.features, tile, index, rng)
-        return image, label, row
+    def of_tile(self, index: int, rng: np.random.Generator) -> dict:
+        """A row of the labelled tile `index`, unless it is to show a rare class, perhaps with a part of another."""
+        how = self._augmentation
+        row = self._crop(index, rng)
+        if how.cutmix and rng.random() < how.cutmix:
+            self._paste(row, self._crop(int(rng.integers(len(self._labelled.source))), rng), rng)
+        return self._distorted(row, rng)
 
-    def _of_image(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, dict]:
+    def _distorted(self, row: dict, rng: np.random.Generator) -> dict:
+        if self._augmentation.photometric:
+            row["image"] = augment.photometric_distortion(row["image"], rng)
+        return row
+
+    def _crop(self, index: int, rng: np.random.Generator) -> dict:
+        """Crop and view of a labelled tile."""
+        how, tiles, chosen = self._augmentation, self._labelled, None
+        if how.rare_crops and rng.random() < how.rare_crops:
+            chosen, index = self._rare.draw(rng)
+        tile, found = tiles.read(index)
+        skipped = found != index
+        if tiles.features is not None:
+            return {**self._aligned(tiles.features, tile, found, rng, chosen), "skipped": skipped}
+        size = geometry.draw_size(tile["label"].shape, how.crop, how.zoom, rng)
+        corner = None if chosen is None else geometry.around(tile["label"], chosen, size, rng)
+        try:
+            if corner is None:
+                image, label = augment.random_crop(tile["image"], tile["label"], size, rng)
+            else:
+                window = tuple(slice(first, first + side) for first, side in zip(corner, size, strict=True))
+                image, label = tile["image"][window], tile["label"][window]
+        except ValueError as error:
+            raise UserError(f"tile {tile['name']}: {error}") from error
+        image, label = geometry.resized(image, label, how.crop)
+        return {**self._viewed(image, label, rng), "skipped": skipped}
+
+    def _of_image(self, number: int, rng: np.random.Generator) -> dict:
         """A window of an unlabelled image at a random place; or, with features, one of the fixed grid they are of."""
         windows = self._unlabelled
         wanted = windows.tile(number)
         if windows.features is None:
             window, index = windows.read(wanted, lambda source, index: source.draw(index, rng))
-            image, label = augment.random_flip(window["image"], window["label"], rng, self._flip)
-            return image, label, {"skipped": index != wanted}
-        window, index = windows.read(wanted)
-        image, label, taps = self._aligned(windows.features, window, index, rng)
-        return image, label, {"skipped": index != wanted, "taps": taps}
+            row = self._viewed(window["image"], window["label"], rng)
+        else:
+            window, index = windows.read(wanted)
+            row = self._aligned(windows.features, window, index, rng)
+        return self._distorted({**row, "skipped": index != wanted}, rng)
 
-    def _aligned(self, features: TeacherFeatures, tile: dict, index: int, rng: np.random.Generator):
-        """Crop and flip at the teacher's patches: image, label and the tap (h, w, C) of each level, or None."""
-        patch, (height, width) = features.patch, self._crop
-        top, left, mirrored = augment.draw_aligned(tile["label"].shape, self._crop, patch, rng, self._flip)
+    def _viewed(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> dict:
+        """Mirrored and turned by chance."""
+        image, label = augment.random_flip(image, label, rng, self._augmentation.flip)
+        if self._augmentation.rotate:
+            number = 2 * int(rng.integers(4))
+            image, label = geometry.view(image, number), geometry.view(label, number)
+        return {"image": image, "label": label}
+
+    def _aligned(
+        self, features: TeacherFeatures, tile: dict, index: int, rng: np.random.Generator, chosen: int | None = None
+    ) -> dict:
+        """The same at the teacher's patches, with the tap (h, w, C) of each level, or None.
+
+        The teacher has seen each view of the whole tile, whose patches begin at its own upper left corner: so the tile
+        is turned before it is cut.
+        """
+        how, patch, turns = self._augmentation, features.patch, 0
+        if how.rotate:
+            turns = 2 * int(rng.integers(4))
+        size = tile["label"].shape[::-1] if geometry.turned(turns) else tile["label"].shape
+        corner = [patch * int(rng.integers((a - b) // patch + 1)) for a, b in zip(size, how.crop, strict=True)]
+        number = turns + (rng.random() < how.flip)
         image, label = tile["image"], tile["label"]
-        if mirrored:  # before the cut: the mirror image's patches begin at its own left edge
-            image, label = augment.mirror(image, label)
-        window = np.s_[top : top + height, left : left + width]
-        first, second = top // patch, left // patch
-        taps = features.read(index, mirrored)
-        taps = taps[:, first : first - (-height // patch), second : second - (-width // patch)]
-        return image[window], label[window], [None if k is None else taps[k] for k in features.levels]
+        if number:
+            image, label = geometry.view(image, number), geometry.view(label, number)
+        if chosen is not None and (place := geometry.around(label, chosen, how.crop, rng)):
+            corner = [patch * (first // patch) for first in place]
+        window = tuple(slice(first, first + side) for first, side in zip(corner, how.crop, strict=True))
+        cells = tuple(slice(w.start // patch, -(-w.stop // patch)) for w in window)  # corners are at whole patches
+        taps = features.read(index, number)[(slice(None), *cells)]
+        levels = [None if k is None else taps[k] for k in features.levels]
+        return {"image": image[window], "label": label[window], "taps": levels}
+
+    def _paste(self, row: dict, other: dict, rng: np.random.Generator) -> None:
+        """A part of `other` into `row`, at whole patches where there are features."""
+        features = self._labelled.features
+        patch = features.patch if features is not None else 1
+        part = geometry.rectangle(row["label"].shape, patch, rng)
+        for key in ("image", "label"):
+            row[key] = row[key].copy()
+            row[key][part] = other[key][part]
+        row["skipped"] = bool(row["skipped"] or other["skipped"])
+        if features is not None:
+            cells = tuple(slice(p.start // patch, -(-p.stop // patch)) for p in part)
+            row["taps"] = [taps if taps is None else taps.copy() for taps in row["taps"]]
+            for taps, others in zip(row["taps"], other["taps"], strict=True):
+                if taps is not None:
+                    taps[cells] = others[cells]

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import copy
 import os
 import pathlib
 import unicodedata
@@ -45,6 +46,8 @@ class FolderSource:
     NAME; tiles are sorted by name. Missing directories, missing pairs and images without a label raise UserError here.
     For `bands`, `scale`, `nodata` see `read_bands`; pixels without data are ignored. For `label_map` see `read_label`.
     """
+
+    fold = None  # of a part of a split, how it was made (folds.Fold)
 
     def __init__(
         self,
@@ -111,6 +114,14 @@ class FolderSource:
 
     def __repr__(self) -> str:
         return f"FolderSource({str(self.root)!r}, {self.split!r}, tiles={len(self)})"
+
+    def only(self, indices: Sequence[int], fold=None) -> "FolderSource":
+        """These tiles alone, in this order. `fold`: how they were chosen (folds.Fold)."""
+        part = copy.copy(self)
+        part.fold = fold
+        for name in ("names", "image_paths", "label_paths"):
+            setattr(part, name, tuple(getattr(self, name)[index] for index in indices))
+        return part
 
     def describe(self, index: int) -> str:
         """The two files of a tile, relative to the root, for messages."""

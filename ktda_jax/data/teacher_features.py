@@ -1,7 +1,8 @@
 """The frozen teacher's features of a split on disk, so that training need not run the teacher (ktda_jax.extract).
 
 A folder of array_record files, `manifest.json`, and `records.npy`, which says where a tile is. Every tile has two
-records, of the tile and of its mirror image: the taps of the whole tile, (n, h, w, C), of n layers. The manifest says
+records, of the tile and of its mirror image, or eight, of all its views (geometry.view): the taps of the whole tile,
+(n, h, w, C), of n layers. The manifest says
 what they were made from; whoever reads them says what is wanted, and anything else is refused.
 """
 
@@ -15,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from ktda_jax import UserError
+from ktda_jax.data.geometry import turned
 
 FORMAT = 1
 MANIFEST, RECORDS = "manifest.json", "records.npy"
@@ -30,9 +32,9 @@ class FeatureWriter:
 
         self._dtype, self._writer = DTYPES[dtype], ArrayRecordWriter(str(path), "group_size:1")
 
-    def write(self, name: str, taps: np.ndarray, mirrored: np.ndarray) -> None:
-        """Of one tile and of its mirror image: (n, h, w, C) each, in the stored dtype."""
-        for values in (taps, mirrored):
+    def write(self, name: str, views: Sequence[np.ndarray]) -> None:
+        """Of one tile's views, in their order: (n, h, w, C) each, in the stored dtype."""
+        for values in views:
             if not np.isfinite(values).all():
                 raise UserError(
                     f"the teacher's features of tile {name} are not finite as {self._dtype}: set "
@@ -57,6 +59,7 @@ class TeacherFeatures:
         check(self.folder, manifest, wanted)
         self.patch = manifest["made_from"]["patch"]
         self.source = manifest["made_from"]["teacher"]
+        self.views = views_of(manifest)
         tapped = _tapped(manifest["made_from"])
         self._layers = stored_layers(tapped)
         self.levels = [None if index is None else self._layers.index(index) for index in tapped]  # which of the n
@@ -78,11 +81,13 @@ class TeacherFeatures:
     def __len__(self) -> int:
         return len(self._records)
 
-    def read(self, index: int, mirrored: bool) -> np.ndarray:
-        """The taps (n, h, w, C) of tile `index`, or of its mirror image."""
+    def read(self, index: int, view: int) -> np.ndarray:
+        """The taps (n, h, w, C) of a view of tile `index`."""
         shard, place, height, width = self._records[index].tolist()
+        if turned(view):
+            height, width = width, height
         try:
-            data = self._shards()[shard][2 * place + mirrored]
+            data = self._shards()[shard][self.views * place + view]
             return np.frombuffer(data, self._dtype).reshape(len(self._layers), height, width, self._width)
         except Exception as error:
             raise UserError(f"cannot read the teacher features of tile {index} in {self.folder}: {AGAIN}") from error
@@ -100,6 +105,11 @@ class TeacherFeatures:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _lock=threading.Lock(), _open=None)
+
+
+def views_of(manifest: Mapping) -> int:
+    """How many views of a tile are stored: before there was a choice, it and its mirror image."""
+    return manifest.get("views", 2)
 
 
 def stored_layers(tapped: Sequence[int | None]) -> list[int]:

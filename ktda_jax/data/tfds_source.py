@@ -4,6 +4,7 @@ TFDS takes a while to import, hence only inside functions.
 """
 
 import contextlib
+import copy
 import importlib
 import io
 import json
@@ -13,6 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -35,6 +37,8 @@ class TfdsSource:
     the files. UserError if the set is not built, has no such split, other features or number of classes.
     """
 
+    fold = None  # of a part of a split, how it was made (folds.Fold)
+
     def __init__(
         self,
         name_or_dir: str | os.PathLike,
@@ -48,10 +52,10 @@ class TfdsSource:
         self.num_classes = num_classes
         self._lock, self._records = threading.Lock(), None
         records = self._open()
-        self.name, self._length = records.dataset_info.full_name, len(records)  # 'meadow/1.0.0'
+        self.name, self._numbers = records.dataset_info.full_name, range(len(records))  # 'meadow/1.0.0'
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._numbers)
 
     def __getitem__(self, index: int) -> dict:
         example = self._record(index)
@@ -60,16 +64,32 @@ class TfdsSource:
             label = _decode(example["label"], cv2.IMREAD_UNCHANGED)
         except ValueError as error:
             raise UserError(f"cannot read {self.describe(index)}: {error}; build the set again") from error
-        name = example["name"].decode() if "name" in example else f"{self.split}_{index}"
+        name = example["name"].decode() if "name" in example else f"{self.split}_{self._numbers[index]}"
         return {"image": cv2.cvtColor(image, cv2.COLOR_BGR2RGB), "label": label, "name": name}
 
     def __repr__(self) -> str:
         # Without the folder: Grain compares it on resume, and data may have moved in the meantime.
         return f"TfdsSource({self.name!r}, {self.split!r}, tiles={len(self)})"
 
+    def only(self, indices: Sequence[int], fold=None) -> "TfdsSource":
+        """These tiles alone, in this order. `fold`: how they were chosen (folds.Fold)."""
+        part = copy.copy(self)  # opens the files for itself
+        part.fold, part._numbers = fold, tuple(self._numbers[index] for index in indices)
+        return part
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tiles, which takes reading all records; UserError where they hold none."""
+        found = []
+        for index in range(len(self)):
+            if "name" not in (example := self._record(index)):
+                raise UserError(f"{self.describe(index)} holds no name to make areas by; leave config.data.folds out")
+            found.append(example["name"].decode())
+        return tuple(found)
+
     def describe(self, index: int) -> str:
         """Which record this is, for messages."""
-        return f"record {index} of {self.split} in {self.directory}"
+        return f"record {self._numbers[index]} of {self.split} in {self.directory}"
 
     def label_size(self, index: int) -> tuple[int, int]:
         """(H, W) of one label from the header of its PNG, without decoding it."""
@@ -85,10 +105,10 @@ class TfdsSource:
         self.__dict__.update(state, _lock=threading.Lock(), _records=None)
 
     def _record(self, index):
-        if not 0 <= index < self._length:
+        if not 0 <= index < len(self):
             raise IndexError(f"{self!r} has no tile {index}")
         try:
-            return self._open()[index]
+            return self._open()[self._numbers[index]]
         except Exception as error:
             raise UserError(f"cannot read {self.describe(index)}: {_line(error)}; build the data set again") from error
 

@@ -12,9 +12,10 @@ from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.gdal import opened
 from ktda_jax.data.images import Reading
 from ktda_jax.data.raster import Scene, open_scene
-from ktda_jax.prediction import pipeline, polygons
+from ktda_jax.prediction import polygons
 from ktda_jax.prediction.files import Outputs
 from ktda_jax.prediction.outputs import PREVIEW, Legend, SceneWriter
+from ktda_jax.tiling import pipeline
 from ktda_jax.tiling.device import Step
 
 FAILURES_SHOWN = 50  # at the end of a run; each is said when it is found
@@ -127,7 +128,7 @@ def _highest(scale) -> float:
 
 def map_scenes(
     scenes: Sequence[Scene], outputs: Sequence[Outputs], step: Step, legend: Legend, *, overlap: int, rgb=(0, 1, 2),
-    cog=False, tags=None, say=print, failures: list[UserError] | None = None,
+    cog=False, tags=None, temperature=1.0, say=print, failures: list[UserError] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Writes all outputs; returns pixels and seconds. Those of a scene that was not finished are not there.
 
@@ -139,7 +140,8 @@ def map_scenes(
     targets = {scene.path: target for scene, target in zip(scenes, outputs, strict=True)}
     strips = pipeline.finished(
         scenes, step, classes=len(legend.classes), overlap=overlap, probabilities=wanted["probabilities"],
-        confidence=wanted["confidence"], preview=PREVIEW if wanted["overlay"] else 0, keep_going=failures is not None,
+        confidence=wanted["confidence"], temperature=temperature, preview=PREVIEW if wanted["overlay"] else 0,
+        keep_going=failures is not None,
     )  # fmt: skip
     with contextlib.closing(strips), contextlib.ExitStack() as open_writer, contextlib.ExitStack() as ending:
         ending.callback(progress.clear)

@@ -15,9 +15,9 @@ from ktda_jax import UserError
 from ktda_jax.data.raster import Scene
 from ktda_jax.prediction import polygons
 from ktda_jax.prediction.files import Outputs
-from ktda_jax.prediction.pipeline import Finished, every
 from ktda_jax.prediction.writing import RasterWriter, convert
 from ktda_jax.tiling import blend
+from ktda_jax.tiling.pipeline import Finished, every
 
 PREVIEW = 2048  # pixels, the longer side of an overlay
 BESIDE = (".aux.xml", ".ovr", ".msk")  # endings of files that GDAL reads with one

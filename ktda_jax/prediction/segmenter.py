@@ -35,6 +35,7 @@ class Segmenter:
         if found.kind != "ktda":
             raise UserError(f"these weights are a {found.kind}; prediction needs a whole KTDA model")
         self.config, self.classes, self.palette, self.source = found.config, found.classes, found.palette, found.source
+        self.temperature = found.temperature
         self.data = found.data  # how training read its images, where that is known
         graphdef, params, stats = flat.abstract(
             lambda: KTDA(found.config, own_encoder=True, dtype=dtype, rngs=nnx.Rngs(0))
@@ -44,7 +45,7 @@ class Segmenter:
         self.graphdef = graphdef
         self.params = {k: jnp.asarray(ours[k], v.dtype) for k, v in params.items()}
         self.stats = {k: jnp.asarray(ours[k], v.dtype) for k, v in stats.items()}
-        self._run = jax.jit(functools.partial(infer, graphdef))
+        self._run = jax.jit(functools.partial(infer, graphdef, found.temperature))
 
     def logits(self, images: np.ndarray) -> jax.Array:
         """images: uint8 or float 0..255 (B, H, W, 3) -> float32 (B, h, w, classes) at the head's resolution."""
@@ -75,11 +76,18 @@ class Segmenter:
         return Prediction(labels, probabilities) if image.ndim == 4 else Prediction(labels[0], probabilities[0])
 
 
-def infer(graphdef, params, stats, images):
-    """images: uint8 (B, H, W, bands) -> logits (B, h, w, classes), labels uint8 (B, H, W), probabilities float32."""
+def infer(graphdef, temperature: float, params, stats, images):
+    """images: uint8 (B, H, W, bands) -> logits (B, h, w, classes), labels uint8 (B, H, W), probabilities float32.
+
+    temperature: by which the logits are divided for the probabilities, where that is not 1.
+    """
     logits = at_least_float32(flat.merge(graphdef, params, stats)(images).logits)
     full = full_size(logits, images.shape[1:3])
-    return logits, jnp.argmax(full, -1).astype(jnp.uint8), jax.nn.softmax(full, -1)
+    return (
+        logits,
+        jnp.argmax(full, -1).astype(jnp.uint8),
+        jax.nn.softmax(full if temperature == 1 else full / temperature, -1),
+    )
 
 
 def load_pretrained(

@@ -13,6 +13,7 @@ from ktda_jax.data.check import SplitSummary, check_split
 from ktda_jax.reports import features, tiles, trained, workdir
 from ktda_jax.reports.workdir import Run
 from ktda_jax.training.inputs import features_folder, open_features, open_source
+from ktda_jax.training.predicted import how
 
 FEATURE_TILES = 3
 
@@ -45,7 +46,7 @@ def _look(run: Run, root: str | None, keep: int, leaders: dict, say) -> None:
     settings = run.settings
     hint = ""
     try:
-        model = trained.load(run.path, settings.dtype)
+        model = trained.load(run.path, settings)
         hint = "" if root else "; --root=... says where the data are now"
         source, summary = _open(run, run.split)
     except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
@@ -72,8 +73,10 @@ def _look(run: Run, root: str | None, keep: int, leaders: dict, say) -> None:
             run.missing[section] = _line(error)
         return
     run.confusion = scored.confusion
-    run.scored = f"the {len(source):,} tiles of {run.split} with the checkpoint of step {model.step:,}"
-    role = "test" if run.split == settings.data.test_split != settings.data.val_split else "val"
+    run.scored = (
+        f"the {len(source):,} tiles of {run.split} with the checkpoint of step {model.step:,}, {how(settings.data)}"
+    )
+    role = "test" if run.split == settings.data.test_split != settings.data.validation else "val"
     if run.environment.get("data", {}).get(role, summary.fingerprint) != summary.fingerprint:
         run.scored += ", which are not the tiles that training scored"
     run.missing.pop("scores", None)
@@ -99,7 +102,7 @@ def _open(run: Run, split: str) -> tuple[object, SplitSummary]:
 
 def _count_shares(run: Run, model, opened: dict, say) -> None:
     data = run.settings.data
-    for split in dict.fromkeys(filter(None, (data.train_split, data.val_split, data.test_split))):
+    for split in dict.fromkeys(filter(None, (data.train_split, data.validation, data.test_split))):
         try:
             if split not in opened:
                 opened[split] = _open(run, split)

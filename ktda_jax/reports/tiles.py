@@ -4,15 +4,14 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection
 
-import jax
 import numpy as np
 
-from ktda_jax import UserError, sharding
+from ktda_jax import UserError
 from ktda_jax.config.settings import Data
-from ktda_jax.data import pipeline
 from ktda_jax.data.sources import read_tile
-from ktda_jax.metrics.confusion import count, summarize
+from ktda_jax.metrics.confusion import summarize
 from ktda_jax.reports.trained import Trained
+from ktda_jax.training.inputs import to_evaluate
 
 PREDICTED = 64  # tiles of a split that is not evaluated, for the shares of its predictions
 
@@ -21,7 +20,7 @@ PREDICTED = 64  # tiles of a split that is not evaluated, for the shares of its 
 class Tile:
     name: str
     index: int  # in the split
-    image: np.ndarray  # uint8 (h, w, bands), as the model sees it
+    image: np.ndarray  # uint8 (h, w, bands), as the model sees it, which config.data.eval_scale says
     label: np.ndarray  # uint8 (H, W)
     prediction: np.ndarray  # uint8 (H, W)
     accuracy: float  # percent of the labelled pixels
@@ -59,43 +58,30 @@ def score(
 ) -> Scored:
     """Runs over all tiles, and keeps the `keep` best and worst by pixel accuracy, and those called `names`."""
     classes = trained.model.num_classes
-    batches = pipeline.eval_batches(source, crop=data.crop, batch_size=batch_size, num_threads=data.num_threads)
     total, worst, best, named = np.zeros((classes, classes), np.int64), [], [], {}
-    said = time.monotonic()
-
-    def take(batch, predictions):
-        for row in np.flatnonzero(batch["mask"]):
-            prediction = predictions[row]
-            confusion = count(batch["label"][row], prediction, classes)
-            total[...] += confusion
-            labelled, name, index = confusion.sum(), batch["name"][row], int(batch["index"][row])
-            if not labelled or not (keep or names):
-                continue
-            accuracy = 100 * float(np.trace(confusion)) / float(labelled)
-
-            def make(row=row, prediction=prediction, name=name, index=index, accuracy=accuracy, confusion=confusion):
-                image, label = batch["image"][row].copy(), batch["label"][row].copy()  # not the whole batch
-                miou = summarize(confusion).summary["mIoU"]
-                return Tile(name, index, image, label, prediction.copy(), accuracy, miou)
-
-            _insert(worst, (accuracy, index), make, keep)
-            _insert(best, (-accuracy, index), make, keep)
-            if name in names:
-                named[name] = make()
-
-    pending, done = None, 0
-    for number, batch in enumerate(batches):
-        arrays = {k: batch[k] for k in ("image", "label", "mask")}
-        _, predictions = trained.eval_step(trained.params, trained.stats, sharding.to_global(trained.mesh, arrays))
-        if pending is not None:  # one batch late: the device works while the host counts
-            take(pending[0], np.asarray(pending[1]))
-        pending = batch, predictions
-        if number and time.monotonic() - said > 10:  # the first batch compiles
-            said = time.monotonic()
+    said = None  # the first tiles wait for a compilation
+    for done, found in enumerate(
+        trained.predictor(to_evaluate(data, source, batch_size), trained.params, trained.stats)
+    ):
+        confusion = found.confusion
+        total += confusion
+        if said is not None and time.monotonic() - said > 10:
             say(f"{done:,} of {len(source):,} tiles")
-        done += int(batch["mask"].sum())
-    if pending is not None:
-        take(pending[0], np.asarray(jax.device_get(pending[1])))
+        if said is None or time.monotonic() - said > 10:
+            said = time.monotonic()
+        labelled = confusion.sum()
+        if not labelled or not (keep or names):
+            continue
+        accuracy = 100 * float(np.trace(confusion)) / float(labelled)
+
+        def make(found=found, accuracy=accuracy, confusion=confusion):
+            arrays = (getattr(found, k).copy() for k in ("image", "label", "prediction"))  # not the whole batch
+            return Tile(found.name, found.index, *arrays, accuracy, summarize(confusion).summary["mIoU"])
+
+        _insert(worst, (accuracy, found.index), make, keep)
+        _insert(best, (-accuracy, found.index), make, keep)
+        if found.name in names:
+            named[found.name] = make()
     found = {tile.index: tile for _, tile in worst + best}
     ordered = sorted(found.values(), key=lambda tile: (tile.accuracy, tile.index))
     half = min(keep, -(-len(ordered) // 2))

@@ -69,7 +69,7 @@ def read(path: pathlib.Path, name: str) -> Run:
         run.settings = checks.resolve(saved)
         info = run.settings.data.info
         run.classes, run.palette = info.classes, info.palette
-        run.split = run.settings.data.test_split or run.settings.data.val_split
+        run.split = run.settings.data.test_split or run.settings.data.validation
     except FileNotFoundError:
         run.missing["config"] = "no config.json in the workdir"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

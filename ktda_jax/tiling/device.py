@@ -1,7 +1,7 @@
 """Tiles in, weighted probabilities out: the model on all local devices, each with whole tiles of the batch."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,15 +56,18 @@ def augmented(apply):
 
 
 class Step:
-    """One compiled program for one shape of batch: rows of tiles over all local devices."""
+    """One compiled program for one shape of batch: rows of tiles over all local devices, or over `devices`."""
 
-    def __init__(self, model: Model, tile: tuple[int, int], batch_size: int):
+    def __init__(
+        self, model: Model, tile: tuple[int, int], batch_size: int, *, devices: Sequence[jax.Device] | None = None,
+        compiler_options: dict | None = None,
+    ):  # fmt: skip
         """batch_size: tiles over all devices; raised to a multiple of their number."""
-        mesh = sharding.make_mesh(devices=jax.local_devices())
-        self.batch_size = -(-batch_size // mesh.size) * mesh.size
+        self.mesh = sharding.make_mesh(devices=devices or jax.local_devices())
+        self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
         self.shape = (self.batch_size, model.bands, *tile)
-        self._rows = sharding.batch_sharding(mesh)
-        self._arrays = jax.device_put(model.arrays, sharding.replicated(mesh))
+        self._rows = sharding.batch_sharding(self.mesh)
+        self.arrays = jax.device_put(model.arrays, sharding.replicated(self.mesh))  # others of the same shapes may come
 
         def run(arrays, images, rows, columns):
             found = model.apply(arrays, jnp.transpose(images, (0, 2, 3, 1)))
@@ -72,11 +75,11 @@ class Step:
             found = jnp.transpose(found, (0, 3, 1, 2)).astype(jnp.float32)
             return found * rows[:, None, :, None] * columns[:, None, None, :]
 
-        self._run = jax.jit(run, out_shardings=self._rows)
+        self._run = jax.jit(run, out_shardings=self._rows, compiler_options=compiler_options)
 
     def __call__(self, images: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
         """images: uint8 `shape`; rows (B, h) and columns (B, w): weights -> (B, classes, h, w) float32, in flight.
 
         The arrays must not be changed afterwards: on CPU the device may read them in place.
         """
-        return self._run(self._arrays, *(jax.device_put(x, self._rows) for x in (images, rows, columns)))
+        return self._run(self.arrays, *(jax.device_put(x, self._rows) for x in (images, rows, columns)))

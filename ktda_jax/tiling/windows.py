@@ -41,5 +41,10 @@ def axis(length: int, tile: int, overlap: int) -> Axis:
     return Axis(length, tile, overlap, (*range(0, last, tile - overlap), last))
 
 
+def usual_overlap(tile: tuple[int, int]) -> int:
+    """A quarter of the tile: of maps, unless --overlap says otherwise, and of validation."""
+    return min(tile) // 4
+
+
 def grid(height: int, width: int, tile: tuple[int, int], overlap: int) -> Grid:
     return Grid(axis(height, tile[0], overlap), axis(width, tile[1], overlap))

@@ -1,6 +1,8 @@
-"""Evaluation of a split: one compiled step per label size, one confusion matrix over the whole set."""
+"""Evaluation of a split: one confusion matrix over the whole set, counted on the device or of tiles as mapped."""
 
+import csv
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -14,12 +16,17 @@ from jax.sharding import Mesh
 
 from ktda_jax import sharding
 from ktda_jax.data.datasets import DatasetInfo
+from ktda_jax.data.pipeline import EvalBatches, EvalTiles
 from ktda_jax.figures import plots, sheets
+from ktda_jax.figures import trust as figures
 from ktda_jax.metrics.confusion import Metrics, best_constant, confusion_matrix, count, format_table, summarize
 from ktda_jax.models.flat import Arrays, merge
 from ktda_jax.models.ktda import full_size
+from ktda_jax.training.predicted import Predictor
+from ktda_jax.training.trust import Sums, Trust, as_json, in_words
 
 SAMPLES = 6  # tiles kept for the figure
+CURVES = 20  # classes whose precision and recall are drawn, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Evaluation:
     confusion: np.ndarray  # (C, C) int64, rows are labels
     metrics: Metrics
     samples: list[dict]
+    trust: Trust | None = None  # where it was asked for
 
 
 def make_eval_step(
@@ -38,20 +46,25 @@ def make_eval_step(
     encoder: nnx.GraphDef | None = None,
     compiler_options: dict | None = None,
 ) -> Callable:
-    """(params, batch_stats, batch[, frozen]) -> confusion matrix (C, C) of the batch and predictions (B, H, W) uint8.
+    """(params, batch_stats, batch[, frozen]) -> of each row its confusion matrix (B, C, C), which every process gets,
+    predictions (B, H, W) uint8 and probabilities (B, C, H, W) float32.
 
     `encoder` is the structure of a frozen one that the model needs, `frozen` its arrays.
     """
 
     def eval_step(
         params: Arrays, stats: Arrays, batch: dict, frozen: Arrays | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         needed = {} if encoder is None else {"teacher": merge(encoder, frozen, {})}
         logits = merge(graphdef, params, stats)(batch["image"], **needed).logits
-        predictions = jnp.argmax(full_size(logits, batch["label"].shape[1:3]), axis=-1).astype(jnp.uint8)
-        return confusion_matrix(batch["label"], predictions, num_classes, batch["mask"]), predictions
+        logits = full_size(logits, batch["label"].shape[1:3])
+        predictions = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
+        rows = (x[:, None] for x in (batch["label"], predictions, batch["mask"]))
+        confusions = jax.vmap(lambda label, found, mask: confusion_matrix(label, found, num_classes, mask))(*rows)
+        return confusions, predictions, jnp.transpose(jax.nn.softmax(logits, -1), (0, 3, 1, 2))
 
-    out = (sharding.replicated(mesh), sharding.batch_sharding(mesh))
+    rows = sharding.batch_sharding(mesh)
+    out = (sharding.replicated(mesh), rows, rows)
     return jax.jit(eval_step, out_shardings=out, compiler_options=compiler_options)
 
 
@@ -74,7 +87,7 @@ def evaluate(
     needed = () if frozen is None else (frozen,)
     for batch in batches:
         arrays = {k: batch[k] for k in ("image", "label", "mask")}
-        confusion, predictions = eval_step(params, stats, sharding.to_global(mesh, arrays), *needed)
+        confusions, predictions, _ = eval_step(params, stats, sharding.to_global(mesh, arrays), *needed)
         if len(samples) < SAMPLES:
             local = sharding.local_rows(predictions)
             for row in np.flatnonzero(batch["mask"])[: SAMPLES - len(samples)]:
@@ -82,22 +95,42 @@ def evaluate(
                 samples.append(sample | {"prediction": local[row]})
         # Fetched one batch late, so that the device works while the host decodes.
         if pending is not None:
-            total += np.asarray(pending, np.int64)
-        pending = confusion
+            total += np.asarray(pending, np.int64).sum(0)
+        pending = confusions
     if pending is not None:
-        total += np.asarray(pending, np.int64)
+        total += np.asarray(pending, np.int64).sum(0)
     return Evaluation(total, summarize(total), samples)
+
+
+def evaluate_tiles(
+    predictor: Predictor, tiles: EvalTiles | EvalBatches, params: Arrays, stats: Arrays, frozen: Arrays | None = None,
+    *, trust=False,
+) -> Evaluation:  # fmt: skip
+    """The same tile by tile, each on one process, whose `samples` are its own; with `trust`, what `Sums` tells."""
+    classes = predictor.model.classes
+    total, samples = np.zeros((classes, classes), np.int64), []
+    sums = Sums(tiles.count, classes) if trust else None
+    for found in predictor(tiles, params, stats, frozen, probabilities=trust):
+        total += found.confusion
+        if len(samples) < SAMPLES:
+            samples.append({k: getattr(found, k) for k in ("image", "label", "prediction", "name")})
+        if sums is not None:
+            sums.add(found)
+    total = sharding.sum_of_processes(total)
+    return Evaluation(total, summarize(total), samples, None if sums is None else sums.result()[1])
 
 
 def table(result: Evaluation, classes: tuple[str, ...]) -> str:
     scores = format_table(result.metrics, classes)
-    return f"{scores}\nbest constant prediction: mIoU {best_constant(result.confusion):.2f}"
+    more = "" if result.trust is None else f"\n{in_words(result.trust)}"
+    return f"{scores}\nbest constant prediction: mIoU {best_constant(result.confusion):.2f}{more}"
 
 
 def write_report(
     result: Evaluation, workdir: pathlib.Path, name: str, info: DatasetInfo, rgb: tuple[int, int, int] = (0, 1, 2)
 ) -> None:
-    """Writes `figures/<name>_{confusion,samples}.png` and `figures/<name>.json`.
+    """Writes `figures/<name>_{confusion,samples}.png`, `figures/<name>.json` and, as a table, `figures/<name>.csv`;
+    and where trust was asked for, `<name>_{reliability,precision_recall}.png`.
 
     `rgb`: the bands of the images that are shown.
     """
@@ -119,9 +152,41 @@ def write_report(
         "classes": list(info.classes),
         "confusion": result.confusion.tolist(),
     }
-    temporary = folder / f".{name}.json.tmp"
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(temporary, folder / f"{name}.json")
+    if result.trust is not None:
+        values |= as_json(result.trust)
+        figures.save_reliability(
+            folder / f"{name}_reliability.png", result.trust.before, result.trust.after,
+            names=("as predicted", "each half by the other's"),
+        )  # fmt: skip
+        if len(info.classes) <= CURVES:
+            curves = result.trust.precision, result.trust.recall, result.trust.average_precision / 100
+            figures.save_precision_recall(folder / f"{name}_precision_recall.png", *curves, info.classes, info.palette)
+    _write(folder / f"{name}.json", json.dumps(values, indent=1) + "\n")
+    _write(folder / f"{name}.csv", as_csv(result, info.classes))
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def as_csv(result: Evaluation, classes: tuple[str, ...]) -> str:
+    """A row per class and one of the means, in percent; empty where a score has no pixels to stand on."""
+    trust, columns, means = result.trust, dict(result.metrics.per_class), {}
+    means = {k: result.metrics.summary[f"m{k}"] for k in columns}
+    columns["pixels"], means["pixels"] = result.confusion.sum(1), result.confusion.sum()
+    if trust is not None:
+        columns |= {"IoU_low": trust.intervals[:, 0], "IoU_high": trust.intervals[:, 1]}
+        means |= dict(zip(("IoU_low", "IoU_high"), trust.interval, strict=True))
+        columns |= {"boundary_IoU": trust.boundary, "average_precision": trust.average_precision}
+        means |= {"boundary_IoU": trust.boundary_mean, "average_precision": np.nan}
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(("class", *columns))
+    for name, row in (*zip(classes, zip(*columns.values(), strict=True), strict=True), ("mean", means.values())):
+        writer.writerow((name, *("" if np.isnan(v) else round(float(v), 4) for v in row)))
+    return file.getvalue()
 
 
 def _tile_score(sample: dict, num_classes: int) -> float:

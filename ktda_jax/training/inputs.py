@@ -14,8 +14,10 @@ from ktda_jax import UserError
 from ktda_jax.config.checks import TEACHERS
 from ktda_jax.config.model import model_of, teacher_identity
 from ktda_jax.config.settings import Data, Settings, StoredTaps, listed
-from ktda_jax.data import classes, images, pipeline, reading, unlabelled
+from ktda_jax.data import classes, folds, images, pipeline, reading, unlabelled
+from ktda_jax.data.augment import Augmentation
 from ktda_jax.data.check import SplitSummary, check_split
+from ktda_jax.data.geometry import Rare
 from ktda_jax.data.mixture import Mixture
 from ktda_jax.data.paths import expand
 from ktda_jax.data.sources import FolderSource, Source, labels_are, read_tile
@@ -28,7 +30,18 @@ UNLABELLED = "unlabelled"  # the split that these images stand for
 
 
 def open_source(data: Data, split: str, *, build: bool = True) -> Source:
-    """The tiles of a split, from TFDS array_records, which `build` makes where they can be, or from a folder."""
+    """The tiles of a split, from TFDS array_records, which `build` makes where they can be, or from a folder.
+
+    With config.data.folds `data.validation` is the area of the training split that is held out, and the training split
+    the others.
+    """
+    if data.folds is None or split not in (data.train_split, data.validation):
+        return _open_whole(data, split, build)
+    whole, held_out = _open_whole(data, data.train_split, build), split == data.validation
+    return folds.part(whole, data.folds, data.fold, held_out=held_out, num_threads=data.num_threads)
+
+
+def _open_whole(data: Data, split: str, build: bool) -> Source:
     num_classes = data.info.num_classes
     if data.source == "folder":
         if data.root is None:
@@ -45,11 +58,17 @@ def open_source(data: Data, split: str, *, build: bool = True) -> Source:
 
 
 def eval_source(data: Data, split: str, batch_size: int) -> tuple[Any, SplitSummary, list[str]]:
-    """Batches of a split for evaluation, what was found in it, and what makes one doubt its labels."""
+    """A split for evaluation, what was found in it, and what makes one doubt its labels."""
     source = open_source(data, split)
     summary = check_split(source, num_threads=data.num_threads)
-    batches = pipeline.eval_batches(source, crop=data.crop, batch_size=batch_size, **processes(data.num_threads))
-    return batches, summary, doubts(data, source, split, summary)
+    return to_evaluate(data, source, batch_size), summary, doubts(data, source, split, summary)
+
+
+def to_evaluate(data: Data, source: Source, batch_size: int) -> pipeline.EvalTiles | pipeline.EvalBatches:
+    """This process's tiles as they are, or batches of them squeezed to the crop."""
+    if data.eval_scale == "native":
+        return pipeline.EvalTiles(source, **processes(data.num_threads))
+    return pipeline.eval_batches(source, crop=data.crop, batch_size=batch_size, **processes(data.num_threads))
 
 
 def holds_jpeg(source: Source) -> bool:
@@ -120,6 +139,10 @@ def held_out_batches(data: Data, batch_size: int) -> tuple[Any, UnlabelledSummar
     return batches, summary
 
 
+def augmentation(data: Data) -> Augmentation:
+    return Augmentation(**{field.name: getattr(data, field.name) for field in dataclasses.fields(Augmentation)})
+
+
 def features_folder(stored: StoredTaps, data: Data, *, of_windows: bool = False) -> pathlib.Path:
     """Where the teacher's precomputed features of the training split are; or those `of_windows` without labels."""
     folder = expand(stored.features or f"features/{data.name.replace('/', '_')}")
@@ -161,11 +184,11 @@ def open_inputs(settings: Settings, mixture: Mixture | None, first_row: int = 0)
         source = open_source(data, data.train_split)
         summary = check_split(source, crop=data.crop, on_corrupt=data.on_corrupt, num_threads=data.num_threads)
         doubtful += doubts(data, source, data.train_split, summary)
-        val_batches, val, found = eval_source(data, data.val_split, size)
+        val_batches, val, found = eval_source(data, data.validation, size)
         fingerprints |= {"train": summary.fingerprint, "val": val.fingerprint}
         doubtful += found
-        what.append(f"{len(source)} training tiles")
-        if data.test_split not in (None, data.val_split):  # what is wrong with it must not wait for the end
+        what.append(f"{len(source)} training tiles" + (f" ({source.fold})" if source.fold else ""))
+        if data.test_split not in (None, data.validation):  # what is wrong with it must not wait for the end
             _, test, found = eval_source(data, data.test_split, size)
             fingerprints["test"], doubtful = test.fingerprint, doubtful + found
     if data.unlabelled:
@@ -191,9 +214,9 @@ def open_inputs(settings: Settings, mixture: Mixture | None, first_row: int = 0)
                 )
             fingerprints["unlabelled teacher features"] = window_features.fingerprint
     batches = pipeline.train_iterator(
-        source, crop=data.crop, batch_size=settings.batch_size, seed=settings.seed, flip=data.flip,
-        photometric=data.photometric, on_corrupt=data.on_corrupt, features=features, first_row=first_row,
-        unlabelled=windows, unlabelled_features=window_features, mixture=mixture,
+        source, augmentation=augmentation(data), batch_size=settings.batch_size, seed=settings.seed,
+        rare=Rare.of(summary.by_tile) if data.rare_crops else None, on_corrupt=data.on_corrupt, features=features,
+        first_row=first_row, unlabelled=windows, unlabelled_features=window_features, mixture=mixture,
         **processes(data.num_threads),
     )  # fmt: skip
     jpeg = any(holds_jpeg(tiles) for tiles in (source, windows) if tiles is not None)

@@ -1,5 +1,9 @@
-"""The training loss: cross entropy of both heads plus distillation (paper section III-D; reference page)."""
+"""The training loss: cross entropy of both heads plus distillation (paper section III-D; reference page).
 
+What else may stand beside the cross entropy is in region_losses.py.
+"""
+
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -10,6 +14,7 @@ from ktda_jax.config.settings import Loss
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.models.ktda import Outputs, full_size
 from ktda_jax.models.layers import at_least_float32
+from ktda_jax.training import region_losses
 
 EPS = float(jnp.finfo(jnp.float32).eps)  # mmsegmentation adds it to the denominator, which also saves 0 / 0
 KL_AXES = {"width": (2,), "channel": (3,), "position": (1, 2)}  # axes of (B, H, W, C) the softmax runs over
@@ -17,12 +22,13 @@ KL_AXES = {"width": (2,), "channel": (3,), "position": (1, 2)}  # axes of (B, H,
 
 def cross_entropy(
     logits: jax.Array, labels: jax.Array, *, class_weights: Sequence[float] | None = None,
-    avg_non_ignore: bool = False,
+    avg_non_ignore: bool = False, hard_share: float | None = None,
 ) -> jax.Array:  # fmt: skip
     """logits: (B, H, W, C), labels: (B, H, W) with 255 = ignore -> scalar.
 
     The mean is over all pixels, ignored ones counted in the denominator as mmsegmentation does by default;
-    with `avg_non_ignore` over the (class-weighted) pixels that count, as torch's own weighted mean.
+    with `avg_non_ignore` over the (class-weighted) pixels that count, as torch's own weighted mean. `hard_share`: only
+    those of the highest loss count, that share of the labelled ones, and the mean is over them alone.
     """
     log_probabilities = jax.nn.log_softmax(at_least_float32(logits))
     valid = labels != IGNORE
@@ -31,7 +37,9 @@ def cross_entropy(
     weights = valid.astype(nll.dtype)
     if class_weights is not None:
         weights = weights * jnp.asarray(class_weights, nll.dtype)[index]
-    total = weights.sum() if avg_non_ignore else labels.size
+    if hard_share is not None:
+        weights = weights * region_losses.hardest(nll, labels, hard_share)
+    total = weights.sum() if avg_non_ignore or hard_share is not None else labels.size
     return (nll * weights).sum() / (total + EPS)
 
 
@@ -86,19 +94,40 @@ def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     return (a * b).sum(-1) * jax.lax.rsqrt(norms)
 
 
+def head_loss(logits: jax.Array, labels: jax.Array, config: Loss) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The weighted sum of the losses that have a weight, and its parts; logits: (B, H, W, C), as large as the labels.
+
+    The parts are weighted, too; there are none if the cross entropy is all there is.
+    """
+    losses = {
+        "cross_entropy": functools.partial(
+            cross_entropy, class_weights=config.class_weights, avg_non_ignore=config.avg_non_ignore,
+            hard_share=config.hard_share,
+        ),
+        "dice": region_losses.dice,
+        "focal": functools.partial(region_losses.focal, gamma=config.focal_gamma),
+        "lovasz": region_losses.lovasz,
+    }  # fmt: skip
+    weights = {name: getattr(config, name) for name in losses if getattr(config, name) != 0}
+    if weights == {"cross_entropy": 1}:  # as published
+        return losses["cross_entropy"](logits, labels), {}
+    parts = {name: weight * losses[name](logits, labels) for name, weight in weights.items()}
+    return sum(parts.values()), parts if set(parts) != {"cross_entropy"} else {}
+
+
 def total_loss(outputs: Outputs, labels: jax.Array | None, config: Loss) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`decode + aux_weight * aux + distill` and its terms; labels: (B, H, W) of the rows that have logits.
 
-    Without logits it is the distillation alone. `config`: config.loss.
+    Without logits it is the distillation alone. `config`: config.loss. Where `decode` is more than the cross entropy,
+    its parts are terms as well; they are not added again.
     """
-    terms = {}
+    terms, parts = {}, {}
     if outputs.logits is not None:
-        options = dict(class_weights=config.class_weights, avg_non_ignore=config.avg_non_ignore)
         logits = full_size(outputs.logits, labels.shape[1:3])
-        terms["decode"] = cross_entropy(logits, labels, **options)
+        terms["decode"], parts = head_loss(logits, labels, config)
     if outputs.aux_logits is not None:
         aux = full_size(outputs.aux_logits, labels.shape[1:3])
-        terms["aux"] = config.aux_weight * cross_entropy(aux, labels, **options)
+        terms["aux"] = config.aux_weight * head_loss(aux, labels, config)[0]
     if outputs.taps is not None:
         terms["distill"] = distillation(
             outputs.student, outputs.taps, alpha=config.alpha, temperature=config.temperature,
@@ -107,4 +136,4 @@ def total_loss(outputs: Outputs, labels: jax.Array | None, config: Loss) -> tupl
     loss = sum(terms.values())
     if outputs.logits is None:
         return loss, {"loss": loss, **terms}
-    return loss, {"loss": loss, **terms, "acc": accuracy(logits, labels)}
+    return loss, {"loss": loss, **terms, **parts, "acc": accuracy(logits, labels)}

@@ -24,7 +24,8 @@ from ktda_jax.models import flat
 from ktda_jax.models.initial import HostRngs
 from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.models.vit import ViT
-from ktda_jax.training import distilled, evaluate, explained, losses, optim, semi, trained
+from ktda_jax.training import distilled, evaluate, explained, losses, optim, predicted, semi, trained
+from ktda_jax.training.predicted import Predictor
 from ktda_jax.training.state import TrainState
 from ktda_jax.weights import loading
 
@@ -49,6 +50,7 @@ class Program:
     mixture: Mixture | None = None  # of labelled and unlabelled rows
     loaded: frozenset[str] = frozenset()  # what did not start at random, by path
     notes: Sequence[str] = ()  # on where it came from
+    predictor: Predictor | None = None  # of a model that makes maps
 
 
 def train_step(
@@ -216,6 +218,13 @@ def build(
     seed = np.asarray(jax.random.key_data(jax.random.key(settings.seed)))
     if devices is None:
         seed = sharding.place(seed, sharding.replicated(mesh))
+    model = predicted.Model(graphdef, encoder, len(info.classes), model_config.student.bands)
+    eval_step = (
+        evaluate.make_eval_step(graphdef, len(info.classes), mesh, encoder, options)
+        if settings.supervised
+        else explained.make_eval_step(graphdef, teacher_graphdef, mesh, options)
+    )
+    predictor = Predictor(model, mesh, tuple(settings.data.crop), settings.eval_batch_size, eval_step, options)
     batch = batch_shapes(settings, model_config)
     batch = sharding.abstract(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
     return Program(
@@ -232,11 +241,8 @@ def build(
         notes=notes,
         teacher=teacher_arrays,
         train_step=functools.partial(jitted, seed=seed),
-        eval_step=(
-            evaluate.make_eval_step(graphdef, len(info.classes), mesh, encoder, options)
-            if settings.supervised
-            else explained.make_eval_step(graphdef, teacher_graphdef, mesh, options)
-        ),
+        eval_step=eval_step,
+        predictor=predictor if settings.supervised else None,
         compile_step=compile_step,
         arguments=(sharding.abstract(abstract, shardings), batch, teacher_shapes),
     )

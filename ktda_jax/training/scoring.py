@@ -20,8 +20,10 @@ from ktda_jax.models.flat import Arrays
 from ktda_jax.training import evaluate, explained, whole
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.inputs import Inputs, eval_source, held_out_batches
+from ktda_jax.training.predicted import how
 from ktda_jax.training.program import Program, build
 from ktda_jax.training.state import TrainState
+from ktda_jax.training.trust import write_temperature
 from ktda_jax.training.writers import Writer
 
 Scored = evaluate.Evaluation | explained.Explained
@@ -64,7 +66,7 @@ def evaluate_workdir(
     A distillation without labels is evaluated on its held-out images.
     """
     workdir, settings = expand(workdir), checks.resolve(config)
-    split = settings.data.test_split or settings.data.val_split
+    split = settings.data.test_split or settings.data.validation
     trained = (workdir / "checkpoints").is_dir()
     if trained:
         whole.check(workdir / "checkpoints", latest=False)
@@ -75,6 +77,8 @@ def evaluate_workdir(
         )
         if settings.encodes or not settings.supervised:
             decides += ("weights.teacher",)
+        if settings.data.folds is not None and split == settings.data.validation:
+            decides += ("data.fold", "data.train_split")  # of any other fold the model has seen the tiles
         if not settings.supervised:
             decides += ("data.crop", "loss.distance")
         records.compare(workdir, settings, only=decides)
@@ -106,8 +110,8 @@ def evaluate_workdir(
         step, current = 0, program.init()  # the weights of settings.weights.model as they came
     teacher = program.teacher() if settings.encodes or not settings.supervised else {}
     if settings.supervised:
-        result, info = _evaluate(settings, program, batches, current, teacher), settings.data.info
-        what, table = f"{split} split", evaluate.table(result, info.classes)
+        result, info = _evaluate(settings, program, batches, current, teacher, trust=True), settings.data.info
+        what, table = f"{split} split", f"tiles {how(settings.data)}\n{evaluate.table(result, info.classes)}"
         summary = result.metrics.summary
         write = functools.partial(evaluate.write_report, result, workdir, split, info, settings.data.rgb_positions)
     else:
@@ -115,11 +119,19 @@ def evaluate_workdir(
         split, summary, table = "held out", result.summary, explained.table(result)
         what = f"{held_out.windows:,} windows held out"
         write = functools.partial(explained.write_report, result, workdir, held_out.windows)
+    calibrated = None
+    if trained and settings.supervised:  # on validation, wherever the scores are of
+        calibrated = result.trust
+        if split != settings.data.validation:
+            batches, *_ = eval_source(settings.data, settings.data.validation, settings.eval_batch_size)
+            calibrated = _evaluate(settings, program, batches, current, teacher, trust=True).trust
     if jax.process_index() == 0:
         print(f"\n{what}, step {step}:\n{table}", flush=True)
     if jax.process_index() == 0 and not obstacle:
         with records.writing(workdir / "figures"):
             write()
+            if calibrated is not None:
+                write_temperature(workdir, step, settings.data.validation, calibrated)
             if (workdir / "metrics.jsonl").exists():
                 plots.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
         with records.writing(workdir / "metrics.jsonl"):
@@ -129,11 +141,14 @@ def evaluate_workdir(
 
 
 def _evaluate(
-    settings: Settings, program: Program, batches: Iterable[dict], current: TrainState, teacher: Arrays
+    settings: Settings, program: Program, batches: Iterable[dict], current: TrainState, teacher: Arrays, *, trust=False
 ) -> evaluate.Evaluation:
+    params, frozen = current.params if current.ema is None else current.ema, teacher if settings.encodes else None
+    if settings.data.eval_scale == "native" or trust:
+        return evaluate.evaluate_tiles(program.predictor, batches, params, current.batch_stats, frozen, trust=trust)
     return evaluate.evaluate(
-        program.eval_step, current.params if current.ema is None else current.ema, current.batch_stats, batches,
-        program.mesh, num_classes=settings.data.info.num_classes, frozen=teacher if settings.encodes else None,
+        program.eval_step, params, current.batch_stats, batches, program.mesh,
+        num_classes=settings.data.info.num_classes, frozen=frozen,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.models.vit import ViT
 from ktda_jax.training.checkpoint import Checkpoints
+from ktda_jax.training.trust import read_temperature
 from ktda_jax.weights import loading
 from ktda_jax.weights.folder import READING, Weights
 
@@ -49,7 +50,7 @@ def from_workdir(workdir: pathlib.Path) -> Weights:
     return Weights(
         kind="ktda", config=model, arrays={**params, **stats}, source={"workdir": str(workdir), "step": step},
         classes=info.classes, palette=info.palette,
-        data={name: getattr(settings.data, name) for name in READING},
+        data={name: getattr(settings.data, name) for name in READING}, temperature=read_temperature(workdir, step),
     )  # fmt: skip
 
 

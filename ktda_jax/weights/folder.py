@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import shutil
 import uuid
@@ -35,6 +36,7 @@ class Weights:
     classes: tuple[str, ...] | None = None
     palette: tuple[tuple[int, int, int], ...] | None = None
     assumed: dict[str, int] | None = None  # what neither tensors nor caller told when they were converted just now
+    temperature: float = 1.0  # by which logits are divided for probabilities that can be believed
     data: dict[str, Any] | None = None  # how the training read its images (READING of its config.data), where known
 
 
@@ -72,6 +74,7 @@ def describe(weights: Weights) -> dict[str, Any]:
         "classes": weights.classes,
         "palette": weights.palette,
         "data": weights.data and {name: weights.data.get(name) for name in READING},
+        "temperature": weights.temperature,
         "source": weights.source,
     }
     return json.loads(json.dumps(described))
@@ -79,6 +82,9 @@ def describe(weights: Weights) -> dict[str, Any]:
 
 def described(description: Mapping[str, Any], arrays: Arrays) -> Weights:
     """The inverse of `describe`; ValueError, KeyError, TypeError or AttributeError for what is none."""
+    temperature = float(description.get("temperature", 1.0))
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"a temperature of {temperature}")
     classes, palette, data = (description.get(name) for name in ("classes", "palette", "data"))
     return Weights(
         kind=description["kind"],
@@ -87,6 +93,7 @@ def described(description: Mapping[str, Any], arrays: Arrays) -> Weights:
         source=dict(description["source"]),
         classes=classes and tuple(classes),
         palette=palette and tuple(map(tuple, palette)),
+        temperature=temperature,
         data=data and {name: _tuples(data.get(name)) for name in READING},
     )
 

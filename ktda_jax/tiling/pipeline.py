@@ -2,12 +2,14 @@
 
     read -> compute -> blend -> whoever writes
 
-Each stage is a generator that runs in a thread of its own, at most a few items ahead, so that memory is bounded by rows
-of tiles, whatever the height of a scene. Many small images share batches: padding comes at the very end only. So a file
-that cannot be read to its end fails in the middle of a batch, with others' tiles before and behind its own.
+Scenes are files, or tiles in memory (`Held`). Each stage is a generator that runs in a thread of its own, at most a few
+items ahead, so that memory is bounded by rows of tiles, whatever the height of a scene. Many small images share
+batches: padding comes at the very end only. So a file that cannot be read to its end fails in the middle of a batch,
+with others' tiles before and behind its own.
 """
 
 import collections
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -16,7 +18,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ktda_jax import UserError
-from ktda_jax.data.raster import RowReader, Scene
+from ktda_jax.data.raster import Scene
+from ktda_jax.data.sources import Tile
+from ktda_jax.metrics.calibration import tempered
 from ktda_jax.tiling import blend
 from ktda_jax.tiling.device import Step
 from ktda_jax.tiling.windows import Grid, grid
@@ -27,10 +31,32 @@ IN_FLIGHT = 2  # batches that the device has while the host goes on
 
 
 @dataclasses.dataclass(frozen=True)
+class Held:
+    """A tile in memory, as a scene; all of it is data."""
+
+    tile: Tile
+
+    @property
+    def height(self) -> int:
+        return self.tile["image"].shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.tile["image"].shape[1]
+
+    def reader(self) -> contextlib.AbstractContextManager["Held"]:
+        return contextlib.nullcontext(self)
+
+    def rows(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """As those of a `RowReader`."""
+        return np.moveaxis(self.tile["image"][first:end], -1, 0), np.ones((end - first, self.width), bool)
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
     """One row of tiles. After it, the pixel rows `top` to `end` are finished."""
 
-    scene: Scene
+    scene: Scene | Held
     grid: Grid
     index: int
     present: np.ndarray  # bool (end - top, W)
@@ -57,14 +83,14 @@ class Finished:
     row: Row
     labels: np.ndarray  # uint8 (h, W), 255 where the scene has no data
     confidence: np.ndarray | None  # uint8 (h, W), see blend.stored
-    probabilities: np.ndarray | None  # uint8 (classes, h, W)
+    probabilities: np.ndarray | None  # uint8 (classes, h, W), or float32 as they were blended
 
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
     """A scene of which nothing more comes, whatever came before, since its file cannot be read."""
 
-    scene: Scene
+    scene: Scene | Held
     error: UserError
 
 
@@ -95,15 +121,16 @@ class Batch:
 
 
 def finished(
-    scenes: Iterable[Scene], step: Step, *, classes: int, overlap: int, probabilities=False, confidence=False,
-    preview=0, keep_going=False,
+    scenes: Iterable[Scene | Held], step: Step, *, classes: int, overlap: int, probabilities: bool | str = False,
+    confidence=False, temperature=1.0, preview=0, keep_going=False,
 ) -> Iterator[Finished | Failed]:  # fmt: skip
     """The maps of `scenes` from top to bottom, one after the other. Close it to stop the threads.
 
-    preview: longest side of the subsampled scene that comes along; 0: none. keep_going: a scene that cannot be read
-    is Failed, instead of an error that ends all.
+    probabilities: True for 8 bits, 'float32' for all there are. temperature: of these, which leaves the map as it is.
+    preview: longest side of the subsampled scene that comes along; 0: none. keep_going: a scene that cannot be read is
+    Failed, instead of an error that ends all.
     """
-    with_probabilities = dict(probabilities=probabilities, confidence=confidence)
+    with_probabilities = dict(probabilities=probabilities, confidence=confidence, temperature=temperature)
     batches = ahead(_read(scenes, step, overlap, preview, keep_going), 2)
     return ahead(_blend(ahead(_compute(batches, step), 1), classes, **with_probabilities), 2)
 
@@ -145,7 +172,7 @@ def _rows_and_tiles(scene: Scene, tile: tuple[int, int], overlap: int, preview: 
     tiles = grid(scene.height, scene.width, tile, overlap)
     row_weights, column_weights = blend.weights(tiles.rows), blend.weights(tiles.columns)
     uniform = {0, 255}
-    with RowReader(scene) as reader:
+    with scene.reader() as reader:
         for index, top in enumerate(tiles.rows.starts):
             pixels, present = reader.rows(top, min(top + height, scene.height))
             done = tiles.rows.done(index) - top
@@ -181,17 +208,28 @@ def _landed(batch, found):
     return batch, None if found is None else np.asarray(found)
 
 
-def _blend(results, classes: int, *, probabilities: bool, confidence: bool) -> Iterator[Finished | Failed]:
+def _kept(sums: np.ndarray, present: np.ndarray, probabilities: bool | str) -> np.ndarray | None:
+    if probabilities == "float32":
+        return sums.copy()  # the strip moves on
+    return blend.stored(sums, present) if probabilities else None
+
+
+def _blend(
+    results, classes: int, *, probabilities: bool | str, confidence: bool, temperature: float
+) -> Iterator[Finished | Failed]:
     row = strip = None
 
     def finish() -> Finished:
         count = row.end - row.top
         sums = strip.sums(count)
         labels, best = blend.labels(sums, row.present)
+        if temperature != 1 and (probabilities or confidence):
+            sums = tempered(sums, temperature)
+            best = sums.max(0)  # of the same class
         made = Finished(
             row, labels,
             blend.stored(best, row.present) if confidence else None,
-            blend.stored(sums, row.present) if probabilities else None,
+            _kept(sums, row.present, probabilities),
         )  # fmt: skip
         strip.advance(count)
         return made

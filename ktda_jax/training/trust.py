@@ -1,0 +1,156 @@
+"""What a score alone does not tell: how sure it is, how far probabilities can be believed, and how good the edges are.
+
+One pass over a split's tiles gives it all. Of every tile some pixels are kept for the calibration: `PIXELS` altogether.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import numpy as np
+
+from ktda_jax import UserError, sharding
+from ktda_jax.config import workdir as records
+from ktda_jax.metrics import bootstrap, boundary, calibration, curves
+from ktda_jax.metrics.calibration import Reliability, expected_calibration_error
+from ktda_jax.training.predicted import Predicted
+
+PIXELS = 400_000  # kept for the calibration, over all tiles and processes
+FILE = "calibration.json"  # in the workdir: the temperature, and which checkpoint it is of
+
+
+@dataclasses.dataclass(frozen=True)
+class Trust:
+    """All of it in percent, and NaN where there is nothing to go by.
+
+    The calibration error after is that of each half of the tiles by the temperature of the other half: of their own
+    temperature it would flatter.
+    """
+
+    tiles: int  # that have labelled pixels
+    interval: tuple[float, float]  # 95 % of mIoU, over resampled tiles
+    intervals: np.ndarray  # (C, 2), of each class's IoU
+    boundary: np.ndarray  # (C,) boundary IoU
+    boundary_mean: float
+    temperature: float  # of all tiles
+    before: Reliability
+    after: Reliability
+    precision: np.ndarray  # (C, 256) by threshold
+    recall: np.ndarray
+    average_precision: np.ndarray  # (C,)
+
+    @property
+    def errors(self) -> tuple[float, float]:
+        """The expected calibration error before and after."""
+        return expected_calibration_error(self.before), expected_calibration_error(self.after)
+
+
+class Sums:
+    """Takes this process's tiles one by one; `result` is of those of all processes, which all call it."""
+
+    def __init__(self, tiles: int, classes: int):
+        """tiles: of all processes."""
+        self._classes, self._each = classes, max(PIXELS // tiles, 1)
+        self.by_tile = np.zeros((tiles, classes, classes), np.int64)
+        self._boundary = np.zeros((2, classes), np.int64)
+        self._pixels: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def add(self, found: Predicted) -> None:
+        """UserError where the model has no probabilities to give."""
+        self.by_tile[found.index] = found.confusion
+        self._boundary += boundary.count(found.label, found.prediction, self._classes)
+        values, labels = calibration.sample(found.label, found.probabilities, self._each)
+        if not np.isfinite(values).all():
+            raise UserError(f"the model's probabilities of tile {found.name} are not finite; its weights are of no use")
+        self._pixels.append((values, labels, np.full(len(labels), found.index)))
+
+    def result(self) -> tuple[np.ndarray, Trust]:
+        """Confusion matrices int64 (tiles, C, C), and the rest."""
+        by_tile = sharding.sum_of_processes(self.by_tile)
+        iou, mean = boundary.boundary_iou(sharding.sum_of_processes(self._boundary))
+        nothing = np.zeros((0, self._classes), np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64)
+        columns = zip(nothing, *self._pixels, strict=True)
+        values, labels, tiles = (sharding.rows_of_processes(np.concatenate(parts)) for parts in columns)
+        temperature, before, after = calibrated(values, labels, tiles)
+        precision, recall, average = curves.precision_recall(curves.histograms(labels, np.exp(values.T)))
+        held = int((by_tile.sum((1, 2)) > 0).sum())
+        return by_tile, Trust(
+            held, bootstrap.interval(by_tile), bootstrap.class_intervals(by_tile), iou, mean, temperature, before,
+            after, precision, recall, 100 * average,
+        )  # fmt: skip
+
+
+def calibrated(values: np.ndarray, labels: np.ndarray, tiles: np.ndarray) -> tuple[float, Reliability, Reliability]:
+    """The temperature of all pixels, and reliability without and with one, see `Trust`.
+
+    values: log-probabilities float32 (n, C) of pixels; labels, tiles: int64 (n,), the class and the tile of each.
+    """
+    probabilities, hit = np.exp(values.T), values.argmax(1) == labels
+    before, after = calibration.reliability(probabilities.max(0), hit), calibration.nothing()
+    for half in (0, 1):
+        measured = tiles % 2 == half
+        if measured.all() or not measured.any():  # a single tile
+            after = calibration.nothing()
+            break
+        temperature = calibration.fit_temperature(values[~measured], labels[~measured])
+        confidence = calibration.tempered(probabilities[:, measured], temperature).max(0)
+        after += calibration.reliability(confidence, hit[measured])
+    return calibration.fit_temperature(values, labels), before, after
+
+
+def in_words(trust: Trust) -> str:
+    """Two lines for the terminal."""
+    before, after = (f"{error:.2f}" for error in trust.errors)
+    low, high = trust.interval
+    spread = "" if math.isnan(low) else f"mIoU from {low:.2f} to {high:.2f} in 95 % of draws of {trust.tiles} tiles; "
+    return (
+        f"{spread}mIoU of boundaries {trust.boundary_mean:.2f}\n"
+        f"calibration error {before} %, with temperature {trust.temperature:.3g} {after} % "
+        "(each half of the tiles by the other's)"
+    )
+
+
+def as_json(trust: Trust) -> dict:
+    """For figures/SPLIT.json: None where a number is none."""
+    before, after = trust.errors
+    values = {
+        "interval": trust.interval,
+        "intervals": trust.intervals.tolist(),
+        "boundary_iou": trust.boundary.tolist(),
+        "boundary_miou": trust.boundary_mean,
+        "average_precision": trust.average_precision.tolist(),
+        "calibration": {"temperature": trust.temperature, "error": before, "error_with_temperature": after},
+    }
+    return _without_nan(values)
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def write_temperature(workdir: pathlib.Path, step: int, split: str, trust: Trust) -> None:
+    """Where `read_temperature` finds it: prediction with this workdir then uses it."""
+    found = {"step": step, "split": split, "tiles": trust.tiles, **as_json(trust)["calibration"]}
+    records.write_json(workdir / FILE, found)
+
+
+def read_temperature(workdir: pathlib.Path, step: int) -> float:
+    """Of the checkpoint of that step; 1 where none was fitted to it. UserError for a file that is none of ours."""
+    path = workdir / FILE
+    if not path.exists():
+        return 1.0
+    try:
+        found = json.loads(path.read_text())
+        temperature, of = float(found["temperature"]), int(found["step"])
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature {temperature}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"cannot read {path}: {' '.join(str(error).split())}; remove it, or --mode=eval again"
+        ) from error
+    return temperature if of == step else 1.0
