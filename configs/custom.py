@@ -37,6 +37,7 @@ def get_config(argument: str = "") -> ConfigDict:
     data.classes, data.palette = tuple(CLASSES), tuple(CLASSES.values())
     data.crop = config.model.teacher.image_size = CROP
     data.eval_scale = "native"
+    data.rotate = CROP[0] == CROP[1]  # images from above have no upright
     data.label_map = LABELS and tuple(LABELS.items())
     data.bands, data.rgb, data.scale, data.nodata = BANDS, RGB, SCALE, NODATA
     config.total_steps, config.eval_every = 5_000, 250

@@ -49,6 +49,22 @@ def test_the_best_checkpoint_is_kept_and_reported(toy, tiles, tmp_path):
     assert [(row["step"], row["split"], row["final/mIoU"]) for row in final] == [(4, "val", scores[4])]
 
 
+def test_it_stops_early_where_scores_get_no_better_and_more_patience_goes_on(toy, tiles, tmp_path, capsys):
+    given = {"eval_every": 2, "total_steps": 12, "patience": 2}
+    toy(quality={2: 0.4, 4: 0.9, 6: 0.7, 8: 0.8}, at={9: lambda: pytest.fail("trained on")})
+    result = loop.train_and_evaluate(runs.config(tiles, given), tmp_path)
+    assert "stopped early at step 8: no better score in config.patience=2" in capsys.readouterr().out
+    assert kept(tmp_path) >= {4, 8} and result.metrics.summary["mIoU"] == pytest.approx(max(
+        row["val/mIoU"] for row in runs.rows(tmp_path) if "val/mIoU" in row
+    ))  # fmt: skip
+    again = loop.train_and_evaluate(runs.config(tiles, given), tmp_path)  # by the checkpoints alone
+    assert "stopped early at step 8" in capsys.readouterr().out
+    np.testing.assert_array_equal(again.confusion, result.confusion)
+    toy(quality={10: 0.95, 12: 0.5})
+    loop.train_and_evaluate(runs.config(tiles, given | {"patience": 3}), tmp_path)
+    assert runs.steps(tmp_path, "val/mIoU") == [2, 4, 6, 8, 10, 12]
+
+
 def test_what_is_wrong_with_the_test_split_is_said_before_training(toy, tiles, tmp_path):
     toy(at={1: lambda: pytest.fail("trained")})
     with pytest.raises(UserError, match="test"):

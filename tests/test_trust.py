@@ -136,7 +136,7 @@ def test_the_temperature_is_of_one_checkpoint_and_goes_with_the_weights(trained,
     model = ktda_jax.load_pretrained(tmp_path / "w")
     assert model.temperature == ktda_jax.load_pretrained(workdir).temperature == saved["temperature"]
     (tmp_path / trust.FILE).write_text('{"step": 2, "temperature": -1}')
-    with pytest.raises(UserError, match="calibration.json: temperature -1.0; remove it, and --mode=eval writes it"):
+    with pytest.raises(UserError, match="calibration.json: temperature -1.0; remove it"):
         trust.read_temperature(tmp_path, 2)
 
 

@@ -26,6 +26,7 @@ def base() -> ConfigDict:
     config.ema = config_dict.placeholder(float)  # decay of averaged parameters for evaluation, 0.999 say
     config.log_every = 50
     config.eval_every = 230
+    config.patience = config_dict.placeholder(int)  # evaluations without a better score before it stops early
     config.checkpoint_every = config_dict.placeholder(int)  # besides every evaluation
     config.keep_checkpoints = 2  # the latest ones, besides the best: one to go on from should the last be damaged
     config.mesh = dict(data=-1, fsdp=1)  # -1: all devices; fsdp > 1 also splits the parameters

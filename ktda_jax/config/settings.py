@@ -323,6 +323,10 @@ class Settings:
     )
     log_every: int = setting("between logged losses", unit="steps", fits=SIZE, runtime=True)
     eval_every: int = setting("between evaluations", unit="steps", source=PUBLISHED, fits=SIZE)
+    patience: int | None = setting(
+        "evaluations without a better score after which training stops; None: to the end", fits=SIZE, absent=None,
+        runtime=True,
+    )  # fmt: skip
     checkpoint_every: int | None = setting(
         "between further checkpoints; None or 0: none", unit="steps", fits=NOT_NEGATIVE, runtime=True
     )

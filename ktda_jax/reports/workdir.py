@@ -13,6 +13,7 @@ from ktda_jax.config.workdir import flatten
 from ktda_jax.figures.plots import read_curves
 from ktda_jax.reports.features import FeatureMaps
 from ktda_jax.reports.tiles import Shares, Tile
+from ktda_jax.training.stop import Patience
 
 
 @dataclasses.dataclass
@@ -48,6 +49,8 @@ class Run:
         if not total:
             return f"step {self.step:,}" if self.step else "nothing reported yet"
         done = "finished" if self.step >= total else "not finished"
+        if self.step < total and Patience.of(self.settings, self.path).exhausted(self.step):
+            done = "stopped early"
         return f"{done}: step {self.step:,} of {total:,}"
 
 

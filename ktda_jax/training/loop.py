@@ -23,7 +23,7 @@ from ktda_jax.training.inputs import Inputs, open_inputs
 from ktda_jax.training.program import Compilation, Program, build
 from ktda_jax.training.scoring import Scored, evaluate_workdir, validate
 from ktda_jax.training.state import TrainState
-from ktda_jax.training.stop import StopSignal
+from ktda_jax.training.stop import Patience, StopSignal
 from ktda_jax.training.writers import Writer
 
 
@@ -55,7 +55,9 @@ def _to_the_end(
     changed = records.compare(workdir, settings, extend=extend)
     extended = extension.recorded(workdir, _latest(workdir), changed)
     program = build(settings)
-    compilation = Compilation(program) if _latest(workdir) < settings.total_steps else None
+    patience = Patience.of(settings, workdir)
+    ahead = _latest(workdir) < settings.total_steps and not patience.exhausted(_latest(workdir))
+    compilation = Compilation(program) if ahead else None
     try:
         data = open_inputs(settings, program.mixture, extension.first_row(extended))
         _make(workdir)
@@ -69,7 +71,7 @@ def _to_the_end(
             if changed:
                 writer.message(_extension(settings, start, changed))
             parts = program, data, start, current, compilation, checkpoints, writer
-            finished = _train(settings, *parts, stop, still_alone)
+            finished = _train(settings, *parts, stop, patience, still_alone)
         if finished:
             stop.end()
     except BaseException:
@@ -172,12 +174,15 @@ def _extension(settings: Settings, start: int, changed: extension.Changes) -> st
 
 
 def _train(
-    settings, program, data, start, current, compilation, checkpoints, writer, stop, still_alone
+    settings, program, data, start, current, compilation, checkpoints, writer, stop, patience, still_alone
 ) -> bool:  # fmt: skip
     """The steps from `start` to the last; False if a signal stopped them before."""
     teacher, losses, skipped = program.teacher(), _Losses(settings.log_every, writer, checkpoints), 0
     needed = ("image", "label", "taps") if settings.supervised else ("image", "taps")
     for step in range(start + 1, settings.total_steps + 1):
+        if patience.exhausted(step - 1):
+            writer.message(f"stopped early at step {step - 1}: no better score in config.patience={settings.patience}")
+            break
         batch = next(data.batches)
         skipped += int(batch.pop("skipped", 0))
         batch = sharding.to_global(program.mesh, {k: batch[k] for k in needed if k in batch})
@@ -202,6 +207,7 @@ def _train(
             losses.flush()  # a state that is not finite is never saved
             writer.pause()
             score = validate(step, settings, program, data, current, teacher, writer) if scored else None
+            patience.add(step, score)
             still_alone()
             # Evaluate, save, and only then draw the next batch: the position belongs to this step.
             checkpoints.save(step, current, data.batches.get_state(), score)

@@ -1,10 +1,15 @@
-"""A clean stop on SIGTERM (preemption) and SIGINT, at the same step in every process."""
+"""When a training ends before its last step: on SIGTERM (preemption) and SIGINT, or for want of better scores."""
 
+import pathlib
 import signal
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from ktda_jax.config.settings import Settings
+from ktda_jax.training import whole
 
 
 class StopSignal:
@@ -65,3 +70,26 @@ class StopSignal:
     def __exit__(self, *exception):
         while self._previous:
             signal.signal(*self._previous.popitem())
+
+
+class Patience:
+    """Early stopping: whether so many evaluations have passed since the best score. None: never."""
+
+    def __init__(self, evaluations: int | None, every: int, checkpoints: pathlib.Path):
+        """every: steps between evaluations; `checkpoints`: whose best one counts, so that a resumed run stops alike."""
+        self._steps = None if evaluations is None else evaluations * every
+        scores = {step: whole.score(checkpoints / str(step)) for step in whole.steps(checkpoints)}
+        self._scores = {step: score for step, score in scores.items() if score is not None}
+
+    @classmethod
+    def of(cls, settings: Settings, workdir: pathlib.Path) -> "Patience":
+        return cls(settings.patience, settings.eval_every, workdir / "checkpoints")
+
+    def add(self, step: int, score: Mapping[str, float] | None) -> None:
+        if score is not None:
+            self._scores[step] = whole.only(score)
+
+    def exhausted(self, step: int) -> bool:
+        if self._steps is None or not self._scores:
+            return False
+        return step - whole.best(self._scores) >= self._steps
