@@ -3,7 +3,8 @@
     pip install -e '.[test]'        # brings torch
     python benchmarks/input.py --root=DIR    # img_dir/train and ann_dir/train; without it, 256 px tiles are generated
 
-Both read the same files with all augmentations of the grass setting (crop 256, flip, photometric distortion), in
+Both read the same files with the augmentations of the grass setting (crop 256, flip, photometric distortion), or with
+--everything all that there are (quarter turns, crops of half to twice the scale, CutMix in every other row), in
 batches of 4, with as many workers as cores. The peer is written as mmsegmentation 1.2 does it: cv2.imread, float32
 arithmetic for brightness, contrast and saturation, each worker a process. The files are in the page cache.
 """
@@ -23,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 CROP, BATCH = 256, 4
+ZOOM, CUTMIX = (0.5, 2.0), 0.5  # of --everything
 
 
 def generate(root: pathlib.Path, tiles: int) -> pathlib.Path:
@@ -38,17 +40,18 @@ def generate(root: pathlib.Path, tiles: int) -> pathlib.Path:
     return root
 
 
-def ours(root: pathlib.Path, workers: int):
+def ours(root: pathlib.Path, workers: int, everything: bool):
     from ktda_jax.data.augment import Augmentation
     from ktda_jax.data.pipeline import train_iterator
     from ktda_jax.data.sources import FolderSource
 
     source = FolderSource(root, "train", num_classes=5)
-    how = Augmentation((CROP, CROP))
+    more = dict(rotate=True, zoom=ZOOM, cutmix=CUTMIX) if everything else {}
+    how = Augmentation((CROP, CROP), **more)
     return train_iterator(source, augmentation=how, batch_size=BATCH, seed=0, num_threads=workers)
 
 
-def peer(root: pathlib.Path, workers: int):
+def peer(root: pathlib.Path, workers: int, everything: bool):
     import torch
 
     images = sorted((root / "img_dir" / "train").iterdir())
@@ -80,14 +83,36 @@ def peer(root: pathlib.Path, workers: int):
         def __len__(self):
             return len(images)
 
-        def __getitem__(self, index):
+        def crop(self, index):
             image = cv2.imread(str(images[index]), cv2.IMREAD_COLOR)
             label = np.array(Image.open(labels[index]))  # mmseg reads labels with Pillow, as OpenCV expands palettes
-            top = np.random.randint(image.shape[0] - CROP + 1)
-            left = np.random.randint(image.shape[1] - CROP + 1)
-            image, label = (x[top : top + CROP, left : left + CROP] for x in (image, label))
+            side = CROP
+            if everything:
+                factor = np.exp(np.random.uniform(*np.log(ZOOM)))
+                side = min(round(CROP / factor), *label.shape)
+            top = np.random.randint(image.shape[0] - side + 1)
+            left = np.random.randint(image.shape[1] - side + 1)
+            image, label = (x[top : top + side, left : left + side] for x in (image, label))
+            if side != CROP:
+                how = cv2.INTER_AREA if side > CROP else cv2.INTER_LINEAR
+                image = cv2.resize(image, (CROP, CROP), interpolation=how)
+                label = cv2.resize(label, (CROP, CROP), interpolation=cv2.INTER_NEAREST)
             if np.random.rand() < 0.5:
                 image, label = cv2.flip(image, 1), cv2.flip(label, 1)
+            if everything:
+                turns = np.random.randint(4)
+                image, label = (np.ascontiguousarray(np.rot90(x, turns)) for x in (image, label))
+            return image, label
+
+        def __getitem__(self, index):
+            image, label = self.crop(index)
+            if everything and np.random.rand() < CUTMIX:
+                other, truth = self.crop(np.random.randint(len(images)))
+                half = CROP * np.sqrt(np.random.rand()) / 2
+                middles = np.random.randint(CROP, size=2)
+                part = tuple(slice(round(max(m - half, 0)), round(min(m + half, CROP))) for m in middles)
+                image, label = image.copy(), label.copy()
+                image[part], label[part] = other[part], truth[part]
             image = cv2.cvtColor(distort(image), cv2.COLOR_BGR2RGB)
             return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), torch.from_numpy(label.copy())
 
@@ -103,9 +128,11 @@ def peer(root: pathlib.Path, workers: int):
         yield from loader
 
 
-def measure(kind: str, root: pathlib.Path, workers: int, seconds: float, repeats: int) -> list[float]:
+def measure(
+    kind: str, root: pathlib.Path, workers: int, seconds: float, repeats: int, everything: bool
+) -> list[float]:  # fmt: skip
     """Images a second in each repeat, after everything has been read once."""
-    batches = {"ours": ours, "peer": peer}[kind](root, workers)
+    batches = {"ours": ours, "peer": peer}[kind](root, workers, everything)
     count = len(list((root / "img_dir" / "train").iterdir()))
     for _ in range(count // BATCH + 1):
         next(batches)
@@ -126,17 +153,18 @@ def main():
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--everything", action="store_true", help="all augmentations that there are")
     parser.add_argument("--kind", choices=["ours", "peer"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.kind:
-        print(json.dumps(measure(args.kind, args.root, args.workers, args.seconds, args.repeats)))
+        print(json.dumps(measure(args.kind, args.root, args.workers, args.seconds, args.repeats, args.everything)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         root = args.root or generate(pathlib.Path(scratch), args.tiles)
         medians = {}
         for kind in ("ours", "peer"):  # each in a process of its own
             command = [sys.executable, __file__, f"--kind={kind}", f"--root={root}", f"--workers={args.workers}"]
-            command += [f"--seconds={args.seconds}", f"--repeats={args.repeats}"]
+            command += [f"--seconds={args.seconds}", f"--repeats={args.repeats}", *["--everything"] * args.everything]
             rates = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             medians[kind] = statistics.median(rates)
             each = medians[kind] / max(args.workers, 1)

@@ -30,6 +30,7 @@ VERBS = {
     "inspect": "look at the data before training",
     "extract": "compute the teacher's features once",
     "predict": "map images and whole scenes",
+    "evaluate": "score a model on images or scenes with labels",
     "report": "a training as one HTML page",
     "export": "the model as one StableHLO or ONNX file",
     "convert": "weights from and to PyTorch",
@@ -59,6 +60,30 @@ def define_processes() -> None:
 def define_heads() -> None:
     flags.DEFINE_integer("teacher_heads", None, "Attention heads of the teacher, where no file tells; by its width.")
     flags.DEFINE_integer("fmm_heads", None, "The same of the FMM; 8 as published.")
+
+
+def define_mapping() -> None:
+    """How images are read and mapped; for --help a verb adopts these flags."""
+    flags.DEFINE_integer("tile", None, "Side of the tiles in pixels; by default the training crop's.")
+    flags.DEFINE_integer("overlap", None, "Pixels that tiles overlap; by default a quarter of the tile.")
+    flags.DEFINE_integer("batch_size", None, "Tiles at once; by default 4 on each accelerator, 1 on CPU.", 1)
+    flags.DEFINE_list("bands", None, "Band numbers, from 1, in the order of training; by default as in training.")
+    flags.DEFINE_list("scale", None, "LOW,HIGH, or one such pair per band: the values that become 0 and 255.")
+    flags.DEFINE_float("nodata", None, "Value of pixels without data, beside what a file declares; else as trained.")
+    flags.DEFINE_bool("probabilities", False, "NAME_probabilities.tif, a band per class; 254 is 1.")
+    flags.DEFINE_bool("confidence", False, "NAME_confidence.tif: the probability of the mapped class.")
+    flags.DEFINE_bool("overlay", False, "NAME_overlay.png: scene and classes, at most 2048 pixels a side.")
+    flags.DEFINE_bool("tta", False, "Average over mirror images and two other scales; six times the work.")
+    define_heads()
+
+
+def numbers(name: str, kind: type) -> list | None:
+    """The value of a flag that is a list of `kind`, int or float."""
+    text = given(name)
+    try:
+        return None if text is None else [kind(value) for value in text]
+    except ValueError:
+        sys.exit(f"error: --{name}={','.join(text)} is not a list of {'whole ' * (kind is int)}numbers")
 
 
 def given(name: str):

@@ -15,7 +15,7 @@ IMAGE = np.arange(4 * 6 * 2, dtype=np.uint8).reshape(4, 6, 2)
 
 
 def test_the_views_are_the_eight_of_a_square():
-    square = np.arange(9).reshape(3, 3)
+    square = np.arange(9, dtype=np.uint8).reshape(3, 3)
     views = [geometry.view(square, k) for k in range(VIEWS)]
     assert len({v.tobytes() for v in views}) == VIEWS
     np.testing.assert_array_equal(views[1], square[:, ::-1])
@@ -23,6 +23,10 @@ def test_the_views_are_the_eight_of_a_square():
     for number in range(VIEWS):
         found = geometry.view(IMAGE, number)
         assert found.shape == ((6, 4, 2) if geometry.turned(number) else (4, 6, 2)) and found.flags.c_contiguous
+        for bands in (1, 3, 5, 13, 32, 40):
+            image = np.random.default_rng(0).integers(0, 256, (5, 7, bands), np.uint8)
+            expected = np.rot90(image[:, ::-1] if number % 2 else image, number // 2)
+            np.testing.assert_array_equal(geometry.view(image, number), expected)
 
 
 def test_zoomed_windows_are_of_log_uniform_size_within_the_tile():

@@ -19,7 +19,7 @@ from ktda_jax.config import workdir as records
 from ktda_jax.config.settings import Settings
 from ktda_jax.data.datasets import dataset_info
 from ktda_jax.data.images import Reading
-from ktda_jax.prediction import mapping
+from ktda_jax.prediction import mapping, segmenter
 from ktda_jax.tiling import blend, device
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.program import build
@@ -57,9 +57,9 @@ def step(model):
 @pytest.fixture
 def run(workdir, model, step, monkeypatch, tmp_path, capsys):
     """predict.run on a scene or folder; returns what it printed."""
-    load = predict.segmenter.load_pretrained
+    load = segmenter.load_pretrained
     known = {str(workdir): model}
-    monkeypatch.setattr(predict.segmenter, "load_pretrained", lambda path, **given: known.get(path) or load(path))
+    monkeypatch.setattr(segmenter, "load_pretrained", lambda path, **given: known.get(path) or load(path))
     monkeypatch.setattr(device, "Step", lambda model, tile, batch: step)
 
     def go(input, output="map.tif", checkpoint=workdir, **flags) -> str:
@@ -216,7 +216,7 @@ def test_what_none_of_the_scenes_allows_is_said_before_anything_is_computed(run,
     assert str(caught.value).count("\n") == 7  # all are named
     assert "warning" not in capsys.readouterr().out
 
-    monkeypatch.setattr(predict.segmenter, "load_pretrained", None)
+    monkeypatch.setattr(segmenter, "load_pretrained", None)
     for k in range(7):
         (tmp_path / f"{k}.tif").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"0\.tif"):

@@ -9,6 +9,8 @@ import dataclasses
 import cv2
 import numpy as np
 
+TURNS = (None, cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CLOCKWISE)
+MOST = 4  # bands that every OpenCV turns
 VIEWS = 8  # 0 as it is, 1 its mirror image, 2 and 3 a quarter turn of these, ...
 
 
@@ -34,7 +36,14 @@ class Rare:
 
 def view(array: np.ndarray, number: int) -> np.ndarray:
     """One of the `VIEWS` of (H, W, ...): mirrored where `number` is odd, then number // 2 quarter turns."""
-    return np.ascontiguousarray(np.rot90(array[:, ::-1] if number % 2 else array, number // 2))
+    bands = array.shape[2:]
+    if bands > (MOST,):  # slower: 0.6 ms a tile of 256 px instead of 0.06
+        return np.ascontiguousarray(np.rot90(array[:, ::-1] if number % 2 else array, number // 2))
+    if number % 2:
+        array = cv2.flip(array, 1)
+    if number // 2:
+        array = cv2.rotate(array, TURNS[number // 2])
+    return np.ascontiguousarray(array).reshape(*array.shape[:2], *bands)  # OpenCV drops a single band's axis
 
 
 def turned(number: int) -> bool:

@@ -7,16 +7,20 @@ import numpy as np
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.gdal import FileError, opened, orientation_of, upright
 from ktda_jax.data.plain import decode
+from ktda_jax.data.reading import SETTING
 
 Colour = tuple[int, int, int]
 _INDICES = "write the index of the class in every pixel (8-bit grey or palette PNG)"
 
 
-def read_label(path: str, mapping: Mapping[int | Colour, int] | None = None) -> np.ndarray:
+def read_label(
+    path: str, mapping: Mapping[int | Colour, int] | None = None, *, called: str = SETTING
+) -> np.ndarray:  # fmt: skip
     """uint8 (H, W) class indices, upright; a palette image gives its indices, not its colours.
 
     `mapping` turns stored values into classes, and then every value must be in it: {128: 0, 64: 1} or, for masks drawn
-    in colours, {(255, 0, 0): 0, ...}. Of floating numbers, whole ones are taken, and NaN is ignored.
+    in colours, {(255, 0, 0): 0, ...}. Of floating numbers, whole ones are taken, and NaN is ignored. `called`: the
+    setting or flag that gives `mapping`, for messages.
     """
     coloured = mapping is not None and isinstance(next(iter(mapping)), tuple)
     plain = None if coloured else decode(path)
@@ -24,12 +28,12 @@ def read_label(path: str, mapping: Mapping[int | Colour, int] | None = None) -> 
         values, ignored, orientation = plain, None, 1
     else:
         with opened(path) as file:
-            values, ignored = _colours(file) if coloured else _numbers(file)
+            values, ignored = _colours(file, called) if coloured else _numbers(file, called)
             orientation = orientation_of(file)
     if mapping is not None:
-        values = _mapped(path, values, ignored, mapping)
+        values = _mapped(path, values, ignored, mapping, called)
     else:
-        values = _classes(path, values, ignored)
+        values = _classes(path, values, ignored, called)
     return np.ascontiguousarray(upright(values, orientation))
 
 
@@ -39,7 +43,7 @@ def label_size(path: str) -> tuple[int, int]:
         return (file.width, file.height) if orientation_of(file) >= 5 else (file.height, file.width)
 
 
-def _numbers(file) -> tuple[np.ndarray, np.ndarray | None]:
+def _numbers(file, called: str) -> tuple[np.ndarray, np.ndarray | None]:
     """The one band of numbers (H, W), and where they are none."""
     from rasterio.enums import ColorInterp
 
@@ -47,7 +51,7 @@ def _numbers(file) -> tuple[np.ndarray, np.ndarray | None]:
     if len(bands) != 1:
         raise FileError(
             "label", file.name, f"has {file.count} bands, not one of class indices{_looks_like(file)}",
-            f"{_INDICES}, or map its colours by config.data.label_map",
+            f"{_INDICES}, or map its colours by {called}",
         )  # fmt: skip
     kind = np.dtype(file.dtypes[bands[0] - 1])
     if kind.kind not in "uif":
@@ -75,7 +79,7 @@ def _numbers(file) -> tuple[np.ndarray, np.ndarray | None]:
     return values, absent if absent.any() else None
 
 
-def _colours(file) -> tuple[np.ndarray, None]:
+def _colours(file, called: str) -> tuple[np.ndarray, None]:
     """One number per colour (H, W), 0xRRGGBB, of RGB, palette or grey; alpha does not count."""
     from rasterio.enums import ColorInterp
 
@@ -86,7 +90,7 @@ def _colours(file) -> tuple[np.ndarray, None]:
     if len(bands) not in (1, 3) or any(np.dtype(file.dtypes[band - 1]) != np.uint8 for band in bands):
         held = f"{len(bands)} band(s) of {file.dtypes[bands[0] - 1]}"
         raise FileError(
-            "label", file.name, f"holds {held}, not 8-bit RGB, though config.data.label_map maps colours",
+            "label", file.name, f"holds {held}, not 8-bit RGB, though {called} maps colours",
             "map its numbers, or write it as RGB",
         )  # fmt: skip
     values = file.read(bands)
@@ -110,7 +114,7 @@ def _looks_like(file) -> str:
     return " (one band per class, it seems: the class is the number of the band that is set)" if one_hot else ""
 
 
-def _classes(path: str, values: np.ndarray, ignored: np.ndarray | None) -> np.ndarray:
+def _classes(path: str, values: np.ndarray, ignored: np.ndarray | None, called: str) -> np.ndarray:
     """Numbers of any type -> uint8."""
     if ignored is not None:
         values = np.where(ignored, IGNORE, values)
@@ -118,12 +122,14 @@ def _classes(path: str, values: np.ndarray, ignored: np.ndarray | None) -> np.nd
         raise FileError(
             "label", path, f"({values.dtype}) holds values from {values.min()} to {values.max()}",
             f"class indices must fit 0 to {IGNORE - 1}, with {IGNORE} for ignored pixels; other values can be mapped "
-            "by config.data.label_map",
+            f"by {called}",
         )  # fmt: skip
     return values.astype(np.uint8, copy=False)
 
 
-def _mapped(path: str, values: np.ndarray, ignored: np.ndarray | None, mapping: Mapping) -> np.ndarray:
+def _mapped(
+    path: str, values: np.ndarray, ignored: np.ndarray | None, mapping: Mapping, called: str
+) -> np.ndarray:  # fmt: skip
     numbers = {(k[0] << 16 | k[1] << 8 | k[2]) if isinstance(k, tuple) else k: v for k, v in mapping.items()}
     # In the type of the values, so that no number changes: 2**64 - 1 is none of int64.
     known = np.array(sorted(k for k in numbers if _fits(k, values.dtype)), values.dtype)
@@ -137,7 +143,7 @@ def _mapped(path: str, values: np.ndarray, ignored: np.ndarray | None, mapping: 
         named = ", ".join(str((v >> 16, v >> 8 & 255, v & 255) if coloured else v) for v in found)
         raise FileError(
             "label", path,
-            f"holds {'colours' if coloured else 'values'} that config.data.label_map does not name: {named}",
+            f"holds {'colours' if coloured else 'values'} that {called} does not name: {named}",
             f"add them ({IGNORE} for pixels to ignore)",
         )  # fmt: skip
     classes = np.array([*(numbers[int(k)] for k in known), IGNORE], np.uint8)

@@ -6,6 +6,8 @@ from numbers import Integral, Real
 from ktda_jax import UserError
 from ktda_jax.data.datasets import IGNORE
 
+SETTING = "config.data.label_map"  # as messages call the label map, unless a flag gives it
+
 
 def bands_of(data) -> tuple[int, tuple[int, int, int]]:
     """Number of bands in an image, and the positions of red, green and blue among them."""
@@ -16,7 +18,12 @@ def bands_of(data) -> tuple[int, tuple[int, int, int]]:
 
 def label_map_of(data) -> dict | None:
     """{stored value or colour: class}."""
-    return data.label_map and {tuple(k) if _is_sequence(k) else k: v for k, v in data.label_map}
+    return data.label_map and as_mapping(data.label_map)
+
+
+def as_mapping(pairs) -> dict:
+    """The same of ((stored value or colour, class), ...)."""
+    return {tuple(k) if _is_sequence(k) else k: v for k, v in pairs}
 
 
 def check(data, num_classes: int) -> None:
@@ -36,7 +43,7 @@ def check(data, num_classes: int) -> None:
         value is not None for value in (data.bands, data.scale, data.nodata, data.label_map)
     ):
         raise UserError("config.data.bands, scale, nodata and label_map are for folders; a TFDS builder has done it")
-    _check_label_map(data.label_map or (), num_classes)
+    check_label_map(data.label_map or (), num_classes)
 
 
 def is_scale(scale, bands: int) -> bool:
@@ -45,8 +52,8 @@ def is_scale(scale, bands: int) -> bool:
     return len(pairs) in (1, bands) and all(map(_is_range, pairs))
 
 
-def _check_label_map(pairs, num_classes: int) -> None:
-    where = "config.data.label_map"
+def check_label_map(pairs, num_classes: int, where: str = SETTING) -> None:
+    """UserError, which names it as `where`, for what is no label map into so many classes."""
     if any(not _is_sequence(pair) or len(pair) != 2 for pair in pairs):
         raise UserError(f"{where} is {pairs}; give ((stored value, class), ...)")
     stored = [tuple(key) if _is_sequence(key) else key for key, _ in pairs]

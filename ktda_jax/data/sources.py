@@ -6,7 +6,7 @@ import copy
 import os
 import pathlib
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, TypedDict
 
 import numpy as np
@@ -72,30 +72,12 @@ class FolderSource:
             raise UserError(f"num_classes is {num_classes}: give 1 to {IGNORE}, since {IGNORE} means ignore")
         self.image_dir = self.root / image_dir / split
         self.label_dir = self.root / label_dir / split
-        images = _files_by_stem(self.image_dir, IMAGE_EXTENSIONS)
-        labels = _files_by_stem(self.label_dir, LABEL_EXTENSIONS)
-        names = {os.path.splitext(images[same])[0]: same for same in images.keys() & labels.keys()}
+        images = files_by_stem(self.image_dir, IMAGE_EXTENSIONS)
+        labels = files_by_stem(self.label_dir, LABEL_EXTENSIONS)
+        if line := check_pairs(images, labels, f"in {self.image_dir}", f"in {self.label_dir}"):
+            logging.warning("%s", line)
+        names = {os.path.splitext(images[same])[0]: same for same in images}
         self.names = tuple(sorted(names))
-        wanted = " or ".join(f"NAME{extension}" for extension in LABEL_EXTENSIONS)
-        if not names:
-            raise UserError(
-                f"no image in {self.image_dir} has a label in {self.label_dir}: images are named "
-                f"{some(sorted(images), 3)}, labels {some(sorted(labels), 3)}; the label of an image NAME must "
-                f"be called {wanted}{_respelt(images, labels) or _affix(images, labels)}"
-            )
-        if unlabelled := sorted(images.keys() - labels.keys()):
-            raise UserError(
-                f"{len(unlabelled)} of {len(images)} images in {self.image_dir} have no label in "
-                f"{self.label_dir}: {some([images[stem] for stem in unlabelled])}; add the labels "
-                f"({wanted} of an image NAME) or remove the images{_respelt(images, labels)}"
-            )
-        if orphans := sorted(labels.keys() - images.keys()):
-            logging.warning(
-                "%d labels in %s have no image and are left out: %s",
-                len(orphans),
-                self.label_dir,
-                some([labels[stem] for stem in orphans]),
-            )
         self.image_paths = tuple(str(self.image_dir / images[names[name]]) for name in self.names)
         self.label_paths = tuple(str(self.label_dir / labels[names[name]]) for name in self.names)
 
@@ -133,7 +115,31 @@ class FolderSource:
         return label_size(self.label_paths[index])
 
 
-def _same(name: str) -> str:
+def check_pairs(images: dict[str, str], labels: dict[str, str], of_images: str, of_labels: str) -> str | None:
+    """UserError if an image has no label; a line about labels without an image, if there are any.
+
+    images, labels: {stem: file name}. `of_images`, `of_labels`: where they are, such as 'in DIR'.
+    """
+    wanted = " or ".join(f"NAME{extension}" for extension in LABEL_EXTENSIONS)
+    if not images.keys() & labels.keys():
+        raise UserError(
+            f"no image {of_images} has a label {of_labels}: images are named "
+            f"{some(sorted(images), 3)}, labels {some(sorted(labels), 3)}; the label of an image NAME must "
+            f"be called {wanted}{_respelt(images, labels) or _affix(images, labels)}"
+        )
+    if unlabelled := sorted(images.keys() - labels.keys()):
+        raise UserError(
+            f"{len(unlabelled)} of {len(images)} images {of_images} have no label "
+            f"{of_labels}: {some([images[stem] for stem in unlabelled])}; add the labels "
+            f"({wanted} of an image NAME) or remove the images{_respelt(images, labels)}"
+        )
+    if orphans := sorted(labels.keys() - images.keys()):
+        names = some([labels[stem] for stem in orphans])
+        return f"{len(orphans)} labels {of_labels} have no image and are left out: {names}"
+    return None
+
+
+def same_name(name: str) -> str:
     """macOS takes an umlaut apart and other systems do not, so the two files of a pair may differ in that."""
     return unicodedata.normalize("NFC", name)
 
@@ -174,16 +180,20 @@ def _affix(images, labels) -> str:
     return f"; {count} of them are called {pattern}: rename these to NAME" if count else ""
 
 
-def _files_by_stem(directory: pathlib.Path, extensions: tuple[str, ...]) -> dict[str, str]:
-    """{stem as `_same` has it: file name} of the visible files in `directory` with one of `extensions`, in any case."""
+def files_by_stem(
+    directory: pathlib.Path, extensions: tuple[str, ...], *, root: str = "the data root", without: Collection[str] = ()
+) -> dict[str, str]:
+    """{stem as `same_name` has it: file name} of the visible files in `directory` with these `extensions`, in any case.
+
+    `root`: what to correct where there are none, for messages. `without`: names of files to leave alone.
+    """
     if not directory.is_dir():
         parent = next(path for path in directory.parents if path.is_dir())
         held, missing = sorted(entry.name for entry in parent.iterdir()), directory.relative_to(parent).parts[0]
         twin = next((name for name in held if _spelt(name) == _spelt(missing) and (parent / name).is_dir()), None)
         rename = twin and f"its {twin} differs from {missing} only in {_unlike(twin, missing)}: rename that, or "
         raise UserError(
-            f"no such directory: {directory}; {parent} holds {some(held)}; "
-            f"{rename or ''}correct the data root or the split"
+            f"no such directory: {directory}; {parent} holds {some(held)}; {rename or ''}correct {root} or the split"
         )
     found, others = {}, []
     with os.scandir(directory) as entries:
@@ -191,14 +201,16 @@ def _files_by_stem(directory: pathlib.Path, extensions: tuple[str, ...]) -> dict
             stem, extension = os.path.splitext(name)
             if extension.lower() not in extensions:
                 others.append(name)
-            elif _same(stem) in found:
-                raise UserError(f"two files named {stem} in {directory}: {found[_same(stem)]}, {name}; keep one")
+            elif name in without:
+                continue
+            elif same_name(stem) in found:
+                raise UserError(f"two files named {stem} in {directory}: {found[same_name(stem)]}, {name}; keep one")
             else:
-                found[_same(stem)] = name
+                found[same_name(stem)] = name
     if not found:
         raise UserError(
             f"no {'/'.join(extensions)} files in {directory}; it holds {some(others)}; "
-            "correct the data root or convert the files"
+            f"correct {root} or convert the files"
         )
     return found
 

@@ -1,1 +1,1 @@
-"""A trained model at work: `segmenter` in Python, and whole scenes to maps on disk."""
+"""A trained model at work: `segmenter` in Python, whole scenes to maps on disk, and their scores."""

@@ -30,9 +30,9 @@ class Outputs:
         return [path for path in (getattr(self, field.name) for field in dataclasses.fields(self)) if path]
 
 
-def expand(text: str) -> list[pathlib.Path]:
+def expand(text: str, flag: str = "--input") -> list[pathlib.Path]:
     """The files of --input: one file, a glob pattern, or the scenes right in a folder. UserError if there are none."""
-    return found(text, SUFFIXES, what="scene", called=f"--input={text}")
+    return found(text, SUFFIXES, what="scene", called=f"{flag}={text}")
 
 
 def name_outputs(

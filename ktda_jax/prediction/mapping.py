@@ -5,17 +5,18 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ktda_jax import UserError
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.gdal import opened
 from ktda_jax.data.images import Reading
 from ktda_jax.data.raster import Scene, open_scene
+from ktda_jax.data.reading import is_scale
 from ktda_jax.prediction import polygons
 from ktda_jax.prediction.files import Outputs
 from ktda_jax.prediction.outputs import PREVIEW, Legend, SceneWriter
-from ktda_jax.tiling import pipeline
+from ktda_jax.tiling import blend, pipeline
 from ktda_jax.tiling.device import Step
 
 FAILURES_SHOWN = 50  # at the end of a run; each is said when it is found
@@ -29,6 +30,29 @@ def trained_reading(data: dict | None) -> Reading:
         scale = tuple(tuple(pair) if isinstance(pair, (list, tuple)) else pair for pair in scale)
     nodata = data.get("nodata")
     return Reading(bands and tuple(bands), scale, nodata, by_band=any(x is not None for x in (bands, scale, nodata)))
+
+
+def asked_reading(trained: Reading, count: int, bands, scale, nodata) -> Reading:
+    """That of the training, changed as the flags say. UserError names the flag."""
+    if bands is not None and (len(bands) != count or len(set(bands)) < count or min(bands) < 1):
+        raise UserError(f"--bands={_list(bands)}: the model takes {count} different bands, counted from 1")
+    if scale is not None:
+        pairs = tuple(zip(scale[::2], scale[1::2], strict=False))
+        if len(scale) % 2 or not is_scale(pairs, count):
+            raise UserError(
+                f"--scale={_list(scale)}: give LOW,HIGH with LOW below HIGH, or one such pair for each of {count} bands"
+            )
+        scale = pairs[0] if len(pairs) == 1 else pairs
+    return Reading(
+        trained.bands if bands is None else tuple(bands),
+        trained.scale if scale is None else scale,
+        trained.nodata if nodata is None else nodata,
+        trained.by_band,
+    )
+
+
+def _list(values) -> str:
+    return ",".join(map(str, values))
 
 
 def differences(trained: Reading, reading: Reading, scenes: Sequence[Scene], bands: int) -> list[str]:
@@ -68,12 +92,13 @@ def check_any(inputs: Sequence[pathlib.Path]) -> None:
 
 
 def check_scenes(
-    inputs: Sequence[pathlib.Path], reading: Reading, bands: int, say, *, polygonize=False,
+    inputs: Sequence[pathlib.Path], reading: Reading, bands: int, say, *, polygonize=False, written=True,
     failures: list[UserError] | None = None,
 ) -> list[Scene]:  # fmt: skip
     """Opens them all, so that what is wrong is known before anything is computed. UserError names the file.
 
-    failures: takes the errors of single files, so that the others can be mapped; it is still one if none can.
+    written: whether there will be files of their maps. failures: takes the errors of single files, so that the others
+    can be mapped; it is still one if none can.
     """
     scenes, wrong = [], []
     for path in inputs:
@@ -93,7 +118,7 @@ def check_scenes(
         say(f"warning: left out: {error}")
     tiffs = [scene for scene in scenes if scene.path.suffix.lower() in (".tif", ".tiff")]
     for what, found in (
-        ("no CRS; their maps will have none either", [s for s in tiffs if not s.place.get("crs")]),
+        ("no CRS; their maps will have none either", [s for s in tiffs if written and not s.place.get("crs")]),
         (
             "8-bit values, and --scale reaches to more; are they stretched already? then give --scale=0,255",
             [s for s in scenes if _stretched(s, reading)],
@@ -127,19 +152,23 @@ def _highest(scale) -> float:
 
 
 def map_scenes(
-    scenes: Sequence[Scene], outputs: Sequence[Outputs], step: Step, legend: Legend, *, overlap: int, rgb=(0, 1, 2),
-    cog=False, tags=None, temperature=1.0, say=print, failures: list[UserError] | None = None,
+    scenes: Sequence[Scene], outputs: Sequence[Outputs | None], step: Step, legend: Legend, *, overlap: int,
+    rgb=(0, 1, 2), cog=False, tags=None, temperature=1.0, say=print, failures: list[UserError] | None = None,
+    take: Callable[[pipeline.Finished], None] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Writes all outputs; returns pixels and seconds. Those of a scene that was not finished are not there.
 
-    failures: takes the errors of files that cannot be read to their end, so that the others are mapped.
+    outputs: None for a scene of which nothing is to be written. failures: takes the errors of files that cannot be read
+    to their end, so that the others are mapped. take: gets every strip, with probabilities in float32.
     """
-    wanted = {name: any(getattr(each, name) for each in outputs) for name in ("probabilities", "confidence", "overlay")}
+    written = [each for each in outputs if each]
+    wanted = {name: any(getattr(each, name) for each in written) for name in ("probabilities", "confidence", "overlay")}
     left = {scene.path: scene.height * scene.width for scene in scenes}  # pixels
     progress = Progress(sum(left.values()))
     targets = {scene.path: target for scene, target in zip(scenes, outputs, strict=True)}
     strips = pipeline.finished(
-        scenes, step, classes=len(legend.classes), overlap=overlap, probabilities=wanted["probabilities"],
+        scenes, step, classes=len(legend.classes), overlap=overlap,
+        probabilities="float32" if take else wanted["probabilities"],
         confidence=wanted["confidence"], temperature=temperature, preview=PREVIEW if wanted["overlay"] else 0,
         keep_going=failures is not None,
     )  # fmt: skip
@@ -155,21 +184,32 @@ def map_scenes(
                 continue
             scene, target = strip.row.scene, targets[strip.row.scene.path]
             if strip.row.index == 0:
-                writer = SceneWriter(scene, target, legend, cog=cog, rgb=rgb, tags=tags or {})
-                open_writer.push(writer)
-            writer.write(strip)
+                any_data = False
+            any_data = any_data or bool(strip.row.present.any())
+            if take:
+                take(strip)
+                if wanted["probabilities"]:
+                    stored = blend.stored(strip.probabilities, strip.row.present)
+                    strip = dataclasses.replace(strip, probabilities=stored)
+            if target:
+                if strip.row.index == 0:
+                    writer = SceneWriter(scene, target, legend, cog=cog, rgb=rgb, tags=tags or {})
+                    open_writer.push(writer)
+                writer.write(strip)
             left[scene.path] -= strip.labels.size
             progress.advance(strip.labels.size)
             if strip.row.last:
-                writer.finish()
-                open_writer.close()
+                if target:
+                    writer.finish()
+                    open_writer.close()
                 progress.clear()
-                if not writer.any_data:
+                if not any_data:
                     say(f"warning: {scene.path} holds no data at all; its map is all {IGNORE}")
                 elif strip.row.uniform is not None:
                     hint = f" with --scale={scene.reading.scale}; is its unit another?" if scene.reading.scale else ""
                     say(f"warning: {scene.path}: all its values become {strip.row.uniform}{hint}")
-                say(f"{scene.path}: {scene.height} x {scene.width} -> {target.map}")
+                if target:
+                    say(f"{scene.path}: {scene.height} x {scene.width} -> {target.map}")
     return {"pixels": progress.done, "seconds": progress.seconds()}
 
 

@@ -52,7 +52,6 @@ class SceneWriter:
         self._scene, self._outputs, self._legend, self._cog, self._rgb = scene, outputs, legend, cog, rgb
         self._temporaries: dict[pathlib.Path, pathlib.Path] = {}  # in the order in which they are renamed
         self._preview = []
-        self.any_data = False
         names = {f"CLASS_{k}": name for k, name in enumerate(legend.classes)}
         every_tag = {**tags, **names}
         self._writers = {}
@@ -77,7 +76,6 @@ class SceneWriter:
         return made
 
     def write(self, strip: Finished) -> None:
-        self.any_data = self.any_data or bool(strip.row.present.any())
         self._writers[self._outputs.map].write(strip.labels)
         if self._outputs.probabilities:
             self._writers[self._outputs.probabilities].write(strip.probabilities)

@@ -120,9 +120,10 @@ def evaluate_tiles(
     return Evaluation(total, summarize(total), samples, None if sums is None else sums.result()[1])
 
 
-def table(result: Evaluation, classes: tuple[str, ...]) -> str:
+def table(result: Evaluation, classes: tuple[str, ...], tiles: str = "tiles") -> str:
+    """For the terminal; `tiles`: what they are called."""
     scores = format_table(result.metrics, classes)
-    more = "" if result.trust is None else f"\n{in_words(result.trust)}"
+    more = "" if result.trust is None else f"\n{in_words(result.trust, tiles)}"
     return f"{scores}\nbest constant prediction: mIoU {best_constant(result.confusion):.2f}{more}"
 
 
@@ -145,15 +146,7 @@ def write_report(
         names=[s["name"] for s in samples],
         scores=[_tile_score(s, len(info.classes)) for s in samples],
     )
-    per_class = {k: [None if np.isnan(x) else x for x in v] for k, v in result.metrics.per_class.items()}
-    values = {
-        "summary": {k: None if np.isnan(v) else v for k, v in result.metrics.summary.items()},
-        "per_class": per_class,
-        "classes": list(info.classes),
-        "confusion": result.confusion.tolist(),
-    }
     if result.trust is not None:
-        values |= as_json(result.trust)
         figures.save_reliability(
             folder / f"{name}_reliability.png", result.trust.before, result.trust.after,
             names=("as predicted", "each half by the other's"),
@@ -161,8 +154,22 @@ def write_report(
         if len(info.classes) <= CURVES:
             curves = result.trust.precision, result.trust.recall, result.trust.average_precision / 100
             figures.save_precision_recall(folder / f"{name}_precision_recall.png", *curves, info.classes, info.palette)
+    write_scores(result, folder, name, info.classes)
+
+
+def write_scores(result: Evaluation, folder: pathlib.Path, name: str, classes: tuple[str, ...]) -> None:
+    """`<name>.json` and, as a table, `<name>.csv`."""
+    per_class = {k: [None if np.isnan(x) else x for x in v] for k, v in result.metrics.per_class.items()}
+    values = {
+        "summary": {k: None if np.isnan(v) else v for k, v in result.metrics.summary.items()},
+        "per_class": per_class,
+        "classes": list(classes),
+        "confusion": result.confusion.tolist(),
+    }
+    if result.trust is not None:
+        values |= as_json(result.trust)
     _write(folder / f"{name}.json", json.dumps(values, indent=1) + "\n")
-    _write(folder / f"{name}.csv", as_csv(result, info.classes))
+    _write(folder / f"{name}.csv", as_csv(result, classes))
 
 
 def _write(path: pathlib.Path, text: str) -> None:

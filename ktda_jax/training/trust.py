@@ -25,7 +25,7 @@ class Trust:
     """All of it in percent, and NaN where there is nothing to go by.
 
     The calibration error after is that of each half of the tiles by the temperature of the other half: of their own
-    temperature it would flatter.
+    temperature it would flatter. Where none was fitted, `temperature` is that which the probabilities had already.
     """
 
     tiles: int  # that have labelled pixels
@@ -35,7 +35,7 @@ class Trust:
     boundary_mean: float
     temperature: float  # of all tiles
     before: Reliability
-    after: Reliability
+    after: Reliability | None  # None: no temperature was fitted
     precision: np.ndarray  # (C, 256) by threshold
     recall: np.ndarray
     average_precision: np.ndarray  # (C,)
@@ -43,7 +43,8 @@ class Trust:
     @property
     def errors(self) -> tuple[float, float]:
         """The expected calibration error before and after."""
-        return expected_calibration_error(self.before), expected_calibration_error(self.after)
+        after = calibration.nothing() if self.after is None else self.after
+        return expected_calibration_error(self.before), expected_calibration_error(after)
 
 
 class Sums:
@@ -51,28 +52,44 @@ class Sums:
 
     def __init__(self, tiles: int, classes: int):
         """tiles: of all processes."""
-        self._classes, self._each = classes, max(PIXELS // tiles, 1)
+        self._classes, self.each = classes, max(PIXELS // tiles, 1)  # pixels kept of a tile
         self.by_tile = np.zeros((tiles, classes, classes), np.int64)
         self._boundary = np.zeros((2, classes), np.int64)
         self._pixels: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, found: Predicted) -> None:
-        """UserError where the model has no probabilities to give."""
-        self.by_tile[found.index] = found.confusion
-        self._boundary += boundary.count(found.label, found.prediction, self._classes)
-        values, labels = calibration.sample(found.label, found.probabilities, self._each)
-        if not np.isfinite(values).all():
-            raise UserError(f"the model's probabilities of tile {found.name} are not finite; its weights are of no use")
-        self._pixels.append((values, labels, np.full(len(labels), found.index)))
+        """A whole one; else its parts by the two below. UserError where the model has no probabilities to give."""
+        edges = boundary.count(found.label, found.prediction, self._classes)
+        self.add_counts(found.index, found.confusion, edges)
+        self.add_pixels(found.index, found.name, found.label, found.probabilities, self.each)
 
-    def result(self) -> tuple[np.ndarray, Trust]:
-        """Confusion matrices int64 (tiles, C, C), and the rest."""
+    def add_counts(self, index: int, confusion: np.ndarray, edges: np.ndarray) -> None:
+        """edges: int64 (2, C), see `boundary.count`."""
+        self.by_tile[index] += confusion
+        self._boundary += edges
+
+    def add_pixels(self, index: int, name: str, label: np.ndarray, probabilities: np.ndarray, most: int) -> None:
+        """At most so many pixels of a tile, or of rows of it. label: (h, W), probabilities: float32 (C, h, W)."""
+        values, labels = calibration.sample(label, probabilities, most)
+        if not np.isfinite(values).all():
+            raise UserError(f"the model's probabilities of tile {name} are not finite; its weights are of no use")
+        self._pixels.append((values, labels, np.full(len(labels), index)))
+
+    def result(self, temperature: float | None = None) -> tuple[np.ndarray, Trust]:
+        """Confusion matrices int64 (tiles, C, C), and the rest.
+
+        temperature: that which the probabilities have already; then none is fitted.
+        """
         by_tile = sharding.sum_of_processes(self.by_tile)
         iou, mean = boundary.boundary_iou(sharding.sum_of_processes(self._boundary))
         nothing = np.zeros((0, self._classes), np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64)
         columns = zip(nothing, *self._pixels, strict=True)
         values, labels, tiles = (sharding.rows_of_processes(np.concatenate(parts)) for parts in columns)
-        temperature, before, after = calibrated(values, labels, tiles)
+        if temperature is None:
+            temperature, before, after = calibrated(values, labels, tiles)
+        else:
+            after, hit = None, values.argmax(1) == labels
+            before = calibration.reliability(np.exp(values.max(1, initial=calibration.FLOOR)), hit)
         precision, recall, average = curves.precision_recall(curves.histograms(labels, np.exp(values.T)))
         held = int((by_tile.sum((1, 2)) > 0).sum())
         return by_tile, Trust(
@@ -99,16 +116,17 @@ def calibrated(values: np.ndarray, labels: np.ndarray, tiles: np.ndarray) -> tup
     return calibration.fit_temperature(values, labels), before, after
 
 
-def in_words(trust: Trust) -> str:
-    """Two lines for the terminal."""
+def in_words(trust: Trust, tiles: str = "tiles") -> str:
+    """Two lines for the terminal; `tiles`: what they are called."""
     before, after = (f"{error:.2f}" for error in trust.errors)
     low, high = trust.interval
-    spread = "" if math.isnan(low) else f"mIoU from {low:.2f} to {high:.2f} in 95 % of draws of {trust.tiles} tiles; "
-    return (
-        f"{spread}mIoU of boundaries {trust.boundary_mean:.2f}\n"
-        f"calibration error {before} %, with temperature {trust.temperature:.3g} {after} % "
-        "(each half of the tiles by the other's)"
-    )
+    spread = "" if math.isnan(low) else f"mIoU from {low:.2f} to {high:.2f} in 95 % of draws of {trust.tiles} {tiles}; "
+    line = f"calibration error {before} %"
+    if trust.after is not None:
+        line += f", with temperature {trust.temperature:.3g} {after} % (each half of the {tiles} by the other's)"
+    elif trust.temperature != 1:
+        line += f", with the model's temperature {trust.temperature:.3g}"
+    return f"{spread}mIoU of boundaries {trust.boundary_mean:.2f}\n{line}"
 
 
 def as_json(trust: Trust) -> dict:
@@ -120,8 +138,10 @@ def as_json(trust: Trust) -> dict:
         "boundary_iou": trust.boundary.tolist(),
         "boundary_miou": trust.boundary_mean,
         "average_precision": trust.average_precision.tolist(),
-        "calibration": {"temperature": trust.temperature, "error": before, "error_with_temperature": after},
+        "calibration": {"temperature": trust.temperature, "error": before},
     }
+    if trust.after is not None:
+        values["calibration"]["error_with_temperature"] = after
     return _without_nan(values)
 
 
