@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
+from ktda_jax.config import workdir as records
 from ktda_jax.config.settings import Settings
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDAConfig
@@ -98,6 +99,19 @@ def random_state(program) -> TrainState:
     params = _random(program.abstract.params)
     stats = {path: value + path.endswith("var") for path, value in zeros.batch_stats.items()}
     return dataclasses.replace(zeros, params=params, batch_stats=stats, ema=zeros.ema and params)
+
+
+def random_workdir(root: pathlib.Path, workdir: pathlib.Path, overrides: dict | None = None):
+    """As a finished training leaves it, but with random arrays, so that no training step is compiled: its config, its
+    program and its state. The random model sees two classes or more, which a few steps would not teach it."""
+    made = config(root, overrides)
+    program = build(Settings.of(made))
+    workdir.mkdir(parents=True)
+    records.write(workdir, Settings.of(made))
+    state = jax.device_put(random_state(program), program.shardings)
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(made.total_steps, state, {}, {"mIoU": 1.0})
+    return made, program, state
 
 
 def random_teacher(config) -> dict[str, np.ndarray]:

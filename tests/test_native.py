@@ -1,7 +1,9 @@
 """Validation at native scale is the score of the maps that `predict` writes, on any mesh and over processes."""
 
+import collections
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -12,21 +14,16 @@ from PIL import Image
 from test_evaluate import Pooled
 
 from ktda_jax import UserError, predict, report, sharding
+from ktda_jax.config.settings import Settings
 from ktda_jax.data.pipeline import EvalBatches, EvalTiles, eval_batches
 from ktda_jax.data.sources import FolderSource
 from ktda_jax.metrics.confusion import count
 from ktda_jax.models import flat
-from ktda_jax.models.ktda import KTDAConfig
-from ktda_jax.training import evaluate, loop
-from ktda_jax.training.inputs import to_evaluate
+from ktda_jax.training import evaluate, loop, scoring
+from ktda_jax.training.inputs import eval_source, to_evaluate
 from ktda_jax.training.predicted import Model, Predictor, how
-from ktda_jax.training.program import build
-from ktda_jax.weights import folder as weights
 
-NATIVE, STEPS = (
-    {"data.eval_scale": "native"},
-    {"total_steps": 2, "eval_every": 2, "optimizer.lr": 1e-5, "schedule.warmup": 1},
-)
+NATIVE = {"data.eval_scale": "native"}
 CROP = (32, 32)
 
 
@@ -79,18 +76,21 @@ def test_squeezed_predictions_are_those_that_the_device_counts(source):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A tiny training on tiles of 160 px with a crop of 64, scored at native scale, and its result."""
+    """A workdir of tiles of 160 px with a crop of 64, evaluated at native scale: tiles, workdir, config, result."""
     folder = tmp_path_factory.mktemp("native")
-    root = runs.make_tiles(folder / "data", train=4, val=3, size=160)
-    config = KTDAConfig.from_dict({**runs.config(root).model, "num_classes": runs.CLASSES})
-    random = runs.random_state(build(runs.settings(root)))  # it sees several classes, as three steps would not
-    weights.save(folder / "w", weights.Weights("ktda", config, {**random.params, **random.batch_stats}, {}))
-    config = runs.config(root, NATIVE | STEPS | {"weights.model": str(folder / "w")})
-    return root, folder / "run", config, loop.train_and_evaluate(config, folder / "run")
+    root = runs.make_tiles(folder / "data", train=1, val=3, size=160)
+    config, program, state = runs.random_workdir(root, folder / "run", NATIVE)
+    result = loop.evaluate_workdir(config, folder / "run", program=program)
+    # What training would have written of it on the way.
+    inputs = collections.namedtuple("Inputs", "val_batches")(eval_source(Settings.of(config).data, "val", 2)[0])
+    told = []
+    writer = types.SimpleNamespace(write=lambda step, scores: told.append(scores), message=lambda text: None)
+    scoring.validate(6, Settings.of(config), program, inputs, state, {}, writer)
+    return root, folder / "run", config, result, told[0]
 
 
 def test_val_miou_is_that_of_the_maps_that_predict_writes(trained, tmp_path):
-    root, workdir, _, result = trained
+    root, workdir, _, result, told = trained
     predict.run(str(workdir), str(root / "img_dir" / "val"), str(tmp_path / "maps"))
     confusion = np.zeros((runs.CLASSES, runs.CLASSES), np.int64)
     for path in sorted((root / "ann_dir" / "val").iterdir()):
@@ -99,16 +99,15 @@ def test_val_miou_is_that_of_the_maps_that_predict_writes(trained, tmp_path):
     different = np.abs(confusion - result.confusion).sum() / 2
     assert (result.confusion.sum(0) > 1000).sum() >= 2
     assert different <= 1e-4 * confusion.sum()  # compiled for another batch, so rounded otherwise
-    rows = runs.rows(workdir)
-    assert rows[-2]["val/mIoU"] == rows[-1]["final/mIoU"] == result.metrics.summary["mIoU"]
+    assert told["val/mIoU"] == result.metrics.summary["mIoU"]
 
 
 def test_eval_and_report_say_how_they_scored_and_either_way_can_be_asked_for(trained, capsys):
-    root, workdir, config, result = trained
+    root, workdir, config, result, _ = trained
     again = loop.evaluate_workdir(config, workdir)
     np.testing.assert_array_equal(again.confusion, result.confusion)
     assert "tiles at their own scale, in windows of 64 x 64 that overlap by 16" in capsys.readouterr().out
-    squeezed = loop.evaluate_workdir(runs.config(root, STEPS), workdir)
+    squeezed = loop.evaluate_workdir(runs.config(root), workdir)
     assert "tiles squeezed to 64 x 64" in capsys.readouterr().out
     assert squeezed.confusion.sum() == result.confusion.sum() and (squeezed.confusion != result.confusion).any()
     report.run([str(workdir)], tiles=2)
@@ -132,8 +131,8 @@ def test_which_way_a_split_is_read(source, tmp_path):
 
 def test_two_processes_score_as_one(trained, tmp_path):
     """Real ones, of which each maps its own tiles: the same confusion matrix, and figures of the first."""
-    root, workdir, _, result = trained
-    settings = NATIVE | STEPS | {"mesh.data": -1, "mesh.fsdp": 2}
+    root, workdir, _, result, _ = trained
+    settings = NATIVE | {"mesh.data": -1, "mesh.fsdp": 2}
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
     processes = runs.start_two(*runs.arguments(root, copy, settings), "--mode=eval")

@@ -14,11 +14,10 @@ from ktda_jax import UserError, export, predict
 from ktda_jax.data import gdal
 from ktda_jax.metrics import bootstrap, boundary, calibration
 from ktda_jax.metrics.confusion import count
-from ktda_jax.models.ktda import KTDAConfig, full_size
+from ktda_jax.models.ktda import full_size
 from ktda_jax.tiling import blend
 from ktda_jax.training import loop, trust
 from ktda_jax.training.predicted import Predicted
-from ktda_jax.training.program import build
 from ktda_jax.training.trained import read
 from ktda_jax.weights import folder as weights
 
@@ -100,13 +99,9 @@ def test_a_model_without_finite_probabilities_is_said():
 def trained(tmp_path_factory):
     """A workdir with a temperature, beside the same without; its tiles."""
     folder = tmp_path_factory.mktemp("trust")
-    root = runs.make_tiles(folder / "data", train=3, val=4, size=64)
-    config = KTDAConfig.from_dict({**runs.config(root).model, "num_classes": runs.CLASSES})
-    random = runs.random_state(build(runs.settings(root)))
-    weights.save(folder / "w", weights.Weights("ktda", config, {**random.params, **random.batch_stats}, {}))
-    given = {"total_steps": 2, "eval_every": 2, "schedule.warmup": 1, "weights.model": str(folder / "w")}
-    config = runs.config(root, given | {"optimizer.lr": 1e-5})
-    return root, folder / "run", config, loop.train_and_evaluate(config, folder / "run")
+    root = runs.make_tiles(folder / "data", train=1, val=4, size=64)
+    config, program, _ = runs.random_workdir(root, folder / "run")
+    return root, folder / "run", config, loop.evaluate_workdir(config, folder / "run", program=program)
 
 
 def test_an_evaluation_leaves_numbers_tables_and_figures(trained, capsys):
@@ -130,8 +125,8 @@ def test_an_evaluation_leaves_numbers_tables_and_figures(trained, capsys):
 def test_the_temperature_is_of_one_checkpoint_and_goes_with_the_weights(trained, tmp_path):
     _, workdir, _, result = trained
     saved = json.loads((workdir / trust.FILE).read_text())
-    assert saved["step"] == 2 and saved["temperature"] == result.trust.temperature != 1
-    assert trust.read_temperature(workdir, 2) == saved["temperature"] and trust.read_temperature(workdir, 4) == 1
+    assert saved["step"] == 6 and saved["temperature"] == result.trust.temperature != 1
+    assert trust.read_temperature(workdir, 6) == saved["temperature"] and trust.read_temperature(workdir, 3) == 1
     weights.save(tmp_path / "w", read(workdir))  # as convert does
     model = ktda_jax.load_pretrained(tmp_path / "w")
     assert model.temperature == ktda_jax.load_pretrained(workdir).temperature == saved["temperature"]

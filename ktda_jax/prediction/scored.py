@@ -34,24 +34,29 @@ class Scores:
         self._labels, self._mapping, self._classes = labels, mapping, classes
         self._index = {scene: index for index, scene in enumerate(labels)}
         self._sums = Sums(len(labels), classes)
-        self._label = self._map = np.zeros((0, 0), np.uint8)  # of the scene at hand
-        self._labelled = self._seen = 0  # pixels: of its label, and of its rows so far
+        # Of the scene at hand: label and map (H, W), labelled pixels of it all and of its rows so far, and counts.
+        self._label = self._map = np.zeros((0, 0), np.uint8)
+        self._labelled = self._seen = 0
+        self._confusion = np.zeros((classes, classes), np.int64)
 
     def take(self, strip: Finished) -> None:
         """Its probabilities are float32. UserError where they are not finite."""
         row, scene = strip.row, strip.row.scene
         if row.index == 0:
             self._begin(scene.path, (scene.height, scene.width))
-        label, rows = self._label[row.top : row.end], slice(row.top, row.end)
+        rows, index = slice(row.top, row.end), self._index[scene.path]
+        label = self._label[rows]  # a view
         before, self._seen = self._seen, self._seen + int(np.count_nonzero(label < self._classes))
         label[~row.present] = IGNORE
         self._map[rows] = strip.labels
+        self._confusion += count(label, strip.labels, self._classes)
         # A scene gives as many pixels as any other, and each of its strips as many as it has of its labelled ones.
         taken = min(self._sums.each, self._labelled)
         most = self._seen * taken // max(self._labelled, 1) - before * taken // max(self._labelled, 1)
-        self._sums.add_pixels(self._index[scene.path], scene.path.name, label, strip.probabilities, most)
+        self._sums.add_pixels(index, scene.path.name, label, strip.probabilities, most)
         if row.last:
-            self._end(scene.path)
+            edges = edge_counts(self._label, self._map, self._classes)
+            self._sums.add_counts(index, self._confusion, edges)
 
     def _begin(self, scene: pathlib.Path, size: tuple[int, int]) -> None:
         self._label = labelled.read(self._labels[scene], self._mapping)
@@ -59,11 +64,7 @@ class Scores:
             raise UserError(f"the label {self._labels[scene]} of {scene} has changed while we were at work")
         self._map = np.empty(size, np.uint8)
         self._labelled, self._seen = int(np.count_nonzero(self._label < self._classes)), 0
-
-    def _end(self, scene: pathlib.Path) -> None:
-        edges = edge_counts(self._label, self._map, self._classes)
-        self._sums.add_counts(self._index[scene], count(self._label, self._map, self._classes), edges)
-        self._label = self._map = np.zeros((0, 0), np.uint8)
+        self._confusion = np.zeros((self._classes, self._classes), np.int64)
 
     def result(self, temperature: float) -> Evaluation:
         """temperature: by which the probabilities were divided. UserError if no pixel was counted."""
