@@ -111,7 +111,9 @@ def test_eval_and_report_say_how_they_scored_and_either_way_can_be_asked_for(tra
     assert "tiles squeezed to 64 x 64" in capsys.readouterr().out
     assert squeezed.confusion.sum() == result.confusion.sum() and (squeezed.confusion != result.confusion).any()
     report.run([str(workdir)], tiles=2)
-    assert "at their own scale, in windows of 64 x 64" in (workdir / "report.html").read_text()
+    page = (workdir / "report.html").read_text()
+    assert "at their own scale, in windows of 64 x 64" in page and "mIoU in 95 % of draws of the tiles" in page
+    assert page.count('class="figure"') == 2
 
 
 def test_published_configs_squeeze_and_what_users_write_does_not():

@@ -15,7 +15,8 @@ from ktda_jax.reports.panels import cell, percent, swatch, table
 from ktda_jax.reports.workdir import Run
 
 SECTIONS = {  # id: heading
-    "scores": "Scores", "curves": "Curves", "classes": "Classes", "tiles": "Best and worst tiles",
+    "scores": "Scores", "curves": "Curves", "classes": "Classes", "trust": "Trust",
+    "tiles": "Best and worst tiles",
     "features": "Teacher and student", "shares": "Class shares", "config": "Settings", "environment": "Environment",
 }  # fmt: skip
 # No resource but what stands in the file: a browser enforces it.
@@ -29,6 +30,7 @@ def render(runs: Sequence[Run]) -> str:
         "scores": _scores(runs),
         "curves": _curves(runs),
         "classes": _classes(runs),
+        "trust": _each(runs, "trust", panels.trust),
         "tiles": panels.tiles(runs),
         "features": _each(runs, "features", panels.features),
         "shares": _each(runs, "shares", panels.shares),

@@ -75,6 +75,31 @@ def per_class(run: Run) -> str:
     return table(heads, rows, foot) + confusion(run)
 
 
+def trust(run: Run) -> str:
+    """How sure the last evaluation is, how far its probabilities can be believed, and its diagrams."""
+    if not run.trust:
+        return '<p class="missing">not measured: --mode=eval does it</p>' if run.confusion is not None else ""
+    (low, high), calibration = run.trust.get("interval", (None, None)), run.trust.get("calibration", {})
+    told = {
+        "mIoU in 95 % of draws of the tiles": f"{_number(low)} to {_number(high)}",
+        "mIoU of boundaries": _number(run.trust.get("boundary_miou")),
+        "calibration error, %": _number(calibration.get("error")),
+        "… with the temperature of the other half of the tiles": _number(calibration.get("error_with_temperature")),
+        "temperature": _number(calibration.get("temperature")),
+    }
+    rows = [[cell(escape(name), name), cell(value)] for name, value in told.items()]
+    shown = []
+    for name in ("reliability", "precision_recall"):
+        path = run.path / "figures" / f"{run.split}_{name}.png"
+        if path.is_file():
+            shown.append(f'<img class="figure" alt="{name.replace("_", " and ")}" src="{pictures.file(path)}">')
+    return table(["entry", "value"], rows) + "".join(shown)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
 def _share(part: float, whole: float) -> float:
     return 100 * float(part) / float(whole) if whole else math.nan
 

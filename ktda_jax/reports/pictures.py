@@ -2,6 +2,7 @@
 
 import base64
 import io
+import pathlib
 
 import numpy as np
 from PIL import Image
@@ -36,6 +37,11 @@ def errors(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, side: i
 def pixels(image: np.ndarray) -> str:
     """A small map, uint8 (h, w, 3), pixel by pixel."""
     return _uri(Image.fromarray(image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, -1)), "png")
+
+
+def file(path: pathlib.Path) -> str:
+    """A PNG as it is."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _fitting(size: tuple[int, int], side: int) -> tuple[int, int]:

@@ -31,6 +31,7 @@ class Run:
     split: str = ""  # the one that was evaluated
     confusion: np.ndarray | None = None  # (C, C) int64, rows are labels
     scored: str = ""  # where the confusion matrix is from
+    trust: dict = dataclasses.field(default_factory=dict)  # of that file: training.trust.as_json, by newer versions
     worst: list[Tile] = dataclasses.field(default_factory=list)
     best: list[Tile] = dataclasses.field(default_factory=list)
     followed: str = ""  # the run whose best and worst tiles these are, if another's
@@ -112,6 +113,7 @@ def _read_scores(run: Run, path: pathlib.Path) -> None:
     except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         run.missing["scores"] = f"{path.parent.name}/{path.name} cannot be used: {error}"
         return
+    run.trust = {key: values[key] for key in ("interval", "boundary_miou", "calibration") if values.get(key)}
     run.confusion, run.classes, run.scored = confusion, classes, f"{path.parent.name}/{path.name}"
 
 
