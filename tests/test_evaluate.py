@@ -115,7 +115,7 @@ def test_the_report_holds_the_table_the_figures_and_strict_json(source, tmp_path
     table = evaluate.table(result, info.classes)
     assert all(name in table for name in info.classes) and "best constant prediction" in table
     names = {p.name for p in (workdir / "figures").iterdir()}
-    assert names == {"val_confusion.png", "val_samples.png", "val.json"}
+    assert names == {"val_confusion.png", "val_samples.png", "val.json", "val.csv"}
     saved = json.loads((workdir / "figures" / "val.json").read_text(), parse_constant=pytest.fail)
     assert saved["confusion"] == result.confusion.tolist()
     assert saved["summary"]["mIoU"] == result.metrics.summary["mIoU"]

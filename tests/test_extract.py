@@ -14,9 +14,8 @@ from ktda_jax import UserError, extract, sharding
 from ktda_jax.config.model import model_of, teacher_identity
 from ktda_jax.config.settings import Settings
 from ktda_jax.data import pipeline
-from ktda_jax.data.augment import Augmentation
 from ktda_jax.data.check import check_split
-from ktda_jax.training.inputs import features_folder, open_features, open_source
+from ktda_jax.training.inputs import augmentation, features_folder, open_features, open_source
 from ktda_jax.training.program import build
 from ktda_jax.weights import folder
 from ktda_jax.weights.folder import Weights
@@ -65,7 +64,7 @@ def first_terms(config):
     batch = next(
         pipeline.train_iterator(
             source,
-            augmentation=Augmentation(config.data.crop, photometric=False),
+            augmentation=augmentation(Settings.of(config).data),
             batch_size=config.batch_size,
             seed=0,
             features=features,
@@ -78,13 +77,15 @@ def first_terms(config):
 
 
 def test_precomputed_distillation_is_the_computed_one(config, tmp_path):
-    """With flips as the only augmentation, to the stored type's precision (issue 4: 1e-3 in bfloat16)."""
+    """With flips, and with turns too, as the only augmentation, to the stored type's precision (bfloat16: 1e-3)."""
     model = dict(model__student__depths=(0, 0, 0, 0), model__aux_channels=0)
-    computed = first_terms(config(**model))
-    assert computed["distill"] > 0.1
-    for dtype, limit in (("bfloat16", 1e-3), ("float16", 1e-4)):
+    for dtype, limit, rotate in (("bfloat16", 1e-3, False), ("float16", 1e-4, True)):
+        computed = first_terms(config(**model, data__rotate=rotate))
+        assert computed["distill"] > 0.1
         settings = dict(teacher__mode="precomputed", teacher__dtype=dtype, teacher__features=str(tmp_path / dtype))
+        settings["data__rotate"] = rotate
         extract.run(config(**settings))
+        assert opened(config(**settings)).views == (8 if rotate else 2)
         precomputed = first_terms(config(**settings, **model))
         assert precomputed["distill"] == pytest.approx(computed["distill"], rel=limit)
         assert precomputed["decode"] == pytest.approx(computed["decode"], rel=1e-6)
@@ -100,6 +101,10 @@ def test_chosen_layers_are_stored_once(config, tmp_path):
     assert precomputed["distill"] == pytest.approx(computed["distill"], rel=1e-4)
     features = opened(stored)
     assert features.levels == [0, 0, None, 1] and len(features.read(0, False)) == 2
+    with pytest.raises(
+        UserError, match="there, but of 2 views of each tile, and config.data.rotate needs 8; choose ano"
+    ):
+        extract.run(config(**chosen, teacher__mode="precomputed", teacher__dtype="float16", data__rotate=True))
     with pytest.raises(UserError, match=r"are of other layers \(\[1, 1, None, 3\], wanted \[0, 1, 2, 3\]\)"):
         opened(config(teacher__mode="precomputed"))
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -42,10 +43,12 @@ def test_zoomed_windows_are_of_log_uniform_size_within_the_tile():
 
 def test_resized_labels_keep_their_values_and_images_their_bands():
     rng = np.random.default_rng(1)
-    for size in ((40, 20), (10, 5), (20, 10)):
-        image, label = rng.integers(0, 256, (*size, 1), np.uint8), rng.choice([0, 3, 255], size).astype(np.uint8)
+    for size, bands in itertools.product(((40, 20), (10, 5), (20, 10)), (1, 3, 13)):
+        image, label = rng.integers(0, 256, (*size, bands), np.uint8), rng.choice([0, 3, 255], size).astype(np.uint8)
         small, truth = geometry.resized(image, label, (20, 10))
-        assert small.shape == (20, 10, 1) and truth.shape == (20, 10) and set(np.unique(truth)) <= {0, 3, 255}
+        one = geometry.resized(image[..., :1], label, (20, 10))[0]
+        assert small.shape == (20, 10, bands) and np.abs(small[..., 0].astype(int) - one[..., 0]).max() <= 1
+        assert truth.shape == (20, 10) and set(np.unique(truth)) <= {0, 3, 255}
 
 
 def test_rare_classes_are_drawn_by_their_inverse_frequency():

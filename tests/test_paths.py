@@ -9,7 +9,7 @@ import runs
 from PIL import Image
 
 import ktda_jax
-from ktda_jax import UserError, export, predict, report
+from ktda_jax import UserError, evaluate, export, predict, report
 from ktda_jax.config import checks
 from ktda_jax.config import workdir as records
 from ktda_jax.config.settings import StoredTaps
@@ -42,6 +42,15 @@ def predicted(home):
         assert (home / "maps").is_dir()
 
 
+def scored(home):
+    for name in ("image", "label"):
+        Image.fromarray(np.zeros((64, 64), np.uint8)).save(home / f"{name}.png")
+    try:
+        evaluate.run("~/none", "~/image.png", "~/label.png", "~/maps")
+    finally:
+        assert (home / "maps").is_dir()
+
+
 def exported(home):
     (home / "x.onnx").touch()
     with pytest.raises(UserError, match=f"{home}/x.onnx exists"):
@@ -63,6 +72,7 @@ REFUSED = {
     "main --workdir": (train, "checkpoint HOME/none/checkpoints/3 is damaged"),
     "main --mode=eval --workdir": (lambda home: loop.evaluate_workdir(runs.config(home), "~/none"), "in HOME/none;"),
     "predict --checkpoint --input --output": (predicted, "no file or folder HOME/none"),
+    "evaluate --checkpoint --images --labels --output": (scored, "no file or folder HOME/none"),
     "export --checkpoint --output": (exported, "no file or folder HOME/none"),
     "report --workdir": (lambda home: report.run(["~/none"]), "--workdir=HOME/none is no folder"),
     "load_pretrained": (lambda home: ktda_jax.load_pretrained("~/none"), "no file or folder HOME/none"),

@@ -136,6 +136,7 @@ def test_while_libraries_are_imported(tiles, tmp_path, verb):
     flags = {
         "main": [*with_config, f"--workdir={tmp_path / 'run'}"],
         "predict": ["--checkpoint=x", "--input=x", "--output=x"],
+        "evaluate": ["--checkpoint=x", "--images=x", "--labels=x"],
         "report": [f"--workdir={tmp_path}"],
         "export": ["--checkpoint=x", "--format=onnx", "--output=x"],
         "convert": ["--input=x", "--output=x"],

@@ -199,10 +199,11 @@ def test_all_eight_views_are_asked_for_only_where_they_are_stored(folder):
         )
 
 
-def test_of_whole_tiles_the_rows_are_those_without_features():
+@pytest.mark.parametrize("how", [{}, {"rotate": True}])
+def test_of_whole_tiles_the_rows_are_those_without_features(how):
     """Same draws, so that computed and precomputed training see the same images, colour changes included."""
-    tiles = Tiles((64, 64))
-    options = dict(augmentation=Augmentation((64, 64)), batch_size=4, seed=5)
+    tiles = Tiles((70, 70))  # whole patches, at which parts are pasted
+    options = dict(augmentation=Augmentation((70, 70), **how), batch_size=4, seed=5)
     with_features = train_iterator(tiles, **options, features=Corners(tiles))
     for plain, _ in zip(train_iterator(tiles, **options), range(6), strict=False):
         batch = next(with_features)

@@ -110,6 +110,7 @@ class TrainRows:
         skipped = found != index
         if tiles.features is not None:
             return {**self._aligned(tiles.features, tile, found, rng, chosen), "skipped": skipped}
+        turns = self._turns(rng)
         size = geometry.draw_size(tile["label"].shape, how.crop, how.zoom, rng)
         corner = None if chosen is None else geometry.around(tile["label"], chosen, size, rng)
         try:
@@ -121,26 +122,30 @@ class TrainRows:
         except ValueError as error:
             raise UserError(f"tile {tile['name']}: {error}") from error
         image, label = geometry.resized(image, label, how.crop)
-        return {**self._viewed(image, label, rng), "skipped": skipped}
+        return {**self._viewed(image, label, turns, rng), "skipped": skipped}
 
     def _of_image(self, number: int, rng: np.random.Generator) -> dict:
         """A window of an unlabelled image at a random place; or, with features, one of the fixed grid they are of."""
         windows = self._unlabelled
         wanted = windows.tile(number)
         if windows.features is None:
+            turns = self._turns(rng)
             window, index = windows.read(wanted, lambda source, index: source.draw(index, rng))
-            row = self._viewed(window["image"], window["label"], rng)
+            row = self._viewed(window["image"], window["label"], turns, rng)
         else:
             window, index = windows.read(wanted)
             row = self._aligned(windows.features, window, index, rng)
         return self._distorted({**row, "skipped": index != wanted}, rng)
 
-    def _viewed(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> dict:
-        """Mirrored and turned by chance."""
+    def _turns(self, rng: np.random.Generator) -> int:
+        """The number of a view that is turned but not mirrored. Drawn first, with features and without alike."""
+        return 2 * int(rng.integers(4)) if self._augmentation.rotate else 0
+
+    def _viewed(self, image: np.ndarray, label: np.ndarray, turns: int, rng: np.random.Generator) -> dict:
+        """Mirrored by chance, then turned."""
         image, label = augment.random_flip(image, label, rng, self._augmentation.flip)
-        if self._augmentation.rotate:
-            number = 2 * int(rng.integers(4))
-            image, label = geometry.view(image, number), geometry.view(label, number)
+        if turns:
+            image, label = geometry.view(image, turns), geometry.view(label, turns)
         return {"image": image, "label": label}
 
     def _aligned(
@@ -151,9 +156,7 @@ class TrainRows:
         The teacher has seen each view of the whole tile, whose patches begin at its own upper left corner: so the tile
         is turned before it is cut.
         """
-        how, patch, turns = self._augmentation, features.patch, 0
-        if how.rotate:
-            turns = 2 * int(rng.integers(4))
+        how, patch, turns = self._augmentation, features.patch, self._turns(rng)
         size = tile["label"].shape[::-1] if geometry.turned(turns) else tile["label"].shape
         corner = [patch * int(rng.integers((a - b) // patch + 1)) for a, b in zip(size, how.crop, strict=True)]
         number = turns + (rng.random() < how.flip)
