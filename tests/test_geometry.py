@@ -135,6 +135,24 @@ def test_rare_crops_are_a_share_and_the_rest_goes_through_all_tiles():
     assert found[4] > 0.5 * 160 and all(found[k] > 5 for k in range(4))
 
 
+def test_threads_and_interruptions_change_nothing():
+    how = Augmentation((16, 16), rotate=True, zoom=(0.5, 2.0), cutmix=0.5, rare_crops=0.5)
+    made = dict(augmentation=how, batch_size=4, seed=3, rare=Rare.of(np.eye(5, dtype=int)))
+    whole = train_iterator(Numbered(), **made, num_threads=4)
+    batches = [next(whole) for _ in range(6)]
+    first = train_iterator(Numbered(), **made, num_threads=0)
+    for _ in range(3):
+        next(first)
+    resumed = train_iterator(Numbered(), **made, num_threads=2)
+    resumed.set_state(first.get_state())
+    for batch in batches[3:]:
+        again = next(resumed)
+        np.testing.assert_array_equal(batch["image"], again["image"])
+        np.testing.assert_array_equal(batch["label"], again["label"])
+    share = train_iterator(Numbered(), **made, process_index=1, process_count=2)
+    np.testing.assert_array_equal(next(share)["image"], batches[0]["image"][2:])
+
+
 def test_what_is_off_draws_nothing():
     """So that the rows of the published settings are those of before."""
     plain = rows_of()

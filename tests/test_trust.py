@@ -117,6 +117,8 @@ def test_an_evaluation_leaves_numbers_tables_and_figures(trained, capsys):
     assert saved["calibration"]["temperature"] == result.trust.temperature
     with open(workdir / "figures" / "val.csv", newline="") as file:
         rows = list(csv.DictReader(file))
+    final = runs.rows(workdir)[-1]
+    assert final["final/boundary_mIoU"] == result.trust.boundary_mean and final["final/temperature"] > 0
     assert [row["class"] for row in rows] == ["low", "middle-low", "middle", "middle-high", "high", "mean"]
     assert float(rows[-1]["IoU"]) == pytest.approx(result.metrics.summary["mIoU"], abs=1e-4)
     assert int(float(rows[-1]["pixels"])) == result.confusion.sum()

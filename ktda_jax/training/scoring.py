@@ -112,7 +112,7 @@ def evaluate_workdir(
     if settings.supervised:
         result, info = _evaluate(settings, program, batches, current, teacher, trust=True), settings.data.info
         what, table = f"{split} split", f"tiles {how(settings.data)}\n{evaluate.table(result, info.classes)}"
-        summary = result.metrics.summary
+        summary = result.metrics.summary | result.trust.summary
         write = functools.partial(evaluate.write_report, result, workdir, split, info, settings.data.rgb_positions)
     else:
         result = explain(settings, program, batches, current, teacher)

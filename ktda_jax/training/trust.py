@@ -46,6 +46,16 @@ class Trust:
         after = calibration.nothing() if self.after is None else self.after
         return expected_calibration_error(self.before), expected_calibration_error(after)
 
+    @property
+    def summary(self) -> dict[str, float]:
+        """For metrics.jsonl."""
+        before, after = self.errors
+        low, high = self.interval
+        return {
+            "mIoU_low": low, "mIoU_high": high, "boundary_mIoU": self.boundary_mean, "calibration_error": before,
+            "calibration_error_with_temperature": after, "temperature": self.temperature,
+        }  # fmt: skip
+
 
 class Sums:
     """Takes this process's tiles one by one; `result` is of those of all processes, which all call it."""
