@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from ktda_jax import UserError
 from ktda_jax.config import checks
-from ktda_jax.config.settings import Data
+from ktda_jax.config.data import Data
 from ktda_jax.config.workdir import write_json
 from ktda_jax.data import leaks, places, shares
 from ktda_jax.data.check import check_split

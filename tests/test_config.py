@@ -14,8 +14,9 @@ import runs
 from ktda_jax import UserError
 from ktda_jax.config import checks
 from ktda_jax.config import workdir as records
+from ktda_jax.config.data import listed
 from ktda_jax.config.model import compute_dtype, model_of
-from ktda_jax.config.settings import Settings, listed
+from ktda_jax.config.settings import Settings
 from ktda_jax.data import reading
 from ktda_jax.models.ktda import KTDAConfig
 

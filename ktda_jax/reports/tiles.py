@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 
 from ktda_jax import UserError
-from ktda_jax.config.settings import Data
+from ktda_jax.config.data import Data
 from ktda_jax.data.sources import read_tile
 from ktda_jax.metrics.confusion import summarize
 from ktda_jax.reports.trained import Trained

@@ -12,8 +12,9 @@ from jax.experimental import multihost_utils
 
 from ktda_jax import UserError
 from ktda_jax.config.checks import TEACHERS
+from ktda_jax.config.data import Data, listed
 from ktda_jax.config.model import model_of, teacher_identity
-from ktda_jax.config.settings import Data, Settings, StoredTaps, listed
+from ktda_jax.config.settings import Settings, StoredTaps
 from ktda_jax.data import classes, folds, images, pipeline, reading, unlabelled
 from ktda_jax.data.augment import Augmentation
 from ktda_jax.data.check import SplitSummary, check_split

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ktda_jax import sharding
-from ktda_jax.config.settings import Data
+from ktda_jax.config.data import Data
 from ktda_jax.metrics.confusion import count
 from ktda_jax.models.flat import Arrays, merge
 from ktda_jax.models.ktda import full_size
