@@ -68,6 +68,31 @@ def test_precision_of_narrow_types(dtype, tolerance, implementation):
         assert relative_error(a, b) < tolerance
 
 
+def _raises(*args):
+    raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED\nof 8 lines")
+
+
+@pytest.mark.parametrize("fault", [_raises, lambda q, k, v: 0 * (q + k + v)])
+def test_where_cudnn_fails_or_is_wrong_another_form_trains(fault, monkeypatch):
+    """Both on a GPU that is said to be fit: tried once, said once, also while a model is being traced."""
+    said, tried = [], []
+    monkeypatch.setattr(attention_module, "_has_cudnn_attention", lambda: True)
+    monkeypatch.setattr(attention_module.logging, "warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *args, **options: tried.append(1) or fault(*args, **options)
+    )
+    attention_module._cudnn_fault.cache_clear()
+    try:
+        query, key, value, dout = inputs(2, 64, 2, 16, count=4, dtype=jnp.bfloat16)
+        found = jax.jit(functools.partial(value_and_grads, None))(query, key, value, dout)
+        jax.jit(functools.partial(value_and_grads, None))(query, key, value, 2 * dout)
+    finally:
+        attention_module._cudnn_fault.cache_clear()
+    for ours, expected in zip(found, value_and_grads("plain", query, key, value, dout), strict=True):
+        assert relative_error(ours, expected) < 1e-2
+    assert len(said) == len(tried) == 1 and "cuDNN's attention does not work here" in said[0] and "\n" not in said[0]
+
+
 @pytest.mark.parametrize("tokens", [361, 362, 1369, 1444])
 @pytest.mark.parametrize("implementation", [None, "cudnn"])
 def test_odd_numbers_of_tokens_do_not_go_to_cudnn(tokens, implementation, monkeypatch):

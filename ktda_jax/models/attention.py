@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax import lax
 
 IMPLEMENTATIONS = ("plain", "chunked", "unrolled", "cudnn", "xla")
@@ -33,7 +34,7 @@ def attention(query, key, value, *, implementation=None):
     if implementation in (None, "xla"):
         # cuDNN's kernels take head_dim up to 128 in multiples of 8.
         fits = implementation is None and fused and head_dim % 8 == 0 and head_dim <= 128
-        cudnn = fits and _has_cudnn_attention()
+        cudnn = fits and _has_cudnn_attention() and not _cudnn_fault(head_dim, query.dtype)
         implementation = "cudnn" if cudnn else "plain" if tokens <= PLAIN_TOKENS else "chunked"
     if implementation == "cudnn" and fused:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
@@ -50,6 +51,32 @@ def _has_cudnn_attention():
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))  # '9.0'; AMD says 'gfx90a'
     return device.platform == "gpu" and capability[:1].isdigit() and float(capability) >= 8
+
+
+@functools.cache
+def _cudnn_fault(head_dim, dtype):
+    """What is wrong with cuDNN's attention on this device, tried once on a tiny input, forward and backward; or None.
+
+    Another cuDNN than JAX was built for, or a new GPU, fails at the first step otherwise, minutes after the start.
+    """
+    with jax.ensure_compile_time_eval():  # also where a model is being traced
+        try:
+            arrays = jax.random.normal(jax.random.key(0), (4, 2, 128, 2, head_dim), dtype)
+
+            def products(attend, query, key, value, weights):
+                return (attend(query, key, value) * weights).astype(jnp.float32).sum()
+
+            cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+            found, expected = (
+                jax.jit(jax.grad(functools.partial(products, attend), (0, 1, 2)))(*arrays) for attend in (cudnn, _plain)
+            )
+            error = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(found, expected, strict=True))
+            fault = None if error < 0.05 else f"its gradients differ by {100 * error:.0f} %"
+        except Exception as raised:  # of many kinds, and none that a user could do anything about
+            fault = " ".join(str(raised).split())[:200] or type(raised).__name__
+    if fault:
+        logging.warning("cuDNN's attention does not work here (%s); a slower form is used", fault)
+    return fault
 
 
 def _wide(dtype):
