@@ -37,7 +37,6 @@ from ktda_jax.data.check import check_split
 from ktda_jax.data.geometry import VIEWS
 from ktda_jax.data.teacher_features import (
     DTYPES,
-    FORMAT,
     MANIFEST,
     PADDING,
     RECORDS,
@@ -132,7 +131,7 @@ def _extract(
         _meet("shards written")
         if jax.process_index() == 0:
             manifest = {
-                "format": FORMAT,
+                "format": 1 if views == 2 else 2,
                 "made_from": made_from,
                 "padding": PADDING,
                 "computed_in": str(compute_dtype(settings.dtype)),

@@ -103,6 +103,11 @@ def sum_of_processes(array: np.ndarray) -> np.ndarray:
     return rows.view(array.dtype).reshape(-1, *array.shape).sum(0)  # as bytes, since JAX makes 32 bits of 64
 
 
+def any_process(condition: bool) -> bool:
+    """Whether it holds in one of the processes, which all call this."""
+    return bool(sum_of_processes(np.array([condition], np.int64))[0])
+
+
 def rows_of_processes(array: np.ndarray) -> np.ndarray:
     """The rows of all processes, which all call this, one after the other: arrays that differ in their length alone."""
     if jax.process_count() == 1:

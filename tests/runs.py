@@ -18,10 +18,12 @@ from PIL import Image
 
 from ktda_jax.config import workdir as records
 from ktda_jax.config.settings import Settings
+from ktda_jax.data.check import check_split
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDAConfig
 from ktda_jax.models.vit import ViT
 from ktda_jax.training.checkpoint import Checkpoints
+from ktda_jax.training.inputs import open_source
 from ktda_jax.training.program import build
 from ktda_jax.training.state import TrainState
 
@@ -101,14 +103,19 @@ def random_state(program) -> TrainState:
     return dataclasses.replace(zeros, params=params, batch_stats=stats, ema=zeros.ema and params)
 
 
-def random_workdir(root: pathlib.Path, workdir: pathlib.Path, overrides: dict | None = None):
+def random_workdir(root: pathlib.Path, workdir: pathlib.Path, overrides: dict | None = None, *, sure: float = 1.0):
     """As a finished training leaves it, but with random arrays, so that no training step is compiled: its config, its
-    program and its state. The random model sees two classes or more, which a few steps would not teach it."""
+    program and its state. The random model sees two classes or more, which a few steps would not teach it, and its
+    logits are `sure` times as large."""
     made = config(root, overrides)
     program = build(Settings.of(made))
     workdir.mkdir(parents=True)
     records.write(workdir, Settings.of(made))
-    state = jax.device_put(random_state(program), program.shardings)
+    val = check_split(open_source(Settings.of(made).data, "val"))
+    records.write_run(workdir, Settings.of(made), {"val": val.fingerprint})
+    state = random_state(program)
+    params = {path: value * (sure if "/conv_seg/" in path else 1) for path, value in state.params.items()}
+    state = jax.device_put(dataclasses.replace(state, params=params), program.shardings)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(made.total_steps, state, {}, {"mIoU": 1.0})
     return made, program, state

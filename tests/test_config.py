@@ -55,6 +55,7 @@ def tiny(**overrides):
         ("data.flip", 7.0, "config.data.flip is 7.0; give a probability"),
         ("data.num_threads", -1, "config.data.num_threads is -1; give at least 0"),
         ("loss.temperature", 0.0, "config.loss.temperature is 0.0; give a number above 0"),
+        ("data.zoom", (2.0, 1.0), r"config.data.zoom is .2.0, 1.0.; give .low, high., low first and above 0"),
         ("loss.dice", -1.0, "config.loss.dice is -1.0; give at least 0"),
         ("loss.hard_share", 1.0, "config.loss.hard_share is 1.0; give a share between 0 and 1"),
         ("loss.cross_entropy", 0.0, "config.loss.cross_entropy, dice, focal and lovasz are all 0, .* one of them w"),

@@ -60,8 +60,10 @@ def test_it_stops_early_where_scores_get_no_better_and_more_patience_goes_on(toy
     again = loop.train_and_evaluate(runs.config(tiles, given), tmp_path)  # by the checkpoints alone
     assert "stopped early at step 8" in capsys.readouterr().out
     np.testing.assert_array_equal(again.confusion, result.confusion)
-    toy(quality={10: 0.95, 12: 0.5})
+    toy(quality={10: 0.9, 12: 0.5})  # no better than that of step 4
     loop.train_and_evaluate(runs.config(tiles, given | {"patience": 3}), tmp_path)
+    assert "stopped early at step 10" in capsys.readouterr().out
+    loop.train_and_evaluate(runs.config(tiles, given | {"patience": 9}), tmp_path)
     assert runs.steps(tmp_path, "val/mIoU") == [2, 4, 6, 8, 10, 12]
 
 
@@ -212,7 +214,15 @@ def test_the_workdir_holds_what_it_promises(toy, tiles, tmp_path):
     assert set(run["data"]) == {"train", "val"} and run["data"]["train"] != run["data"]["val"]
     assert list(tmp_path.glob("events.*"))
     figures = {p.name for p in (tmp_path / "figures").iterdir()}
-    assert figures == {"val_confusion.png", "val_samples.png", "val.json", "curves.png"}
+    assert figures == {
+        "val_confusion.png",
+        "val_samples.png",
+        "val.csv",
+        "val_precision_recall.png",
+        "val_reliability.png",
+        "val.json",
+        "curves.png",
+    }
     assert runs.steps(tmp_path, "train/loss") == [1, 2, 3, 4, 5, 6]
     assert runs.steps(tmp_path, "val/mIoU") == [3, 6]
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -42,12 +43,12 @@ def sums():
     tiles = [made(rng, k) for k in range(12)]
     for tile in tiles:
         sums.add(tile)
-    return tiles, *sums.result()
+    return tiles, sums.result()
 
 
 def test_each_number_is_that_of_its_module(sums):
-    tiles, by_tile, found = sums
-    np.testing.assert_array_equal(by_tile, [tile.confusion for tile in tiles])
+    tiles, found = sums
+    by_tile = bootstrap.counts(np.array([tile.confusion for tile in tiles]))
     assert found.tiles == 12 and found.interval == bootstrap.interval(by_tile)
     edges = sum(boundary.count(tile.label, tile.prediction, CLASSES) for tile in tiles)
     np.testing.assert_array_equal(found.boundary, boundary.boundary_iou(edges)[0])
@@ -60,9 +61,19 @@ def test_each_number_is_that_of_its_module(sums):
 
 
 def test_a_temperature_mends_what_is_too_sure_of_itself_on_tiles_that_it_was_not_fitted_to(sums):
-    *_, found = sums
+    _, found = sums
     before, after = found.errors
     assert found.temperature == pytest.approx(2, rel=0.05) and before > 8 and after < 1.5
+
+
+def test_a_temperature_that_makes_it_worse_is_not_kept():
+    """Half of the tiles too sure of itself, half not sure enough: what mends one harms the other."""
+    rng, sums = np.random.default_rng(0), trust.Sums(8, CLASSES)
+    for k in range(8):
+        sums.add(made(rng, k, 3.0 if k % 2 else 0.4))
+    found = sums.result()
+    assert found.errors[1] > found.errors[0] and found.temperature == 1
+    assert f"no temperature, since it became {found.errors[1]:.2f} %" in trust.in_words(found)
 
 
 def test_too_many_pixels_are_thinned_evenly_and_two_halves_are_a_whole(monkeypatch):
@@ -70,18 +81,19 @@ def test_too_many_pixels_are_thinned_evenly_and_two_halves_are_a_whole(monkeypat
     rng, sums = np.random.default_rng(0), trust.Sums(6, CLASSES)
     for k in range(6):
         sums.add(made(rng, k))
-    _, found = sums.result()
+    found = sums.result()
     assert found.before.count.sum() == found.after.count.sum() == 600
 
 
 def test_a_single_tile_has_no_other_half_and_nothing_labelled_has_no_score():
     rng, sums = np.random.default_rng(0), trust.Sums(1, CLASSES)
     sums.add(made(rng, 0))
-    _, found = sums.result()
+    found = sums.result()
     assert np.isnan(found.errors[1]) and np.isnan(found.interval[0]) and "in 95 %" not in trust.in_words(found)
+    assert found.temperature == 1 and "could not be tried on other tiles" in trust.in_words(found)
     blank, sums = made(rng, 0), trust.Sums(1, CLASSES)
     sums.add(blank._replace(label=np.full_like(blank.label, 255), confusion=blank.confusion * 0))
-    _, found = sums.result()
+    found = sums.result()
     assert found.temperature == 1 and np.isnan(found.boundary_mean) and found.tiles == 0
     json.dumps(trust.as_json(found), allow_nan=False)
 
@@ -100,7 +112,7 @@ def trained(tmp_path_factory):
     """A workdir with a temperature, beside the same without; its tiles."""
     folder = tmp_path_factory.mktemp("trust")
     root = runs.make_tiles(folder / "data", train=1, val=4, size=64)
-    config, program, _ = runs.random_workdir(root, folder / "run")
+    config, program, _ = runs.random_workdir(root, folder / "run", sure=40.0)
     return root, folder / "run", config, loop.evaluate_workdir(config, folder / "run", program=program)
 
 
@@ -135,6 +147,24 @@ def test_the_temperature_is_of_one_checkpoint_and_goes_with_the_weights(trained,
     (tmp_path / trust.FILE).write_text('{"step": 2, "temperature": -1}')
     with pytest.raises(UserError, match="calibration.json: temperature -1.0; remove it"):
         trust.read_temperature(tmp_path, 2)
+
+
+def test_it_is_of_the_tiles_that_chose_the_checkpoint_and_of_no_others(trained, tmp_path, capsys):
+    """Those that it was trained on would flatter; a test split's scores do not wait for validation tiles."""
+    root, workdir, _, _ = trained
+    before = (workdir / trust.FILE).read_text()
+    loop.evaluate_workdir(runs.config(root, {"data.val_split": "train"}), workdir)
+    assert "no temperature was fitted: the tiles of train are not those by which" in capsys.readouterr().out
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / trust.FILE).unlink()
+    loop.evaluate_workdir(runs.config(root, {"data.test_split": "train"}), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / trust.FILE).read_text()) == json.loads(before)
+    (tmp_path / "run" / trust.FILE).unlink()
+    shutil.copytree(root, tmp_path / "data", ignore=shutil.ignore_patterns("val"))
+    loop.evaluate_workdir(runs.config(tmp_path / "data", {"data.test_split": "train"}), tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "train split, step 6" in out and "no temperature was fitted: no such directory" in out
+    assert (workdir / trust.FILE).read_text() == before
 
 
 def test_probabilities_everywhere_are_divided_by_it_and_maps_are_as_they_were(trained, tmp_path):

@@ -45,6 +45,16 @@ def check(settings: Settings) -> None:
             "config.data.zoom changes what the teacher sees, and with config.teacher.mode='precomputed' it saw the "
             "tiles as they are; set one of them otherwise"
         )
+    if not settings.supervised:
+        for name in ("zoom", "cutmix", "rare_crops", "folds"):
+            if getattr(data, name):
+                raise UserError(
+                    f"config.data.{name} is for tiles with labels, and config.supervised=False has none; leave it out"
+                )
+    if loss.hard_share is not None and not loss.cross_entropy:
+        raise UserError(
+            "config.loss.hard_share is of the cross entropy, and config.loss.cross_entropy is 0; leave one of them out"
+        )
     _choose("data.eval_scale", data.eval_scale, ("native", "crop"))
     reading.check(data, len(classes))
     folds.check(data.folds, data.fold, records=data.source == "tfds")

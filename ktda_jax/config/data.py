@@ -64,8 +64,8 @@ class Data:
     )
     rotate: bool = setting("quarter turns too, so that each of the eight views is as likely", absent=False)
     zoom: tuple[float, float] | None = setting(
-        "(low, high): crops are enlarged by a factor between them; below 1 as far as the tile goes", absent=None,
-        fits=(lambda x: len(x) == 2 and 0 < x[0] <= x[1], "(low, high) above 0"),
+        "(low, high): labelled crops are enlarged by a factor between them; below 1 as far as tiles go", absent=None,
+        fits=(lambda x: len(x) == 2 and 0 < x[0] <= x[1], "(low, high), low first and above 0"),
     )  # fmt: skip
     cutmix: float = setting(
         "probability that a part of another crop is pasted into a labelled one", absent=0.0,

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 TURNS = (None, cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CLOCKWISE)
-MOST = 4  # bands that every OpenCV turns
+MOST = 4  # bands that OpenCV turns and shrinks at once
 VIEWS = 8  # 0 as it is, 1 its mirror image, 2 and 3 a quarter turn of these, ...
 
 
@@ -77,8 +77,10 @@ def resized(image: np.ndarray, label: np.ndarray, crop: tuple[int, int]) -> tupl
     if label.shape == tuple(crop):
         return image, label
     how = cv2.INTER_AREA if label.shape[0] > crop[0] else cv2.INTER_LINEAR
-    small = cv2.resize(image, crop[::-1], interpolation=how)
-    return small.reshape(*crop, -1), cv2.resize(label, crop[::-1], interpolation=cv2.INTER_NEAREST)
+    groups = [image[..., first : first + MOST] for first in range(0, image.shape[-1], MOST)]
+    groups = [cv2.resize(bands, crop[::-1], interpolation=how).reshape(*crop, -1) for bands in groups]
+    image = groups[0] if len(groups) == 1 else np.concatenate(groups, -1)
+    return image, cv2.resize(label, crop[::-1], interpolation=cv2.INTER_NEAREST_EXACT)  # the same centres
 
 
 def rectangle(size: tuple[int, int], patch: int, rng: np.random.Generator) -> tuple[slice, slice]:

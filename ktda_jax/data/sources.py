@@ -208,9 +208,9 @@ def files_by_stem(
             else:
                 found[same_name(stem)] = name
     if not found:
+        held = "the images alone" if without and not others else some(others)
         raise UserError(
-            f"no {'/'.join(extensions)} files in {directory}; it holds {some(others)}; "
-            f"correct {root} or convert the files"
+            f"no {'/'.join(extensions)} files in {directory}; it holds {held}; correct {root} or convert the files"
         )
     return found
 

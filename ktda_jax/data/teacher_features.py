@@ -18,7 +18,7 @@ import numpy as np
 from ktda_jax import UserError
 from ktda_jax.data.geometry import turned
 
-FORMAT = 1
+FORMATS = (1, 2)  # 2: of other than two views, which former versions would take for others'
 MANIFEST, RECORDS = "manifest.json", "records.npy"
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 PADDING = "zeros at bottom and right up to a multiple of the patch, after normalisation"
@@ -153,8 +153,9 @@ def read_manifest(folder: pathlib.Path) -> dict:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        if manifest["format"] != FORMAT:
-            raise UserError(f"the teacher features in {folder} have format {manifest['format']}, not {FORMAT}: {AGAIN}")
+        if manifest["format"] not in FORMATS:
+            known = " or ".join(map(str, FORMATS))
+            raise UserError(f"the teacher features in {folder} have format {manifest['format']}, not {known}: {AGAIN}")
         parts = {"made_from", "dtype", "computed_in", "shards"}
         if not parts <= manifest.keys() or not isinstance(manifest["shards"], dict):
             raise ValueError("parts are missing")

@@ -11,12 +11,18 @@ PERCENTILES = (2.5, 97.5)
 _CELLS = 2**22  # of the table of draws at once: 32 MB in float64
 
 
-def interval(confusions: np.ndarray, *, samples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Low and high end for the mIoU in percent, of one confusion matrix a tile, int64 (n, C, C), rows labels.
+def counts(confusion: np.ndarray) -> np.ndarray:
+    """Hits and unions, int64 (..., 2, C), of confusion matrices (..., C, C): all that IoU needs, and they add up."""
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    return np.stack((hits, confusion.sum(-1) + confusion.sum(-2) - hits), -2)
+
+
+def interval(by_tile: np.ndarray, *, samples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Low and high end for the mIoU in percent. by_tile: int64 (n, 2, C), the `counts` of each tile.
 
     Tiles without a counted pixel are left out; NaN with fewer than 2 others.
     """
-    iou = resampled_iou(confusions, samples=samples, seed=seed)
+    iou = resampled_iou(by_tile, samples=samples, seed=seed)
     if not len(iou):
         return float("nan"), float("nan")
     present = ~np.isnan(iou)
@@ -26,12 +32,12 @@ def interval(confusions: np.ndarray, *, samples: int = 1000, seed: int = 0) -> t
     return float(low), float(high)
 
 
-def class_intervals(confusions: np.ndarray, *, samples: int = 1000, seed: int = 0) -> np.ndarray:
+def class_intervals(by_tile: np.ndarray, *, samples: int = 1000, seed: int = 0) -> np.ndarray:
     """The same for the IoU of each class: float64 (C, 2).
 
     Draws that do not meet a class are left out for it; NaN for a class of no tile and with fewer than 2 tiles.
     """
-    iou = resampled_iou(confusions, samples=samples, seed=seed)
+    iou = resampled_iou(by_tile, samples=samples, seed=seed)
     out = np.full((iou.shape[1], 2), np.nan)
     for index, values in enumerate(iou.T):
         values = values[~np.isnan(values)]
@@ -40,20 +46,16 @@ def class_intervals(confusions: np.ndarray, *, samples: int = 1000, seed: int = 
     return out
 
 
-def resampled_iou(confusions: np.ndarray, *, samples: int = 1000, seed: int = 0) -> np.ndarray:
+def resampled_iou(by_tile: np.ndarray, *, samples: int = 1000, seed: int = 0) -> np.ndarray:
     """IoU per class in percent of each draw of n tiles: float64 (samples, C), NaN as in `summarize`.
 
     (0, C) with fewer than 2 tiles that have pixels.
     """
-    confusions = np.asarray(confusions)
-    if confusions.ndim != 3 or confusions.shape[1] != confusions.shape[2]:
-        raise ValueError(f"confusion matrices of tiles are (n, C, C), got {confusions.shape}")
-    classes = confusions.shape[1]
-    # IoU needs no more of a matrix than hits and union, and these add up: 2 C numbers a tile instead of C * C.
-    hits = np.diagonal(confusions, axis1=1, axis2=2)
-    union = confusions.sum(1) + confusions.sum(2) - hits
-    tiles = np.concatenate((hits, union), 1).astype(np.float64)
-    tiles = tiles[union.any(1)]
+    by_tile = np.asarray(by_tile)
+    if by_tile.ndim != 3 or by_tile.shape[1] != 2:
+        raise ValueError(f"hits and unions of tiles are (n, 2, C), got {by_tile.shape}")
+    classes = by_tile.shape[2]
+    tiles = by_tile[by_tile[:, 1].any(1)].reshape(-1, 2 * classes).astype(np.float64)
     n = len(tiles)
     if n < 2:
         return np.empty((0, classes))

@@ -13,12 +13,13 @@ import numpy as np
 
 from ktda_jax.data.datasets import IGNORE
 
+LARGEST = 2048  # pixels
 SHARE = 0.02  # of the image's diagonal, as in the paper
 
 
 def default_distance(height: int, width: int) -> int:
-    """d in pixels for an image of this size, at least 1."""
-    return max(1, round(SHARE * float(np.hypot(height, width))))
+    """d in pixels for an image of this size, at least 1; at most that of an image of LARGEST pixels a side."""
+    return max(1, round(SHARE * min(float(np.hypot(height, width)), LARGEST * 2**0.5)))
 
 
 def count(

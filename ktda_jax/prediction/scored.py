@@ -19,7 +19,6 @@ from ktda_jax.training.trust import Sums
 
 NAME = "scores"
 FILES = (f"{NAME}.json", f"{NAME}.csv", "confusion.png", "reliability.png")
-LARGEST = 2048  # pixels a side: beyond it, edges are no wider than in an image of that size
 BLOCK = 1 << 24  # pixels of which edges are found at once
 
 
@@ -33,7 +32,7 @@ class Scores:
         """labels: {scene: label}; mapping: as `read_label` takes it."""
         self._labels, self._mapping, self._classes = labels, mapping, classes
         self._index = {scene: index for index, scene in enumerate(labels)}
-        self._sums = Sums(len(labels), classes)
+        self._sums, self._total = Sums(len(labels), classes), np.zeros((classes, classes), np.int64)
         # Of the scene at hand: label and map (H, W), labelled pixels of it all and of its rows so far, and counts.
         self._label = self._map = np.zeros((0, 0), np.uint8)
         self._labelled = self._seen = 0
@@ -57,6 +56,7 @@ class Scores:
         if row.last:
             edges = edge_counts(self._label, self._map, self._classes)
             self._sums.add_counts(index, self._confusion, edges)
+            self._total += self._confusion
 
     def _begin(self, scene: pathlib.Path, size: tuple[int, int]) -> None:
         self._label = labelled.read(self._labels[scene], self._mapping)
@@ -68,20 +68,16 @@ class Scores:
 
     def result(self, temperature: float) -> Evaluation:
         """temperature: by which the probabilities were divided. UserError if no pixel was counted."""
-        by_scene, trust = self._sums.result(temperature)
-        confusion = by_scene.sum(0)
+        confusion = self._total
         if not confusion.any():
             raise UserError("no labelled pixel lies where its image has data, so there is nothing to score")
-        return Evaluation(confusion, summarize(confusion), [], trust)
+        return Evaluation(confusion, summarize(confusion), [], self._sums.result(temperature))
 
 
 def edge_counts(label: np.ndarray, prediction: np.ndarray, classes: int, block: int = BLOCK) -> np.ndarray:
-    """`boundary.count` of a scene of any size, in blocks of rows: int64 (2, C).
-
-    Edges are as wide as its default says, up to that of an image of LARGEST pixels a side.
-    """
+    """`boundary.count` of a scene of any size, in blocks of rows: int64 (2, C)."""
     height, width = label.shape
-    distance = min(boundary.default_distance(height, width), boundary.default_distance(LARGEST, LARGEST))
+    distance = boundary.default_distance(height, width)
     total, step = np.zeros((2, classes), np.int64), max(block // width, 1)
     for top in range(0, height, step):
         end = min(top + step, height)

@@ -50,7 +50,7 @@ class Run:
         if not total:
             return f"step {self.step:,}" if self.step else "nothing reported yet"
         done = "finished" if self.step >= total else "not finished"
-        if self.step < total and Patience.of(self.settings, self.path).exhausted(self.step):
+        if self.step < total and Patience.of(self.settings, self.path).exhausted():
             done = "stopped early"
         return f"{done}: step {self.step:,} of {total:,}"
 

@@ -46,26 +46,26 @@ def make_eval_step(
     encoder: nnx.GraphDef | None = None,
     compiler_options: dict | None = None,
 ) -> Callable:
-    """(params, batch_stats, batch[, frozen]) -> of each row its confusion matrix (B, C, C), which every process gets,
-    predictions (B, H, W) uint8 and probabilities (B, C, H, W) float32.
+    """(params, batch_stats, batch[, frozen]) -> of each row its confusion matrix (B, C, C), predictions (B, H, W) uint8
+    and, with `probabilities=True`, those (B, C, H, W) float32, else None.
 
     `encoder` is the structure of a frozen one that the model needs, `frozen` its arrays.
     """
 
     def eval_step(
-        params: Arrays, stats: Arrays, batch: dict, frozen: Arrays | None = None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        params: Arrays, stats: Arrays, batch: dict, frozen: Arrays | None = None, *, probabilities=False
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         needed = {} if encoder is None else {"teacher": merge(encoder, frozen, {})}
         logits = merge(graphdef, params, stats)(batch["image"], **needed).logits
         logits = full_size(logits, batch["label"].shape[1:3])
         predictions = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
         rows = (x[:, None] for x in (batch["label"], predictions, batch["mask"]))
         confusions = jax.vmap(lambda label, found, mask: confusion_matrix(label, found, num_classes, mask))(*rows)
-        return confusions, predictions, jnp.transpose(jax.nn.softmax(logits, -1), (0, 3, 1, 2))
+        values = jnp.transpose(jax.nn.softmax(logits, -1), (0, 3, 1, 2)) if probabilities else None
+        return confusions, predictions, values
 
-    rows = sharding.batch_sharding(mesh)
-    out = (sharding.replicated(mesh), rows, rows)
-    return jax.jit(eval_step, out_shardings=out, compiler_options=compiler_options)
+    out, options = sharding.batch_sharding(mesh), dict(compiler_options=compiler_options)
+    return jax.jit(eval_step, out_shardings=out, static_argnames="probabilities", **options)
 
 
 def evaluate(
@@ -95,10 +95,11 @@ def evaluate(
                 samples.append(sample | {"prediction": local[row]})
         # Fetched one batch late, so that the device works while the host decodes.
         if pending is not None:
-            total += np.asarray(pending, np.int64).sum(0)
+            total += sharding.local_rows(pending).sum(0, dtype=np.int64)
         pending = confusions
     if pending is not None:
-        total += np.asarray(pending, np.int64).sum(0)
+        total += sharding.local_rows(pending).sum(0, dtype=np.int64)
+    total = sharding.sum_of_processes(total)
     return Evaluation(total, summarize(total), samples)
 
 
@@ -117,7 +118,7 @@ def evaluate_tiles(
         if sums is not None:
             sums.add(found)
     total = sharding.sum_of_processes(total)
-    return Evaluation(total, summarize(total), samples, None if sums is None else sums.result()[1])
+    return Evaluation(total, summarize(total), samples, None if sums is None else sums.result())
 
 
 def table(result: Evaluation, classes: tuple[str, ...], tiles: str = "tiles") -> str:

@@ -25,6 +25,7 @@ from ktda_jax.data.sources import FolderSource, Source, labels_are, read_tile
 from ktda_jax.data.teacher_features import TeacherFeatures
 from ktda_jax.data.unlabelled import UnlabelledSource, UnlabelledSummary
 
+CAPTURED = 0.9  # of the rare crops, by one class
 SAMPLED = 64  # tiles whose values are compared with those of images without labels
 HELD_OUT = 512  # windows; of many scenes a tenth would take longer to score than to train on the rest
 UNLABELLED = "unlabelled"  # the split that these images stand for
@@ -140,6 +141,18 @@ def held_out_batches(data: Data, batch_size: int) -> tuple[Any, UnlabelledSummar
     return batches, summary
 
 
+def _captured(data: Data, rare: Rare, summary: SplitSummary) -> list[str]:
+    """Of a class so rare that nearly all rare crops would be of it, a few wrongly labelled pixels for one: a line."""
+    chosen = int(rare.shares.argmax())
+    pixels, tiles = int(summary.pixels[chosen]), len(rare.tiles[chosen])
+    if rare.shares[chosen] < CAPTURED or pixels > summary.pixels.sum() / 1e4:
+        return []
+    return [
+        f"{100 * rare.shares[chosen]:.4g} % of config.data.rare_crops lie around {data.info.classes[chosen]!r}, that is "
+        f"around {pixels} pixels in {tiles} tile(s); are they right?"
+    ]
+
+
 def augmentation(data: Data) -> Augmentation:
     return Augmentation(**{field.name: getattr(data, field.name) for field in dataclasses.fields(Augmentation)})
 
@@ -214,9 +227,12 @@ def open_inputs(settings: Settings, mixture: Mixture | None, first_row: int = 0)
                     f"the teacher features in {folder} are of a random teacher, which knows nothing; {TEACHERS}"
                 )
             fingerprints["unlabelled teacher features"] = window_features.fingerprint
+    rare = Rare.of(summary.by_tile) if data.rare_crops else None
+    if rare is not None:
+        doubtful += _captured(data, rare, summary)
     batches = pipeline.train_iterator(
         source, augmentation=augmentation(data), batch_size=settings.batch_size, seed=settings.seed,
-        rare=Rare.of(summary.by_tile) if data.rare_crops else None, on_corrupt=data.on_corrupt, features=features,
+        rare=rare, on_corrupt=data.on_corrupt, features=features,
         first_row=first_row, unlabelled=windows, unlabelled_features=window_features, mixture=mixture,
         **processes(data.num_threads),
     )  # fmt: skip

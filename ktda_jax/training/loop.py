@@ -56,7 +56,7 @@ def _to_the_end(
     extended = extension.recorded(workdir, _latest(workdir), changed)
     program = build(settings)
     patience = Patience.of(settings, workdir)
-    ahead = _latest(workdir) < settings.total_steps and not patience.exhausted(_latest(workdir))
+    ahead = _latest(workdir) < settings.total_steps and not patience.exhausted()
     compilation = Compilation(program) if ahead else None
     try:
         data = open_inputs(settings, program.mixture, extension.first_row(extended))
@@ -180,7 +180,7 @@ def _train(
     teacher, losses, skipped = program.teacher(), _Losses(settings.log_every, writer, checkpoints), 0
     needed = ("image", "label", "taps") if settings.supervised else ("image", "taps")
     for step in range(start + 1, settings.total_steps + 1):
-        if patience.exhausted(step - 1):
+        if patience.exhausted():
             writer.message(f"stopped early at step {step - 1}: no better score in config.patience={settings.patience}")
             break
         batch = next(data.batches)

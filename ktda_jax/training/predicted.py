@@ -82,19 +82,18 @@ class Predictor:
         params, stats, *frozen = arrays
 
         def of(batch, confusions, predictions, values) -> Iterator[Predicted]:
-            mine = len(batch["mask"]) * jax.process_index()
-            confusions, predictions = np.asarray(confusions, np.int64), sharding.local_rows(predictions)
+            confusions, predictions = sharding.local_rows(confusions), sharding.local_rows(predictions)
             values = sharding.local_rows(values) if probabilities else None
             for row in np.flatnonzero(batch["mask"]):
                 yield Predicted(
                     batch["name"][row], int(batch["index"][row]), batch["image"][row], batch["label"][row],
-                    predictions[row], confusions[mine + row], None if values is None else values[row],
+                    predictions[row], confusions[row].astype(np.int64), None if values is None else values[row],
                 )  # fmt: skip
 
         pending = None
         for batch in batches:
             rows = sharding.to_global(self.mesh, {k: batch[k] for k in ("image", "label", "mask")})
-            found = self.eval_step(params, stats, rows, *frozen)
+            found = self.eval_step(params, stats, rows, *frozen, probabilities=probabilities)
             if pending is not None:  # one batch late, so that the device works while the host counts
                 yield from of(*pending)
             pending = batch, *found

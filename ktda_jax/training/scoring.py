@@ -3,13 +3,13 @@
 import functools
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from ktda_jax import UserError
+from ktda_jax import UserError, sharding
 from ktda_jax.config import checks
 from ktda_jax.config import workdir as records
 from ktda_jax.config.model import model_of
@@ -23,7 +23,7 @@ from ktda_jax.training.inputs import Inputs, eval_source, held_out_batches
 from ktda_jax.training.predicted import how
 from ktda_jax.training.program import Program, build
 from ktda_jax.training.state import TrainState
-from ktda_jax.training.trust import write_temperature
+from ktda_jax.training.trust import has_temperature, write_temperature
 from ktda_jax.training.writers import Writer
 
 Scored = evaluate.Evaluation | explained.Explained
@@ -92,7 +92,7 @@ def evaluate_workdir(
     program = program or build(settings, teacher=not settings.supervised, initial=not trained)
     obstacle = None if said or jax.process_index() else records.obstacle(workdir)
     if settings.supervised:
-        batches, _, doubtful = eval_source(settings.data, split, settings.eval_batch_size)
+        batches, summary_of_split, doubtful = eval_source(settings.data, split, settings.eval_batch_size)
     else:
         (batches, held_out), doubtful = held_out_batches(settings.data, settings.eval_batch_size), []
         if trained and records.fingerprint(workdir, "held out") not in (None, held_out.fingerprint):
@@ -119,29 +119,55 @@ def evaluate_workdir(
         split, summary, table = "held out", result.summary, explained.table(result)
         what = f"{held_out.windows:,} windows held out"
         write = functools.partial(explained.write_report, result, workdir, held_out.windows)
-    calibrated = None
-    if trained and settings.supervised:  # on validation, wherever the scores are of
-        calibrated = result.trust
-        if split != settings.data.validation:
-            batches, *_ = eval_source(settings.data, settings.data.validation, settings.eval_batch_size)
-            calibrated = _evaluate(settings, program, batches, current, teacher, trust=True).trust
     if jax.process_index() == 0:
         print(f"\n{what}, step {step}:\n{table}", flush=True)
     if jax.process_index() == 0 and not obstacle:
         with records.writing(workdir / "figures"):
             write()
-            if calibrated is not None:
-                write_temperature(workdir, step, settings.data.validation, calibrated)
             if (workdir / "metrics.jsonl").exists():
                 plots.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
         with records.writing(workdir / "metrics.jsonl"):
             _append_final(workdir, step, split, summary)
         print(f"figures in {workdir / 'figures'}", flush=True)
+    if trained and settings.supervised:
+        again = functools.partial(_evaluate, settings, program, current=current, teacher=teacher, trust=True)
+        line = _calibrate(workdir, settings, step, {split: (summary_of_split, result)}, again, obstacle)
+        if line and jax.process_index() == 0:
+            print(f"no temperature was fitted: {line}", flush=True)
     return result
 
 
+def _calibrate(
+    workdir: pathlib.Path, settings: Settings, step: int, scored: Mapping[str, tuple], evaluate: Callable,
+    obstacle: str | None,
+) -> str | None:  # fmt: skip
+    """Keeps the temperature of the best checkpoint on the tiles that chose it, unless it is there; or says why not.
+
+    On other tiles, those it was trained on for example, it would be another one. All processes call this.
+    """
+    split, data = settings.data.validation, settings.data
+    known, asked = records.fingerprint(workdir, "val"), split in scored
+    if not asked and has_temperature(workdir, step):
+        return None
+    if sharding.any_process(obstacle is not None):
+        return obstacle
+    try:
+        if asked:
+            summary, found = scored[split]
+        else:
+            batches, summary, _ = eval_source(data, split, settings.eval_batch_size)
+            found = evaluate(batches=batches)
+    except UserError as error:
+        return str(error)
+    if known is not None and summary.fingerprint != known:
+        return f"the tiles of {split} are not those by which the checkpoint was chosen"
+    if jax.process_index() == 0:
+        write_temperature(workdir, step, split, found.trust)
+    return None
+
+
 def _evaluate(
-    settings: Settings, program: Program, batches: Iterable[dict], current: TrainState, teacher: Arrays, *, trust=False
+    settings: Settings, program: Program, batches: Iterable[dict], current: TrainState, teacher: Arrays, trust=False
 ) -> evaluate.Evaluation:
     params, frozen = current.params if current.ema is None else current.ema, teacher if settings.encodes else None
     if settings.data.eval_scale == "native" or trust:

@@ -1,5 +1,7 @@
 """When a training ends before its last step: on SIGTERM (preemption) and SIGINT, or for want of better scores."""
 
+import contextlib
+import json
 import pathlib
 import signal
 from collections.abc import Mapping
@@ -73,23 +75,45 @@ class StopSignal:
 
 
 class Patience:
-    """Early stopping: whether so many evaluations have passed since the best score. None: never."""
+    """Early stopping: whether so many evaluations have passed since a score was first as good as the best. None: never.
 
-    def __init__(self, evaluations: int | None, every: int, checkpoints: pathlib.Path):
-        """every: steps between evaluations; `checkpoints`: whose best one counts, so that a resumed run stops alike."""
-        self._steps = None if evaluations is None else evaluations * every
-        scores = {step: whole.score(checkpoints / str(step)) for step in whole.steps(checkpoints)}
-        self._scores = {step: score for step, score in scores.items() if score is not None}
+    It goes by `metrics.jsonl`, so that a resumed run stops alike; without that, by the checkpoints that are left.
+    """
+
+    def __init__(self, evaluations: int | None, scores: Mapping[int, float]):
+        """scores: by step, of all evaluations so far."""
+        self._evaluations, self._scores = evaluations, dict(scores)
 
     @classmethod
     def of(cls, settings: Settings, workdir: pathlib.Path) -> "Patience":
-        return cls(settings.patience, settings.eval_every, workdir / "checkpoints")
+        folder = workdir / "checkpoints"
+        steps = whole.steps(folder)
+        scores = {step: score for step in steps if (score := whole.score(folder / str(step))) is not None}
+        return cls(settings.patience, {**_reported(workdir, steps[-1] if steps else 0), **scores})
 
     def add(self, step: int, score: Mapping[str, float] | None) -> None:
         if score is not None:
             self._scores[step] = whole.only(score)
 
-    def exhausted(self, step: int) -> bool:
-        if self._steps is None or not self._scores:
+    def exhausted(self) -> bool:
+        if self._evaluations is None or not self._scores:
             return False
-        return step - whole.best(self._scores) >= self._steps
+        best = max(self._scores.values())
+        first = min(step for step, score in self._scores.items() if score == best)
+        return sum(step > first for step in self._scores) >= self._evaluations
+
+
+def _reported(workdir: pathlib.Path, last: int) -> dict[int, float]:
+    """The scores in a workdir's metrics up to a step: what was reported beyond the last checkpoint is done again."""
+    try:
+        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    found = {}
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            row = json.loads(line)
+            score = row.get("val/mIoU", row.get("val/explained"))
+            if score is not None and row["step"] <= last:
+                found[int(row["step"])] = float(score)
+    return found

@@ -63,7 +63,7 @@ class Sums:
     def __init__(self, tiles: int, classes: int):
         """tiles: of all processes."""
         self._classes, self.each = classes, max(PIXELS // tiles, 1)  # pixels kept of a tile
-        self.by_tile = np.zeros((tiles, classes, classes), np.int64)
+        self._by_tile = np.zeros((tiles, 2, classes), np.int64)  # what IoU needs: C numbers more would be too many
         self._boundary = np.zeros((2, classes), np.int64)
         self._pixels: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
@@ -75,7 +75,7 @@ class Sums:
 
     def add_counts(self, index: int, confusion: np.ndarray, edges: np.ndarray) -> None:
         """edges: int64 (2, C), see `boundary.count`."""
-        self.by_tile[index] += confusion
+        self._by_tile[index] += bootstrap.counts(confusion)
         self._boundary += edges
 
     def add_pixels(self, index: int, name: str, label: np.ndarray, probabilities: np.ndarray, most: int) -> None:
@@ -85,12 +85,9 @@ class Sums:
             raise UserError(f"the model's probabilities of tile {name} are not finite; its weights are of no use")
         self._pixels.append((values, labels, np.full(len(labels), index)))
 
-    def result(self, temperature: float | None = None) -> tuple[np.ndarray, Trust]:
-        """Confusion matrices int64 (tiles, C, C), and the rest.
-
-        temperature: that which the probabilities have already; then none is fitted.
-        """
-        by_tile = sharding.sum_of_processes(self.by_tile)
+    def result(self, temperature: float | None = None) -> Trust:
+        """temperature: that which the probabilities have already; then none is fitted."""
+        by_tile = sharding.sum_of_processes(self._by_tile)
         iou, mean = boundary.boundary_iou(sharding.sum_of_processes(self._boundary))
         nothing = np.zeros((0, self._classes), np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64)
         columns = zip(nothing, *self._pixels, strict=True)
@@ -101,8 +98,8 @@ class Sums:
             after, hit = None, values.argmax(1) == labels
             before = calibration.reliability(np.exp(values.max(1, initial=calibration.FLOOR)), hit)
         precision, recall, average = curves.precision_recall(curves.histograms(labels, np.exp(values.T)))
-        held = int((by_tile.sum((1, 2)) > 0).sum())
-        return by_tile, Trust(
+        held = int(by_tile[:, 1].any(1).sum())
+        return Trust(
             held, bootstrap.interval(by_tile), bootstrap.class_intervals(by_tile), iou, mean, temperature, before,
             after, precision, recall, 100 * average,
         )  # fmt: skip
@@ -110,6 +107,8 @@ class Sums:
 
 def calibrated(values: np.ndarray, labels: np.ndarray, tiles: np.ndarray) -> tuple[float, Reliability, Reliability]:
     """The temperature of all pixels, and reliability without and with one, see `Trust`.
+
+    1 where a temperature makes it no better on tiles that it was not fitted to, or cannot be tried on others.
 
     values: log-probabilities float32 (n, C) of pixels; labels, tiles: int64 (n,), the class and the tile of each.
     """
@@ -123,7 +122,8 @@ def calibrated(values: np.ndarray, labels: np.ndarray, tiles: np.ndarray) -> tup
         temperature = calibration.fit_temperature(values[~measured], labels[~measured])
         confidence = calibration.tempered(probabilities[:, measured], temperature).max(0)
         after += calibration.reliability(confidence, hit[measured])
-    return calibration.fit_temperature(values, labels), before, after
+    better = expected_calibration_error(after) < expected_calibration_error(before)  # not if one is NaN
+    return calibration.fit_temperature(values, labels) if better else 1.0, before, after
 
 
 def in_words(trust: Trust, tiles: str = "tiles") -> str:
@@ -132,7 +132,11 @@ def in_words(trust: Trust, tiles: str = "tiles") -> str:
     low, high = trust.interval
     spread = "" if math.isnan(low) else f"mIoU from {low:.2f} to {high:.2f} in 95 % of draws of {trust.tiles} {tiles}; "
     line = f"calibration error {before} %"
-    if trust.after is not None:
+    if trust.after is not None and math.isnan(trust.errors[1]):
+        line += "; no temperature, which could not be tried on other tiles"
+    elif trust.after is not None and trust.temperature == 1:
+        line += f"; no temperature, since it became {after} % (each half of the {tiles} by the other's)"
+    elif trust.after is not None:
         line += f", with temperature {trust.temperature:.3g} {after} % (each half of the {tiles} by the other's)"
     elif trust.temperature != 1:
         line += f", with the model's temperature {trust.temperature:.3g}"
@@ -163,6 +167,11 @@ def _without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def has_temperature(workdir: pathlib.Path, step: int) -> bool:
+    """Whether one was fitted to the checkpoint of that step."""
+    return _read(workdir).get("step") == step
+
+
 def write_temperature(workdir: pathlib.Path, step: int, split: str, trust: Trust) -> None:
     """Where `read_temperature` finds it: prediction with this workdir then uses it."""
     found = {"step": step, "split": split, "tiles": trust.tiles, **as_json(trust)["calibration"]}
@@ -171,16 +180,20 @@ def write_temperature(workdir: pathlib.Path, step: int, split: str, trust: Trust
 
 def read_temperature(workdir: pathlib.Path, step: int) -> float:
     """Of the checkpoint of that step; 1 where none was fitted to it. UserError for a file that is none of ours."""
+    found = _read(workdir)
+    return found["temperature"] if found.get("step") == step else 1.0
+
+
+def _read(workdir: pathlib.Path) -> dict:
     path = workdir / FILE
     if not path.exists():
-        return 1.0
+        return {}
     try:
         found = json.loads(path.read_text())
-        temperature, of = float(found["temperature"]), int(found["step"])
+        temperature, step = float(found["temperature"]), int(found["step"])
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature {temperature}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"cannot read {path}: {' '.join(str(error).split())}; remove it, or --mode=eval again"
-        ) from error
-    return temperature if of == step else 1.0
+        words = " ".join(str(error).split())
+        raise UserError(f"cannot read {path}: {words}; remove it, and --mode=eval writes it again") from error
+    return {"step": step, "temperature": temperature}
