@@ -148,8 +148,8 @@ def _captured(data: Data, rare: Rare, summary: SplitSummary) -> list[str]:
     if rare.shares[chosen] < CAPTURED or pixels > summary.pixels.sum() / 1e4:
         return []
     return [
-        f"{100 * rare.shares[chosen]:.4g} % of config.data.rare_crops lie around {data.info.classes[chosen]!r}, that is "
-        f"around {pixels} pixels in {tiles} tile(s); are they right?"
+        f"{100 * rare.shares[chosen]:.4g} % of config.data.rare_crops lie around {data.info.classes[chosen]!r}, "
+        f"{pixels} pixels in {tiles} tile(s); are they right?"
     ]
 
 
