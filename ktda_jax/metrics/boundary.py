@@ -8,7 +8,6 @@ Pixels labelled 255 are ignored in label and prediction alike. They are of every
 beneath is not known, and so make no boundary of their own; then they are dropped and count for none.
 """
 
-import cv2
 import numpy as np
 
 from ktda_jax.data.datasets import IGNORE
@@ -63,6 +62,8 @@ def boundary(ids: np.ndarray, counted: np.ndarray, distance: int) -> np.ndarray:
     One erosion and one dilation of the map serve all classes: the erosion of a class keeps a pixel when the lowest
     and the highest value around it are its own.
     """
+    import cv2  # only here: benchmarks run where it is not installed
+
     square = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)  # as d erosions by 3 x 3
     # The values that ignored pixels get change neither: 255 no minimum, 0 no maximum.
     lowest = cv2.erode(np.where(counted, ids, np.uint8(255)), square)

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from ktda_jax import sharding
 from ktda_jax.data.datasets import DatasetInfo
-from ktda_jax.data.pipeline import EvalBatches, EvalTiles
 from ktda_jax.figures import plots, sheets
 from ktda_jax.figures import trust as figures
 from ktda_jax.metrics.confusion import Metrics, best_constant, confusion_matrix, count, format_table, summarize
@@ -104,10 +103,13 @@ def evaluate(
 
 
 def evaluate_tiles(
-    predictor: Predictor, tiles: EvalTiles | EvalBatches, params: Arrays, stats: Arrays, frozen: Arrays | None = None,
+    predictor: Predictor, tiles: Iterable[dict], params: Arrays, stats: Arrays, frozen: Arrays | None = None,
     *, trust=False,
 ) -> Evaluation:  # fmt: skip
-    """The same tile by tile, each on one process, whose `samples` are its own; with `trust`, what `Sums` tells."""
+    """The same tile by tile, each on one process, whose `samples` are its own; with `trust`, what `Sums` tells.
+
+    tiles: data.pipeline's `EvalTiles` or `EvalBatches`.
+    """
     classes = predictor.model.classes
     total, samples = np.zeros((classes, classes), np.int64), []
     sums = Sums(tiles.count, classes) if trust else None
