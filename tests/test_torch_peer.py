@@ -151,9 +151,9 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
-    """On a tiny model, where neither grain nor tensorflow_datasets can be imported."""
+    """On a tiny model, where neither grain nor tensorflow_datasets nor OpenCV can be imported."""
     place = tmp_path_factory.mktemp("peer")
-    for module in ("grain", "tensorflow_datasets"):
+    for module in ("grain", "tensorflow_datasets", "cv2"):
         (place / f"{module}.py").write_text(f"raise ImportError('{module} is not here')\n")
     flags = [f"--config.{k}={v}" for k, v in SMALL.items()] + [f"--{k}={v}" for k, v in SIZES.items()]
     flags += ["--variants=once,tf32", f"--output={place / 'result.json'}", f"--folder={place / 'sides'}"]

@@ -15,7 +15,7 @@ from ktda_jax.config.data import Data
 from ktda_jax.metrics.confusion import count
 from ktda_jax.models.flat import Arrays, merge
 from ktda_jax.models.ktda import full_size
-from ktda_jax.tiling import device, pipeline
+from ktda_jax.tiling import device
 from ktda_jax.tiling.windows import usual_overlap
 
 
@@ -111,6 +111,8 @@ class Predictor:
 
     def _mapped(self, tiles, arrays, probabilities: bool) -> Iterator[Predicted]:
         """Each process maps whole tiles of its own, on its own devices, by the code that `predict` runs."""
+        from ktda_jax.tiling import pipeline  # only here: benchmarks run where OpenCV is not installed
+
         step, labels, values = self._windows, [], []
         step.arrays = sharding.on_each(arrays, self.mesh, step.mesh)
         strips = pipeline.finished(
