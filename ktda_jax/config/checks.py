@@ -7,7 +7,7 @@ from typing import Any
 
 from ktda_jax import UserError
 from ktda_jax.config.settings import DISTANCES, KL_AXES, Settings
-from ktda_jax.data import folds, reading
+from ktda_jax.data import reading
 from ktda_jax.data.paths import expand
 
 
@@ -57,7 +57,10 @@ def check(settings: Settings) -> None:
         )
     _choose("data.eval_scale", data.eval_scale, ("native", "crop"))
     reading.check(data, len(classes))
-    folds.check(data.folds, data.fold, records=data.source == "tfds")
+    if data.folds is not None or data.fold:
+        from ktda_jax.data import folds  # only here: benchmarks run where OpenCV is not installed
+
+        folds.check(data.folds, data.fold, records=data.source == "tfds")
     _choose("teacher.mode", settings.teacher.mode, ("computed", "precomputed"))
     _choose("teacher.dtype", settings.teacher.dtype, ("bfloat16", "float16"))
     if settings.encodes and settings.distill:
