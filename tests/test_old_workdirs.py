@@ -43,6 +43,8 @@ def test_it_goes_on_as_it_would_have(stored):
         assert ours.pop("split", None) == theirs.pop("split", None)
         # A score in percent of five tiles jumps by a few thousandths where another JAX rounds a pixel the other way.
         scores = {key for key in theirs if key.startswith(("val/", "final/"))}
+        assert all(key.startswith("final/") for key in ours.keys() - theirs.keys())  # newer versions tell more
+        ours = {key: ours[key] for key in theirs}
         assert {k: ours.pop(k) for k in scores} == pytest.approx({k: theirs.pop(k) for k in scores}, abs=0.5)
         assert ours == pytest.approx(theirs, rel=1e-3)
     assert json.loads((workdir / "config.json").read_text())["version"] == VERSION

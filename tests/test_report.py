@@ -262,7 +262,7 @@ def test_precomputed_features_are_those_on_disk(trained, tmp_path):
     assert "not the tiles that training scored" in found.scored  # its run.json speaks of others
     assert found.features.names == ["t0", "t1", "t2"] and "precomputed, made by a random" in found.features.teacher
     computed = features.computed(
-        load(run, config.dtype), None, config.seed, found.features.names, found.features.images
+        load(run, Settings.of(config)), None, config.seed, found.features.names, found.features.images
     )
     for ours, theirs in zip(computed.levels, found.features.levels, strict=True):
         for a, b in zip(ours, theirs, strict=True):
