@@ -67,6 +67,24 @@ def test_it_stops_early_where_scores_get_no_better_and_more_patience_goes_on(toy
     assert runs.steps(tmp_path, "val/mIoU") == [2, 4, 6, 8, 10, 12]
 
 
+def test_a_workdir_older_than_what_configs_set_goes_on_as_it_was_begun(toy, tiles, tmp_path, capsys):
+    """configs/custom.py scores at native scale and turns tiles since there are such settings."""
+    toy()
+    loop.train_and_evaluate(runs.config(tiles), tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["data"]["eval_scale"], saved["data"]["rotate"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    now = runs.config(tiles, {"data.eval_scale": "native", "data.rotate": True})
+    for _ in range(2):  # its record stays as old as it is
+        result = loop.train_and_evaluate(now, tmp_path)
+        out = capsys.readouterr().out
+        assert "goes on as it was begun: config.data.eval_scale=crop, config.data.rotate=False" in out
+        assert "tiles squeezed to 64 x 64" in out and result.confusion.any()
+    with pytest.raises(UserError, match=r"another config: data.rotate \(saved False, now True\)"):
+        loop.train_and_evaluate(runs.config(tiles), tmp_path / "new")
+        loop.train_and_evaluate(runs.config(tiles, {"data.rotate": True}), tmp_path / "new")
+
+
 def test_what_is_wrong_with_the_test_split_is_said_before_training(toy, tiles, tmp_path):
     toy(at={1: lambda: pytest.fail("trained")})
     with pytest.raises(UserError, match="test"):

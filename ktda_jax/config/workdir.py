@@ -1,6 +1,7 @@
 """A workdir's record of its training, `config.json` and `run.json`: written, read again, and compared with settings."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -21,10 +22,17 @@ CONFIG, RUN = "config.json", "run.json"
 READING = 2  # how tiles are read: since 2, alpha bands with soft edges count, and masks beside config.data.nodata
 
 
-def write(workdir: pathlib.Path, settings: Settings) -> None:
-    """The settings by section, as a config has them; `read` gives them back."""
+# Settings that configs of ours have set since they exist: the same command then asks an older workdir for another
+# training than the one that it began.
+SET_SINCE = ("data.eval_scale", "data.rotate")
+
+
+def write(workdir: pathlib.Path, settings: Settings, *, without: Sequence[str] = ()) -> None:
+    """The settings by section, as a config has them; `read` gives them back. `without`: what as_begun has named."""
     nested: dict[str, Any] = {"version": VERSION}
     for key, value in flat(settings).items():
+        if key in without:
+            continue
         *sections, name = key.split(".")
         place = nested
         for section in sections:
@@ -46,6 +54,17 @@ def read(workdir: pathlib.Path) -> Settings:
         return Settings.of(saved, strict=False)  # whatever else a user wrote into a config
     except UserError as error:
         raise UserError(f"{path} does not describe a training of ours: {error}") from error
+
+
+def as_begun(workdir: pathlib.Path, settings: Settings) -> tuple[Settings, list[str]]:
+    """The settings, and of SET_SINCE those that a training of the workdir lacks and that are therefore as before."""
+    if not (workdir / CONFIG).exists() or not steps(workdir):
+        return settings, []
+    saved = read(workdir)
+    held, before, ours = flatten(json.loads((workdir / CONFIG).read_text())), flat(saved), flat(settings)
+    newer = [key for key in SET_SINCE if key not in held and before[key] != ours[key]]
+    values = {(name := key.removeprefix("data.")): getattr(saved.data, name) for key in newer}
+    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, **values)), newer
 
 
 def is_workdir(path: pathlib.Path) -> bool:

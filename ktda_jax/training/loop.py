@@ -41,12 +41,18 @@ def train_and_evaluate(
         claim, remedy = f"workdir {workdir} is being trained", "use another --workdir or stop it"
         alone = lock.hold(workdir, place=f"--workdir={workdir}", claim=claim, remedy=remedy)
     with alone as still_alone, stop or StopSignal() as stop:
-        finished, program = _to_the_end(settings, workdir, still_alone, stop, extend)
-        return evaluate_workdir(config, workdir, program=program) if finished else None
+        settings, newer = records.as_begun(workdir, settings)
+        finished, program = _to_the_end(settings, newer, workdir, still_alone, stop, extend)
+        return evaluate_workdir(settings, workdir, program=program) if finished else None
 
 
 def _to_the_end(
-    settings: Settings, workdir: pathlib.Path, still_alone: Callable[[], None], stop: StopSignal, extend: bool
+    settings: Settings,
+    newer: list[str],
+    workdir: pathlib.Path,
+    still_alone: Callable[[], None],
+    stop: StopSignal,
+    extend: bool,
 ) -> tuple[bool, Program]:
     """Trains what is left of it; whether that was finished, and what it was made with."""
     if workdir.is_dir():
@@ -65,9 +71,12 @@ def _to_the_end(
         still_alone()
         checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints)
         with checkpoints, writer:
-            start, current = _begin(workdir, settings, program, data, checkpoints, extended, writer)
+            start, current = _begin(workdir, settings, newer, program, data, checkpoints, extended, writer)
             writer.resume(start)
             _tell(writer, settings, program, data, start)
+            if newer:
+                values = ", ".join(f"config.{key}={getattr(settings.data, key.removeprefix('data.'))}" for key in newer)
+                writer.message(f"this training is older than some settings and goes on as it was begun: {values}")
             if changed:
                 writer.message(_extension(settings, start, changed))
             parts = program, data, start, current, compilation, checkpoints, writer
@@ -99,6 +108,7 @@ def _make(workdir: pathlib.Path) -> None:
 def _begin(
     workdir: pathlib.Path,
     settings: Settings,
+    newer: list[str],
     program: Program,
     data: Inputs,
     checkpoints: Checkpoints,
@@ -112,7 +122,7 @@ def _begin(
             data.doubtful.append(doubt)
     if jax.process_index() == 0:
         records.write_run(workdir, settings, data.fingerprints, extended)  # first: a kill between them loses nothing
-        records.write(workdir, settings)
+        records.write(workdir, settings, without=newer)
     if not start:
         return 0, _initial(settings, program, data, writer)
     current, position = checkpoints.restore(start, program.abstract, program.shardings)

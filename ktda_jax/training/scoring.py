@@ -59,13 +59,13 @@ def explain(
 
 
 def evaluate_workdir(
-    config: Mapping[str, Any], workdir: str | pathlib.Path, *, program: Program | None = None
+    config: Mapping[str, Any] | Settings, workdir: str | pathlib.Path, *, program: Program | None = None
 ) -> Scored:
     """Evaluates the best checkpoint on the test split, or on validation without one; writes the figures.
 
     A distillation without labels is evaluated on its held-out images.
     """
-    workdir, settings = expand(workdir), checks.resolve(config)
+    workdir, settings = expand(workdir), config if isinstance(config, Settings) else checks.resolve(config)
     split = settings.data.test_split or settings.data.validation
     trained = (workdir / "checkpoints").is_dir()
     if trained:
@@ -149,18 +149,18 @@ def _calibrate(
     known, asked = records.fingerprint(workdir, "val"), split in scored
     if not asked and has_temperature(workdir, step):
         return None
-    if sharding.any_process(obstacle is not None):
-        return obstacle
+    if sharding.any_process(obstacle is not None):  # which has been said
+        return None
     try:
-        if asked:
-            summary, found = scored[split]
-        else:
-            batches, summary, _ = eval_source(data, split, settings.eval_batch_size)
+        batches, summary, _ = (
+            (None, scored[split][0], None) if asked else eval_source(data, split, settings.eval_batch_size)
+        )
+        if known is not None and summary.fingerprint != known:
+            return f"the tiles of {split} are not those by which the checkpoint was chosen"
+        if not asked:
             found = evaluate(batches=batches)
     except UserError as error:
         return str(error)
-    if known is not None and summary.fingerprint != known:
-        return f"the tiles of {split} are not those by which the checkpoint was chosen"
     if jax.process_index() == 0:
         write_temperature(workdir, step, split, found.trust)
     return None
