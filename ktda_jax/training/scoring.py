@@ -152,9 +152,10 @@ def _calibrate(
     if sharding.any_process(obstacle is not None):  # which has been said
         return None
     try:
-        batches, summary, _ = (
-            (None, scored[split][0], None) if asked else eval_source(data, split, settings.eval_batch_size)
-        )
+        if asked:
+            summary, found = scored[split]
+        else:
+            batches, summary, _ = eval_source(data, split, settings.eval_batch_size)
         if known is not None and summary.fingerprint != known:
             return f"the tiles of {split} are not those by which the checkpoint was chosen"
         if not asked:
