@@ -1,6 +1,7 @@
 """The `(data, fsdp)` mesh, and shardings by rule. Both axes split the batch; `fsdp` also splits the parameters."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -90,9 +91,14 @@ def on_each(tree: Any, mesh: Mesh, local: Mesh) -> Any:
     if jax.process_count() == 1:
         return jax.device_put(tree, target)
     if any(not x.sharding.is_equivalent_to(whole, x.ndim) for x in jax.tree.leaves(tree)):
-        tree = jax.jit(lambda x: x, out_shardings=whole)(tree)  # all processes call this
+        tree = _gathering(mesh)(tree)  # all processes call this
     shards = jax.tree.map(lambda x: [s.data for s in x.addressable_shards], tree)
     return jax.tree.map(lambda x, held: jax.make_array_from_single_device_arrays(x.shape, target, held), tree, shards)
+
+
+@functools.cache  # a function anew would be compiled anew, at every evaluation
+def _gathering(mesh: Mesh) -> Callable:
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
 def sum_of_processes(array: np.ndarray) -> np.ndarray:
