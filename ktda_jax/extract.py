@@ -193,7 +193,7 @@ def _step(graphdef, model: KTDAConfig, dtype, stored: np.dtype, mesh, views: int
             found.append(vit(jnp.rot90(mirrored, number // 2, axes=(1, 2))))
         return tuple(jnp.stack([each[k] for k in levels], 1).astype(stored) for each in found)
 
-    return jax.jit(taps, out_shardings=(sharding.batch_sharding(mesh),) * views)
+    return jax.jit(sharding.on_mesh(mesh, taps), out_shardings=(sharding.batch_sharding(mesh),) * views)
 
 
 def _write(path: pathlib.Path, dtype: str, step, teacher, batches, mesh) -> None:

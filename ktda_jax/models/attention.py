@@ -1,10 +1,11 @@
 """Self-attention whose memory grows with the number of tokens N, not with its square.
 
-Four ways to the same result:
+Five ways to the same result:
   plain     materialises (B, heads, N, N); fastest for short sequences.
   chunked   holds the scores of one chunk of queries at a time, forward and backward.
   unrolled  the same forward, as a graph without loops, for formats that have none to speak of (ONNX).
   cudnn     NVIDIA's flash attention, for bfloat16 and float16.
+  splash    JAX's fused kernel for TPUs (splash.py), for bfloat16 on the mesh that the caller has set.
 
 The batch axis is a batch dimension of every product and is never looped over, so it may be sharded.
 """
@@ -16,21 +17,25 @@ import jax.numpy as jnp
 from absl import logging
 from jax import lax
 
-IMPLEMENTATIONS = ("plain", "chunked", "unrolled", "cudnn", "xla")
+from ktda_jax.models import splash
+
+IMPLEMENTATIONS = ("plain", "chunked", "unrolled", "cudnn", "splash", "xla")
 PLAIN_TOKENS = 512  # on CPU plain is up to a third faster at 361 tokens, and half as fast from 1,024
 
 
 def attention(query, key, value, *, implementation=None):
     """softmax(query key^T / sqrt(head_dim)) value; all (B, N, heads, head_dim), floating, one dtype.
 
-    `implementation` is one of the above; None chooses by this process's device, dtype and N, 'xla' by N alone, so that
-    the program runs on any device. 'cudnn' takes 16-bit inputs of an even number of tokens only (JAX refuses odd ones
+    `implementation` is one of the above; None chooses by device, dtype and N, 'xla' by N alone, so that the program
+    runs on any device. 'cudnn' takes 16-bit inputs of an even number of tokens only (JAX refuses odd ones
     in training) and is 'chunked' for others. Softmax is float32 or wider.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"attention implementation {implementation!r} is none of {IMPLEMENTATIONS}")
     tokens, head_dim = query.shape[1], query.shape[3]
     fused = query.dtype in (jnp.bfloat16, jnp.float16) and tokens % 2 == 0
+    if implementation is None and splash.fits(query):
+        implementation = "splash"
     if implementation in (None, "xla"):
         # cuDNN's kernels take head_dim up to 128 in multiples of 8.
         fits = implementation is None and fused and head_dim % 8 == 0 and head_dim <= 128
@@ -38,6 +43,8 @@ def attention(query, key, value, *, implementation=None):
         implementation = "cudnn" if cudnn else "plain" if tokens <= PLAIN_TOKENS else "chunked"
     if implementation == "cudnn" and fused:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    if implementation == "splash":
+        return splash.splash(query, key, value)
     if implementation == "plain":
         return _plain(query, key, value)
     if implementation == "unrolled":

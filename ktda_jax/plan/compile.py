@@ -19,7 +19,7 @@ from ktda_jax import UserError
 from ktda_jax.config import checks
 from ktda_jax.config.model import compute_dtype, model_of
 from ktda_jax.models import flat
-from ktda_jax.plan import flops, slices
+from ktda_jax.plan import flops, kernels, slices
 from ktda_jax.plan.slices import ACCELERATOR, CHIPS, SLICES
 from ktda_jax.training.program import build
 
@@ -61,7 +61,8 @@ def compile_for(config: ConfigDict, topology: str) -> dict:
     # float32 arrays to read and three to write for each parameter.
     touched, update = compiled.cost_analysis()["bytes accessed"], 28 * parameters / fsdp
     touched += (accumulate - 1) * max(touched - update, 0)
-    touched += flops.repeated_bytes(traced.jaxpr.jaxpr, accumulate) / mesh.size
+    in_kernels = kernels.touched(traced.jaxpr.jaxpr)
+    touched += flops.repeated_bytes(traced.jaxpr.jaxpr, accumulate) / mesh.size + in_kernels
     model_flops = flops.of_model(model, crop, distill=bool(program.arguments[2]))["training"] * settings.batch_size
     return {
         "config": settings.data.name,
@@ -80,6 +81,7 @@ def compile_for(config: ConfigDict, topology: str) -> dict:
         "model_tflop": model_flops / mesh.size / 1e12,
         "tflop": flops.of_jaxpr(traced.jaxpr.jaxpr) / mesh.size / 1e12,
         "touched_gb": touched / 1e9,
+        "kernel_gb": in_kernels / 1e9,
         "gradient_gb": parameters / fsdp * compute_dtype(settings.dtype).itemsize / 1e9,
         "collective_gb": collective_bytes(compiled.as_text(), accumulate, mesh.size),
     }
@@ -168,7 +170,8 @@ def text_of(report: dict) -> str:
         f"GB a chip: state and batch {report['state_gb']:.2f}, temporaries {report['temporary_gb']:.2f}, "
         f"program {report['program_gb']:.2f}, further outputs {report['new_outputs_gb']:.2f}",
         f"a chip and step: {report['model_tflop']:.2f} TFLOP of the model, {report['tflop']:.2f} with what is computed "
-        f"again; {report['touched_gb']:.1f} GB touched; collectives in GB: {collectives}",
+        f"again; {report['touched_gb']:.1f} GB touched, {report['kernel_gb']:.1f} of them in fused attention",
+        f"collectives in GB: {collectives}",
         f"estimated ms: products {1e3 * seconds['compute']:.1f}, memory {1e3 * seconds['memory']:.1f}, links "
         f"{1e3 * seconds['links']:.1f}",
         "",

@@ -25,10 +25,10 @@ def count(function: Callable, *args: Any) -> int:
 
 
 def of_jaxpr(jaxpr) -> int:
-    return sum(_equation(equation) for equation in _used(jaxpr))
+    return sum(_equation(equation) for equation in used(jaxpr))
 
 
-def _used(jaxpr) -> list:
+def used(jaxpr) -> list:
     """Equations whose results are needed: a recomputation also writes down a product that its gradient does not use."""
     needed, kept = set(map(id, jaxpr.outvars)), []
     for equation in reversed(jaxpr.eqns):
@@ -42,14 +42,17 @@ def _used(jaxpr) -> list:
 def repeated_bytes(jaxpr, accumulate: int = 1) -> float:
     """Bytes that the products in loops read and write from the second turn on, which XLA's count leaves out.
 
-    The loop over `accumulate` micro-batches is left out too, but not what loops inside it.
+    The loop over `accumulate` micro-batches is left out too, but not what loops inside it; and so are kernels
+    (`kernels.py`).
     """
     total = 0
     for equation in jaxpr.eqns:
-        inner = sum(repeated_bytes(j, accumulate) for j in _inside(equation))
+        if equation.primitive.name == "pallas_call":
+            continue
+        inner = sum(repeated_bytes(j, accumulate) for j in inside(equation))
         if equation.primitive.name == "scan":
             length = equation.params["length"]
-            (body,) = _inside(equation)
+            (body,) = inside(equation)
             products = [e for e in _all(body) if e.primitive.name == "dot_general"]
             sizes = sum(v.aval.size * v.aval.dtype.itemsize for e in products for v in (*e.invars, *e.outvars))
             micro_batches = length == accumulate > 1 and any(e.primitive.name == "scan" for e in _all(body))
@@ -61,11 +64,11 @@ def repeated_bytes(jaxpr, accumulate: int = 1) -> float:
 def _all(jaxpr):
     for equation in jaxpr.eqns:
         yield equation
-        for inner in _inside(equation):
+        for inner in inside(equation):
             yield from _all(inner)
 
 
-def _inside(equation) -> list:
+def inside(equation) -> list:
     """The jaxprs that an equation runs; of several forms for several platforms, the one for accelerators."""
     params = equation.params
     if equation.primitive.name == "cond":  # platform_dependent, whose default comes last
@@ -88,7 +91,17 @@ def _equation(equation) -> int:
         return 2 * math.prod(equation.outvars[0].aval.shape) * per_output // inserted
     if name == "while":
         raise UserError("a while loop's length is not known before it runs; count a function without one")
-    return (params["length"] if name == "scan" else 1) * sum(map(of_jaxpr, _inside(equation)))
+    return times(equation) * sum(map(of_jaxpr, inside(equation)))
+
+
+def times(equation) -> int:
+    """How often what is `inside` an equation runs: in a loop, on all devices, in a kernel's grid."""
+    name, params = equation.primitive.name, equation.params
+    if name == "shard_map":
+        return params["mesh"].size
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    return params["length"] if name == "scan" else 1
 
 
 def of_model(model: KTDAConfig, size: tuple[int, int], *, distill: bool = True) -> dict[str, int]:

@@ -75,7 +75,9 @@ class Step:
             found = jnp.transpose(found, (0, 3, 1, 2)).astype(jnp.float32)
             return found * rows[:, None, :, None] * columns[:, None, None, :]
 
-        self._run = jax.jit(run, out_shardings=self._rows, compiler_options=compiler_options)
+        self._run = jax.jit(
+            sharding.on_mesh(self.mesh, run), out_shardings=self._rows, compiler_options=compiler_options
+        )
 
     def __call__(self, images: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
         """images: uint8 `shape`; rows (B, h) and columns (B, w): weights -> (B, classes, h, w) float32, in flight.

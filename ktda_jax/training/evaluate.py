@@ -64,7 +64,7 @@ def make_eval_step(
         return confusions, predictions, values
 
     out, options = sharding.batch_sharding(mesh), dict(compiler_options=compiler_options)
-    return jax.jit(eval_step, out_shardings=out, static_argnames="probabilities", **options)
+    return jax.jit(sharding.on_mesh(mesh, eval_step), out_shardings=out, static_argnames="probabilities", **options)
 
 
 def evaluate(

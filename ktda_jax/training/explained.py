@@ -75,7 +75,9 @@ def make_eval_step(
             found.append({"tokens": tokens, "t": t.sum((0, 1, 2)), **products})
         return found
 
-    return jax.jit(eval_step, out_shardings=sharding.replicated(mesh), compiler_options=compiler_options)
+    return jax.jit(
+        sharding.on_mesh(mesh, eval_step), out_shardings=sharding.replicated(mesh), compiler_options=compiler_options
+    )
 
 
 def evaluate(

@@ -204,7 +204,8 @@ def build(
         return sharding.place(TrainState(zeros.step, params, stats, zeros.opt_state, ema), shardings)
 
     step = functools.partial(
-        train_step, settings=settings, graphdef=graphdef, teacher_graphdef=teacher_graphdef, optimizer=optimizer,
+        sharding.on_mesh(mesh, train_step), settings=settings, graphdef=graphdef,
+        teacher_graphdef=teacher_graphdef, optimizer=optimizer,
         schedule=schedule, mesh=mesh, mixture=mixture,
     )  # fmt: skip
     options = compiler_options(mesh)

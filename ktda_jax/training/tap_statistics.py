@@ -53,4 +53,4 @@ def _moments(program: Program, settings: Settings):
         variances = [jnp.ones(width) if tap is None else tap.var((0, 1, 2)) for tap in taps]
         return jnp.stack(means), jnp.stack(variances)
 
-    return jax.jit(moments, out_shardings=sharding.replicated(program.mesh))
+    return jax.jit(sharding.on_mesh(program.mesh, moments), out_shardings=sharding.replicated(program.mesh))
