@@ -104,9 +104,8 @@ def test_operations_and_bytes_by_hand():
     statistics = heads * 3072 * 128 * 4  # one number a query in every lane
     assert kernels.touched(forward) == array + 3 * 2 * array + array
     vectors = 2 * heads * 8 * 3072 * 4  # the logarithms and the products, in eight rows
-    backward = (
-        2 * array + 2 * (2 * array + vectors) + (2 * array + 2 * array)
-    )  # partial gradients of two blocks of keys
+    # Keys and values once, the rest for both blocks of keys, two partial gradients of the queries, and two whole ones.
+    backward = 2 * array + 2 * (2 * array + vectors) + 2 * array + 2 * array
     assert kernels.touched(both) == array + 3 * 2 * array + array + statistics + backward
 
 
