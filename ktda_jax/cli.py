@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar, NoReturn
 
 from absl import app, flags, logging
@@ -41,6 +41,8 @@ VERBS = {
 
 Parser = Callable[[list[str]], list[str]]  # the command line -> what is left of it, for app.run
 
+FAILED_SECONDS = 5  # that a process which failed waits for the others
+
 flags.DEFINE_bool("traceback", False, "Show where in the program an error was found, too.")
 
 
@@ -55,6 +57,11 @@ def define_processes() -> None:
     flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
     flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.")
     flags.DEFINE_integer("join_timeout", 300, "With --coordinator: seconds to wait for all to start.", 1)
+    flags.DEFINE_integer(
+        "stopped_status",
+        None,
+        "Exit status if a signal stopped it before its end; default 130 for ctrl-c, 143 for SIGTERM.",
+    )
 
 
 def define_heads() -> None:
@@ -108,6 +115,7 @@ def parser(*required: str, hint: str = "all options are flags, see --help") -> C
         for name in required:
             if not flags.FLAGS[name].value:
                 sys.exit(f"error: give --{name}; see --help")
+        _check_processes()
         return rest
 
     return parse
@@ -129,10 +137,19 @@ def parse_config(argv: list[str]) -> list[str]:
         sys.exit(f"error: unexpected argument {rest[1]!r}; settings are given as --config.KEY=VALUE")
     if config() is None:
         sys.exit("error: give a config: --config=configs/grass.py")
-    if given("coordinator") not in (None, "auto") and None in (given("num_processes"), given("process_id")):
-        sys.exit("error: --coordinator=HOST:PORT needs --num_processes and --process_id too")
+    _check_processes()
     in_one_line(checks.resolve, config())
     return rest
+
+
+def _check_processes() -> None:
+    count, index = given("num_processes"), given("process_id")
+    if given("coordinator") not in (None, "auto") and None in (count, index):
+        sys.exit("error: --coordinator=HOST:PORT needs --num_processes and --process_id too")
+    if (count is None) != (index is None):
+        sys.exit("error: --num_processes and --process_id go together; give both")
+    if count is not None and not 0 <= index < count:
+        sys.exit(f"error: --process_id={index} is not one of --num_processes={count}, which are counted from 0")
 
 
 def _at_home(argument: str) -> str:
@@ -187,7 +204,7 @@ def _leave(message: str) -> None:
     Of several processes JAX has to tell the others, so only the compiling one is left to itself.
     """
     others = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
-    if any(t.name.startswith("compilation") for t in others) or (others and not given("coordinator")):
+    if any(t.name.startswith("compilation") for t in others) or (others and not _joined.is_set()):
         sys.stdout.flush()
         sys.stderr.write(message + "\n")
         sys.stderr.flush()
@@ -260,6 +277,7 @@ class _Signals:
 
 
 _signals, _ending = _Signals(), threading.Lock()
+_joined = threading.Event()  # other processes, by JAX
 hear_signals = _signals.hear
 
 
@@ -308,6 +326,18 @@ def _join(jax) -> None:
     count, index = given("num_processes"), given("process_id")
     jax.distributed.initialize(address, count, index, initialization_timeout=seconds + 60)
     timer.cancel()
+    _joined.set()
+
+
+@contextlib.contextmanager
+def failing_alone() -> Iterator[None]:
+    """An error within it ends the process soon: JAX would wait at exit for the others, while they wait for this one."""
+    try:
+        yield
+    except Exception:
+        if given("coordinator"):
+            end_after(FAILED_SECONDS)  # unless all fail alike
+        raise
 
 
 def end_after(seconds: int, message: str = "") -> threading.Timer:

@@ -245,7 +245,8 @@ def _say(text: str) -> None:
 def main(_: list[str]) -> None:
     cli.start()
     cli.stop_cleanly()
-    folder = run(cli.config())
+    with cli.failing_alone():
+        folder = run(cli.config())
     _say(f"done; train with --config.teacher.mode=precomputed --config.teacher.features={folder}")
 
 

@@ -13,13 +13,6 @@ cli.define_processes()
 WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; default runs/<config name>.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train (or resume) and evaluate, or only evaluate.")
 EXTEND = flags.DEFINE_bool("extend", False, "Go on with another config.total_steps or config.batch_size than before.")
-STOPPED_STATUS = flags.DEFINE_integer(
-    "stopped_status",
-    None,
-    "Exit status if a signal stopped it before its end; default 130 for ctrl-c, 143 for SIGTERM.",
-)
-
-FAILED_SECONDS = 5  # that a process which failed waits for the others
 
 
 def _workdir() -> str:
@@ -45,18 +38,14 @@ def main(_: list[str]) -> None:
 
     cli.stop_cleanly()
     stop = StopSignal()
-    try:
+    with cli.failing_alone():
         if MODE.value == "eval":
             loop.evaluate_workdir(cli.config(), _workdir())
         else:
             loop.train_and_evaluate(cli.config(), _workdir(), extend=EXTEND.value, stop=stop)
-    except Exception:
-        if cli.given("coordinator"):
-            # JAX waits at exit for the others, minutes, while they wait for this one; unless all fail alike.
-            cli.end_after(FAILED_SECONDS)
-        raise
     if stop.number:
-        sys.exit(128 + stop.number if STOPPED_STATUS.value is None else STOPPED_STATUS.value)
+        status = cli.given("stopped_status")
+        sys.exit(128 + stop.number if status is None else status)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # N processes of one training on this machine: launch/local.sh N CONFIG-FLAGS...
+# Or of another verb: launch/local.sh N predict|extract FLAGS... Those of predict go on when another dies.
 # Exit status: 0 finished, 75 stopped by a signal (the same command goes on), else that of the first worker that died.
 # Environment: RETRIES=0 restarts after a failure, GRACE=5 seconds for the others to end by themselves after a failure,
 # LOGS= folder of the other processes' output (default <workdir>/logs), PYTHON=python.
@@ -15,6 +16,12 @@ die() {
 [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || die "the number of processes is '${1:-}'; usage: local.sh N --config=FILE [FLAGS...]"
 readonly N=$1
 shift
+verb=main
+if [[ -n ${1:-} && $1 != -* ]]; then
+  verb=$1
+  shift
+fi
+[[ $verb =~ ^(main|predict|extract)$ ]] || die "'$verb' is no verb for several processes; use main, predict or extract"
 readonly PYTHON=${PYTHON:-python} RETRIES=${RETRIES:-0} GRACE=${GRACE:-5}
 [[ $RETRIES =~ ^[0-9]+$ ]] || die "RETRIES is '$RETRIES'; give a number of restarts, such as RETRIES=3"
 [[ $GRACE =~ ^[0-9]+$ ]] || die "GRACE is '$GRACE'; give whole seconds, such as GRACE=5"
@@ -30,7 +37,7 @@ mkdir -p "$logs" || die "cannot make the log folder '$logs'; set LOGS to a folde
 # Workers inherit the lock: those that outlive a killed local.sh still write to the workdir and must be ended first.
 if command -v flock >/dev/null; then
   exec 9>"$logs/lock"
-  flock -w 5 9 || die "processes of an earlier local.sh still run with logs in '$logs'; stop them, or use another --workdir"
+  flock -w 5 9 || die "processes of an earlier local.sh still run with logs in '$logs'; stop them, or use another --workdir or LOGS"
 fi
 
 # One GPU for each process, if there are as many. CPUs need nothing: a process has one CPU device unless XLA_FLAGS
@@ -68,7 +75,7 @@ start() {
   # A process group each: ctrl-C on a terminal then reaches the workers once, through pass_on, and a kill their children.
   set -m
   for ((k = 0; k < N; k++)); do
-    local command=("$PYTHON" -m ktda_jax.main "$@" "--coordinator=localhost:$port" "--num_processes=$N"
+    local command=("$PYTHON" -m "ktda_jax.$verb" "$@" "--coordinator=localhost:$port" "--num_processes=$N"
       "--process_id=$k" "--stopped_status=$STOPPED")
     ((${#gpus[@]} != N)) || command=(env "CUDA_VISIBLE_DEVICES=${gpus[k]}" "${command[@]}")
     if ((k == 0)); then
@@ -81,7 +88,9 @@ start() {
   set +m
 }
 
-watch() { # until all have ended; the status of the first that died, and the others killed after it
+watch() { # until all have ended; the status of the first that died, and the others killed after it unless they map
+  local others="are stopped"
+  [[ $verb != predict ]] || others="go on"
   local k status running failed=0 deadline=0
   local -a ended=()
   while :; do
@@ -97,14 +106,15 @@ watch() { # until all have ended; the status of the first that died, and the oth
       ended[k]=$status
       if ((status != 0 && status != STOPPED && failed == 0)); then
         failed=$status deadline=$((SECONDS + GRACE))
-        echo "local.sh: process $k ended with status $status; the others are stopped" >&2
+        echo "local.sh: process $k ended with status $status; the others $others" >&2
         ((k == 0)) || tail -n 3 "$logs/process_$k.log" >&2
       elif ((status == STOPPED && failed == 0)); then
         stopped=1
       fi
     done
     ((running > 0)) || break
-    if ((failed != 0 && SECONDS >= deadline)); then # they wait for the dead one and do not listen to SIGTERM
+    # The others wait for the dead one and do not listen to SIGTERM.
+    if [[ $verb != predict ]] && ((failed != 0 && SECONDS >= deadline)); then
       for ((k = 0; k < N; k++)); do
         [[ -n ${ended[k]:-} ]] || kill -KILL -- "-${pids[k]}" 2>/dev/null || true
       done
@@ -127,5 +137,10 @@ done
 if ((status == 0 && stopped)); then
   status=$STOPPED
 fi
-((status == 0 || status == STOPPED)) || echo "local.sh: failed with status $status; the same command goes on from the last checkpoint" >&2
+case $verb in
+  main) remedy="the same command goes on from the last checkpoint" ;;
+  extract) remedy="the same command begins anew" ;;
+  predict) remedy="the same command with --skip_existing maps what is left" ;;
+esac
+((status == 0 || status == STOPPED)) || echo "local.sh: failed with status $status; $remedy" >&2
 exit "$status"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Several nodes with GPUs under Slurm: sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh CONFIG-FLAGS...
+# Or of another verb: ... launch/slurm.sh predict|extract FLAGS... Tasks of predict go on when another dies.
 # One task per GPU, or --ntasks-per-node=1 for one per node. Do not use --gpus-per-task: JAX picks a task's GPU by its
 # SLURM_LOCALID among all of the node's. Submit from the repository, with the environment active (or set PYTHON).
 # Exit status: 0 finished, 75 stopped by a signal (the same command goes on), else failed.
@@ -20,6 +21,20 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
   exit 2
 fi
 
+verb=main together=(--kill-on-bad-exit=1)
+if [[ -n ${1:-} && $1 != -* ]]; then
+  verb=$1
+  shift
+fi
+case $verb in
+  main | extract) ;;
+  predict) together=(--kill-on-bad-exit=0 --wait=0) ;; # seconds after the first has ended; 0: for ever
+  *)
+    echo "slurm.sh: error: '$verb' is no verb for several processes; use main, predict or extract" >&2
+    exit 2
+    ;;
+esac
+
 # Under Slurm JAX gives a task one GPU. A task alone on its node shall have all of them.
 if [[ ${SLURM_NTASKS_PER_NODE:-} == 1 && ${SLURM_GPUS_ON_NODE:-1} -gt 1 ]]; then
   JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
@@ -37,7 +52,7 @@ pass_on() {
 }
 trap pass_on TERM
 
-srun --kill-on-bad-exit=1 "$PYTHON" -m ktda_jax.main "$@" --coordinator=auto --stopped_status=75 &
+srun "${together[@]}" "$PYTHON" -m "ktda_jax.$verb" "$@" --coordinator=auto --stopped_status=75 &
 tasks=$!
 while :; do
   status=0 interrupted=0
@@ -46,7 +61,7 @@ while :; do
 done
 
 if ((requeue)); then
-  echo "slurm.sh: stopped by SIGTERM (tasks ended with status $status); requeued to go on from the last checkpoint"
+  echo "slurm.sh: stopped by SIGTERM (tasks ended with status $status); requeued to go on"
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

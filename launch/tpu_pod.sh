@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A training on a Cloud TPU slice of any number of hosts, from a machine that has gcloud.
 #   launch/tpu_pod.sh run CONFIG-FLAGS...   creates the slice or takes the one there is, installs, trains or resumes
+#   launch/tpu_pod.sh run predict|extract FLAGS...   the same with another verb; hosts that predict are independent
 #   launch/tpu_pod.sh stop                  the training saves a checkpoint and ends; the slice stays (and costs)
 #   launch/tpu_pod.sh delete                deletes the slice
 # Environment: NAME, ZONE, TYPE=v5litepod-16, RUNTIME=v2-alpha-tpuv5-lite (NAME and ZONE alone for stop and delete);
@@ -24,6 +25,12 @@ case $verb in
   *) die "'$verb' is not a subcommand; use run, stop or delete" ;;
 esac
 shift
+program=main
+if [[ $verb == run && -n ${1:-} && $1 != -* ]]; then
+  program=$1
+  shift
+fi
+[[ $program =~ ^(main|predict|extract)$ ]] || die "'$program' is no verb for several hosts; use main, predict or extract"
 for variable in $needed; do
   [[ -n ${!variable:-} ]] || die "$variable is not set; the top of tpu_pod.sh has examples"
 done
@@ -94,10 +101,20 @@ install_on_all() { # what is committed, so that every host has the same
     { [[ -z ${SETUP:-} ]] || on_all "$SETUP"; }
 }
 
+# Which host of how many this is, as GKE puts it into the environment: hosts that predict do not meet through JAX.
+# shellcheck disable=SC2016
+readonly WHICH='meta() {
+  curl -sf -H "Metadata-Flavor: Google" "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
+}
+TPU_WORKER_ID=$(meta agent-worker-number) && export TPU_WORKER_ID
+TPU_WORKER_HOSTNAMES=$(meta worker-network-endpoints | tr , "\n" | cut -d: -f3 | paste -sd,) && export TPU_WORKER_HOSTNAMES
+'
+
 train_on_all() { # its output is process 0's, and other hosts' errors
-  local flags
+  local flags which=
+  [[ $program != predict ]] || which=$WHICH
   flags=$(printf ' %q' "$@" --coordinator=auto "--stopped_status=$STOPPED")
-  on_all "$STOP"$'\n'"cd ~/ktda_jax && echo \$\$ > ~/.ktda.pid && exec ~/ktda_venv/bin/python -m ktda_jax.main$flags"
+  on_all "$STOP"$'\n'"${which}cd ~/ktda_jax && echo \$\$ > ~/.ktda.pid && exec ~/ktda_venv/bin/python -m ktda_jax.$program$flags"
 }
 
 interrupted=0

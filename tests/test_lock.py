@@ -120,7 +120,7 @@ def test_of_two_that_start_together_one_wins(holder, tmp_path):
 
 def test_a_number_that_came_again_is_no_living_holder(tmp_path, flocks):
     """A killed one's number is now that of this process, or of one that is only waited for."""
-    record = {**lock._this_process(), "token": "x", "since": "then", "beat": time.time()}
+    record = {**lock.this_process(), "token": "x", "since": "then", "beat": time.time()}
     (tmp_path / "lock.json").write_text(json.dumps(record | {"started": "1"}))
     with hold(tmp_path):
         pass
@@ -187,7 +187,7 @@ def test_another_machine_that_ends_meanwhile_is_replaced_at_once(tmp_path, flock
 
 def test_another_container_of_this_machine_counts_as_elsewhere(tmp_path, flocks, monkeypatch):
     """Its process 7 is another one than ours."""
-    record = {**lock._this_process(), "namespace": "pid:[1]", "pid": 2**22 + 1, "token": "x", "since": "then"}
+    record = {**lock.this_process(), "namespace": "pid:[1]", "pid": 2**22 + 1, "token": "x", "since": "then"}
     with quick(monkeypatch):
         lock._write(tmp_path / "lock.json", record)
         said = []

@@ -43,6 +43,8 @@ def name_outputs(
 
     UserError if two would be the same file, or one of them an input.
     """
+    if "://" in output:  # pathlib would make a local folder of that name
+        raise UserError(f"--output={output} is not a path; mount it and give the folder")
     target = expand_home(output)
     folder = not one or target.is_dir() or output.endswith("/") or not target.suffix
     if folder and target.suffix.lower() in MAPS and not target.is_dir():

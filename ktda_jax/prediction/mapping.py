@@ -79,16 +79,20 @@ def _shown(value) -> str:
     return "as in 8-bit RGB files" if value is None else str(value)
 
 
-def check_any(inputs: Sequence[pathlib.Path]) -> None:
-    """UserError if none of the files can be opened at all: what can be known before the model is loaded."""
-    failures = []
+def check_any(inputs: Sequence[pathlib.Path], failures: list[UserError]) -> None:
+    """UserError if none of the files can be opened at all: what can be known before the model is loaded.
+
+    failures: takes the errors then.
+    """
+    wrong = []
     for path in inputs:
         try:
             with opened(path):
                 return
         except UserError as error:
-            failures.append(error)
-    raise not_mapped(failures, len(inputs))
+            wrong.append(error)
+    failures += wrong
+    raise not_mapped(wrong, len(inputs))
 
 
 def check_scenes(
@@ -111,10 +115,11 @@ def check_scenes(
             if failures is None:
                 raise
             wrong.append(error)
+    if failures is not None:
+        failures += wrong
     if not scenes:
         raise not_mapped(wrong, len(inputs))
     for error in wrong:
-        failures.append(error)
         say(f"warning: left out: {error}")
     tiffs = [scene for scene in scenes if scene.path.suffix.lower() in (".tif", ".tiff")]
     for what, found in (
@@ -154,12 +159,13 @@ def _highest(scale) -> float:
 def map_scenes(
     scenes: Sequence[Scene], outputs: Sequence[Outputs | None], step: Step, legend: Legend, *, overlap: int,
     rgb=(0, 1, 2), cog=False, tags=None, temperature=1.0, say=print, failures: list[UserError] | None = None,
-    take: Callable[[pipeline.Finished], None] | None = None,
+    take: Callable[[pipeline.Finished], None] | None = None, done: Callable[[int], None] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Writes all outputs; returns pixels and seconds. Those of a scene that was not finished are not there.
 
     outputs: None for a scene of which nothing is to be written. failures: takes the errors of files that cannot be read
-    to their end, so that the others are mapped. take: gets every strip, with probabilities in float32.
+    to their end, so that the others are mapped. take: gets every strip, with probabilities in float32. done: gets the
+    pixels of every scene whose files are there.
     """
     written = [each for each in outputs if each]
     wanted = {name: any(getattr(each, name) for each in written) for name in ("probabilities", "confidence", "overlay")}
@@ -202,6 +208,8 @@ def map_scenes(
                 if target:
                     writer.finish()
                     open_writer.close()
+                if done:
+                    done(scene.height * scene.width)
                 progress.clear()
                 if not any_data:
                     say(f"warning: {scene.path} holds no data at all; its map is all {IGNORE}")

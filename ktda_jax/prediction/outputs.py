@@ -22,6 +22,7 @@ from ktda_jax.tiling.pipeline import Finished, every
 PREVIEW = 2048  # pixels, the longer side of an overlay
 BESIDE = (".aux.xml", ".ovr", ".msk")  # endings of files that GDAL reads with one
 OPACITY = 0.45  # of the class colours in it
+TOKEN = uuid.uuid4().hex  # in the temporary names of this process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ class SceneWriter:
             raise
 
     def _temporary(self, path: pathlib.Path, suffix: str | None = None) -> pathlib.Path:
-        made = path.with_name(f".{uuid.uuid4().hex}.tmp{suffix or path.suffix}")
+        made = path.with_name(f".{TOKEN}.{uuid.uuid4().hex[:8]}.tmp{suffix or path.suffix}")
         self._temporaries[path] = made
         return made
 
@@ -151,3 +152,10 @@ def _remove(temporary: pathlib.Path) -> None:
     for ending in ("", "-journal", *BESIDE):
         with contextlib.suppress(OSError):
             pathlib.Path(f"{temporary}{ending}").unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: pathlib.Path, token: str) -> None:
+    """What the process of that `TOKEN` left when it was killed."""
+    for path in folder.glob(f".{token}.*"):
+        with contextlib.suppress(OSError):
+            path.unlink()

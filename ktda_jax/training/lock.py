@@ -41,7 +41,7 @@ def hold(
     UserError: "{claim} by process 7 on host since ...; {remedy}", or that one "cannot write to {place}".
     """
     path = record or folder / RECORD
-    mine = {**_this_process(), "token": uuid.uuid4().hex, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    mine = {**this_process(), "token": uuid.uuid4().hex, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
 
     def refuse(found: dict) -> UserError:
         who = f"process {found.get('pid')} on {found.get('host')} since {found.get('since')}" if found else "another"
@@ -127,7 +127,7 @@ def _take(path: pathlib.Path, mine: dict, refuse: Callable, say: Callable[[str],
 
 def _is_dead(found: dict, *, flocked: bool) -> bool | None:
     """Whether the process of a record is gone; None: only its heartbeat can tell."""
-    here = _this_process()
+    here = this_process()
     if all(found.get(key) == here[key] for key in ("machine", "namespace")):
         if found.get("started") is not None:
             return _started(found.get("pid")) != found["started"]
@@ -135,6 +135,11 @@ def _is_dead(found: dict, *, flocked: bool) -> bool | None:
             return True
     last = found.get("beat")
     return True if isinstance(last, float) and time.time() - last > FORGOTTEN else None
+
+
+def has_ended(found: dict) -> bool:
+    """Whether the process of a record is gone for certain, which of another machine's nobody knows for an hour."""
+    return bool(_is_dead(found, flocked=False))
 
 
 def _watch(path: pathlib.Path, found: dict) -> dict | None:
@@ -158,7 +163,7 @@ def _beat(path: pathlib.Path, mine: dict, ended: threading.Event) -> None:
                 _write(path, mine)
 
 
-def _this_process() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
     """Who we are: `machine` until it is started again, and the namespace in which our number means something."""
     host = socket.gethostname()
     namespace = None
