@@ -177,7 +177,8 @@ def local(tmp_path):
     seen = tmp_path / "seen"
     seen.mkdir()
 
-    def start(processes, *flags, worker="exit 0", **environment):
+    def start(processes, *flags, worker="exit 0", verb=None, **environment):
+        words = [str(processes), *([verb] if verb else []), f"--workdir={tmp_path / 'run'}", *flags]
         python = runs.script(
             tmp_path,
             "python",
@@ -192,7 +193,7 @@ echo "${{CUDA_VISIBLE_DEVICES:-}}" >> {seen}/gpu.$K
             "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
         )
         return subprocess.Popen(
-            [sys.executable, "-c", heard, LAUNCH / "local.sh", str(processes), f"--workdir={tmp_path / 'run'}", *flags],
+            [sys.executable, "-c", heard, LAUNCH / "local.sh", *words],
             env={**os.environ, "PYTHON": str(python), "JAX_PLATFORMS": "cpu", "GRACE": "1", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -221,6 +222,18 @@ def test_a_worker_that_fails_stops_the_others_and_gives_the_status(local):
     _, err = launcher.communicate(timeout=30)
     assert launcher.returncode == 7 and time.monotonic() - began < 10
     assert "process 1 ended with status 7; the others are stopped\nwhy\n" in err
+
+
+def test_another_verb_and_that_those_that_map_go_on(local):
+    launcher = local(3, worker="[[ $K == 1 ]] && exit 7; sleep 2; echo $2", verb="predict")
+    out, err = launcher.communicate(timeout=30)
+    assert launcher.returncode == 7 and out == "ktda_jax.predict\n"
+    assert (local.seen.parent / "run/logs/process_2.log").read_text() == "ktda_jax.predict\n"
+    assert "process 1 ended with status 7; the others go on\n" in err
+    assert "failed with status 7; the same command with --skip_existing maps what is left\n" in err
+    assert local(2, worker="echo $2", verb="extract").communicate(timeout=30) == ("ktda_jax.extract\n", "")
+    _, err = local(2, verb="report").communicate(timeout=10)
+    assert err == "local.sh: error: 'report' is no verb for several processes; use main, predict or extract\n"
 
 
 def test_retries_start_all_again(local):

@@ -65,6 +65,17 @@ def test_slurm_waits_for_the_checkpoint_and_requeues(slurm):
     assert "\n#SBATCH --requeue\n" in header and "\n#SBATCH --signal=B:TERM@" in header
 
 
+def test_tasks_that_map_go_on_when_one_fails(slurm):
+    assert slurm("predict", *ODD).wait(10) == 0 and slurm("extract", *ODD).wait(10) == 0
+    more = [*ODD, "--coordinator=auto", "--stopped_status=75", ""]
+    predict = ["srun", "--kill-on-bad-exit=0", "--wait=0", "python", "-m", "ktda_jax.predict", *more]
+    extract = ["srun", "--kill-on-bad-exit=1", "python", "-m", "ktda_jax.extract", *more]
+    assert slurm.seen.read_text().splitlines() == ["|".join(predict), "|".join(extract)]
+    launcher = slurm("report")
+    _, err = launcher.communicate(timeout=10)
+    assert launcher.returncode == 2 and "'report' is no verb for several processes" in err and err.count("\n") == 1
+
+
 def test_slurm_outside_a_job(slurm):
     launcher = slurm(SLURM_JOB_ID="")
     assert launcher.wait(10) == 2 and "submit it: sbatch launch/slurm.sh" in launcher.stderr.read()
@@ -98,7 +109,7 @@ case "$*" in
   *--command=*)
     command=${{!#}}; command=${{command#--command=}}
     case $command in
-      *ktda_jax.main*) HOME={home} exec bash -c "$command" ;;
+      *"-m ktda_jax."*) HOME={home} exec bash -c "$command" ;;
       *".ktda.pid"*) echo stop >> seen; HOME={home} exec bash -c "$command" ;;
       *uv*) echo install >> seen ;;
       *) echo "setup $command" >> seen ;;
@@ -140,6 +151,22 @@ def test_a_slice_is_created_and_trains_with_the_flags_as_given(pod):
     assert issued[-1].split() == "compute tpus tpu-vm ssh pod --zone=z --project=p --worker=all".split()
     assert issued[-2] == f"setup {setup}"
     assert pod("run").wait(30) == 0 and brief(pod.issued()[len(issued) :])[:2] == ["list", "scp"]  # taken as it is
+
+
+def test_hosts_that_map_know_which_they_are(pod):
+    """From the metadata server, as GKE tells in the environment."""
+    attributes = {"agent-worker-number": "3", "worker-network-endpoints": "x:y:10.0.0.1,x:y:10.0.0.2"}
+    cases = "\n".join(f"  */instance/attributes/{name}) echo {value} ;;" for name, value in attributes.items())
+    runs.script(pod.folder / "bin", "curl", f'case "$*" in\n{cases}\nesac')
+    train = 'echo "$2 of $TPU_WORKER_ID in $TPU_WORKER_HOSTNAMES"'
+    launcher = pod("run", "predict", *ODD, train=train)
+    out, _ = launcher.communicate(timeout=30)
+    assert launcher.returncode == 0 and "ktda_jax.predict of 3 in 10.0.0.1,10.0.0.2\n" in out
+    expected = ["-m", "ktda_jax.predict", *ODD, "--coordinator=auto", "--stopped_status=75"]
+    assert (pod.home / "flags").read_text().splitlines() == expected
+    launcher = pod("run", "report")
+    _, err = launcher.communicate(timeout=10)
+    assert launcher.returncode == 2 and "'report' is no verb for several hosts; use main, predict or extract" in err
 
 
 def test_a_preempted_slice_is_made_anew_and_trains_again(pod):
@@ -227,3 +254,22 @@ def test_the_jobset_is_consistent_and_its_flags_are_known():
     assert parsed.stdout == "auto (256, 256)\n", parsed.stderr
     workdir = next(a for a in container["args"] if a.startswith("--workdir=")).partition("=")[2]
     assert workdir.startswith(container["volumeMounts"][0]["mountPath"] + "/")
+
+
+def test_the_job_that_maps_is_consistent_and_its_flags_are_known():
+    job = yaml.safe_load((LAUNCH / "predict.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job") and job["spec"]["completionMode"] == "Indexed"
+    assert job["spec"]["backoffLimitPerIndex"] > 0 and job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["python", "-m", "ktda_jax.predict"]
+    args = [argument.replace("$(JOB_COMPLETION_INDEX)", "3") for argument in container["args"]]
+    assert args != container["args"]
+    code = "import runpy, sys; from absl import app; app.run = lambda *a, **k: None\n"
+    code += "runpy.run_module('ktda_jax.predict', run_name='__main__'); from ktda_jax import cli\n"
+    code += "print(cli.given('process_id'), cli.given('num_processes'), cli.given('skip_existing'))"
+    parsed = subprocess.run([sys.executable, "-c", code, *args], cwd=runs.REPOSITORY, capture_output=True, text=True)
+    hosts = job["spec"]["completions"]
+    assert parsed.stdout == f"3 {hosts} True\n" and job["spec"]["parallelism"] == hosts, parsed.stderr
+    mounted = container["volumeMounts"][0]["mountPath"] + "/"
+    assert all(a.partition("=")[2].startswith(mounted) for a in args if a.startswith(("--in", "--out", "--check")))
+    assert container["image"] in (LAUNCH / "jobset.yaml").read_text()
