@@ -5,7 +5,7 @@
 
 --checkpoint: a training's workdir, a folder of `python -m ktda_jax.convert`, a published .pth, or hf://ORG/NAME. Maps
 hold class numbers, 255 where the scene has no data, with colours and class names. Bands and value range are read as in
-training, unless flags say otherwise.
+training, unless flags say otherwise. Of several processes (launch/) each maps its share of the scenes.
 """
 
 from absl import flags, logging
