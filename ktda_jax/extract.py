@@ -3,7 +3,8 @@
 Runs the teacher over every training tile and its mirror image, or with config.data.rotate over all eight views of it,
 sharded over all devices, into config.teacher.features; and over a fixed grid of windows of the images without labels,
 config.data.unlabelled, into a folder beside it. Training with --config.teacher.mode=precomputed then reads them in step
-with the tiles. Of several processes each writes a file of its own, so that all must see the folder.
+with the tiles. Of several processes each writes files of its own, so that all must see the folder. What was killed or
+stopped goes on from the last part that was complete, if there are as many processes again.
 """
 
 from ktda_jax import cli
@@ -15,6 +16,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -51,6 +53,10 @@ from ktda_jax.models.ktda import KTDAConfig, teacher_images
 from ktda_jax.training import lock
 from ktda_jax.training.inputs import UNLABELLED, features_folder, open_source, open_windows, processes
 from ktda_jax.training.program import frozen_teacher
+
+PART = 1024  # tiles that are lost at most when an extraction is killed
+SHARD = ".array_record"
+BEGUN = "begun.json"  # what an unfinished extraction was made from, and how it was dealt out
 
 
 def run(config: ConfigDict) -> pathlib.Path:
@@ -118,36 +124,43 @@ def _extract(
     stored = settings.teacher
     rows = dict(crop=None, batch_size=settings.eval_batch_size, **processes(settings.data.num_threads))
     batches = pipeline.eval_batches(source, **rows)
-    records, per_shard = _records(batches, model, jax.process_count())
+    parts = _parts(batches)
+    records, filled = _records(batches, parts, model, jax.process_count())
     itemsize = DTYPES[stored.dtype].itemsize * len(stored_layers(model.teacher.tapped))
     size = sum(views * h * w * model.teacher.width * itemsize for *_, h, w in records)
     what = "and their mirror images" if views == 2 else f"in {views} views each"
     _say(f"{len(source)} tiles {what}, {size / 1e9:.2f} GB of {stored.dtype} before compression")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    with _claim(temporary, folder) if jax.process_index() == 0 else contextlib.nullcontext():
+    manifest = {
+        "format": 1 if views == 2 else 2,
+        "made_from": made_from,
+        "padding": PADDING,
+        "computed_in": str(compute_dtype(settings.dtype)),
+        "dtype": stored.dtype,
+        "views": views,
+    }
+    temporary, names = folder.with_name(f".{folder.name}.tmp"), _shards(len(parts) * jax.process_count())
+    begun = json.dumps({**manifest, "shards": names, "batch_size": settings.eval_batch_size}, sort_keys=True)
+    with _claim(temporary, folder, begun) if jax.process_index() == 0 else contextlib.nullcontext():
         _meet("folder made")
-        _check_space(folder, size // jax.process_count())
-        _write(temporary / _shard(jax.process_index()), stored.dtype, step, place(), batches, mesh)
+        left = _left(temporary, names, parts)
+        tiles = sum(int((batches.plan[part] >= 0).sum()) for part in left)
+        if len(left) < len(parts):
+            _say(f"going on: {len(source) - tiles:,} of {len(source):,} tiles are there")
+        _check_space(folder, size * tiles // len(source) // jax.process_count())
+        _write(temporary, names, parts, left, stored.dtype, step, place(), batches, mesh)
         _meet("shards written")
         if jax.process_index() == 0:
-            manifest = {
-                "format": 1 if views == 2 else 2,
-                "made_from": made_from,
-                "padding": PADDING,
-                "computed_in": str(compute_dtype(settings.dtype)),
-                "dtype": stored.dtype,
-                "views": views,
-                "shards": {_shard(k): (temporary / _shard(k)).stat().st_size for k, n in enumerate(per_shard) if n},
-            }
+            manifest["shards"] = {names[k]: (temporary / names[k]).stat().st_size for k in filled}
             np.save(temporary / RECORDS, np.array(records, np.int64))
             write_json(temporary / MANIFEST, manifest)
+            (temporary / BEGUN).unlink()
             os.replace(temporary, folder)
     _meet("done")
 
 
 @contextlib.contextmanager
-def _claim(temporary: pathlib.Path, folder: pathlib.Path) -> Iterator[None]:
-    """The folder, empty: what a killed extraction left is removed, what a living one has is not."""
+def _claim(temporary: pathlib.Path, folder: pathlib.Path, begun: str = "") -> Iterator[None]:
+    """The folder, with the shards that a killed extraction left if it had `begun` the same, and not a living one's."""
     place, beside = f"config.teacher.features={folder}", folder.with_name(f".{folder.name}.{lock.RECORD}")
     claim, remedy = f"{place} is being extracted", "wait for it, or choose another"
     with lock.hold(temporary, place=place, claim=claim, remedy=remedy, record=beside, say=_say):
@@ -155,29 +168,55 @@ def _claim(temporary: pathlib.Path, folder: pathlib.Path) -> Iterator[None]:
             raise UserError(
                 f"{place} was extracted by another process meanwhile; the same command looks whether it fits"
             )
+        told = temporary / BEGUN
         try:
+            same = told.exists() and told.read_text() == begun
             for left in temporary.iterdir():
-                left.unlink()
+                if not (same and (left == told or left.suffix == SHARD)):
+                    left.unlink()
+            told.write_text(begun)
             yield
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if not any(temporary.glob(f"*{SHARD}")):
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _shard(process: int) -> str:
-    return f"features-{process:05}-of-{jax.process_count():05}.array_record"
+def _parts(batches: pipeline.EvalBatches) -> list[slice]:
+    """The batches that are written before the next shards are begun."""
+    count = max(PART // batches.plan.shape[1], 1)
+    return [slice(start, min(start + count, len(batches))) for start in range(0, len(batches), count)]
 
 
-def _records(batches: pipeline.EvalBatches, model: KTDAConfig, count: int) -> tuple[list[list[int]], list[int]]:
-    """By tile: the shard, the place in it and the grid (h, w); and the number of tiles in every shard."""
+def _shards(count: int) -> list[str]:
+    """By part, and of each part by process."""
+    return [f"features-{k:05}-of-{count:05}{SHARD}" for k in range(count)]
+
+
+def _left(temporary: pathlib.Path, names: list[str], parts: list[slice]) -> list[slice]:
+    """The parts of which a shard is lacking, as process 0 sees it."""
+    count, lacking = jax.process_count(), np.zeros(len(parts), np.int64)
+    if jax.process_index() == 0:
+        there = np.array([(temporary / name).exists() for name in names])
+        lacking[:] = ~there.reshape(len(parts), count).all(1)
+    return [part for part, lacks in zip(parts, sharding.sum_of_processes(lacking), strict=True) if lacks]
+
+
+def _records(
+    batches: pipeline.EvalBatches, parts: list[slice], model: KTDAConfig, count: int
+) -> tuple[list[list[int]], list[int]]:
+    """By tile: its shard among those that hold any, the place in it and the grid (h, w); and which shards hold any."""
     rows = batches.plan.shape[1] // count
-    records, per_shard = [None] * int((batches.plan >= 0).sum()), [0] * count
-    for indices, size in zip(batches.plan, batches.batch_sizes, strict=True):
-        for row, index in enumerate(indices.tolist()):
-            if index >= 0:
-                shard = row // rows
-                records[index] = [shard, per_shard[shard], *model.teacher.grid_of(*size)]
-                per_shard[shard] += 1
-    return records, per_shard
+    records, per_shard = [None] * int((batches.plan >= 0).sum()), [0] * (len(parts) * count)
+    for number, part in enumerate(parts):
+        for indices, size in zip(batches.plan[part], batches.batch_sizes[part], strict=True):
+            for row, index in enumerate(indices.tolist()):
+                if index >= 0:
+                    shard = number * count + row // rows
+                    records[index] = [shard, per_shard[shard], *model.teacher.grid_of(*size)]
+                    per_shard[shard] += 1
+    filled = [shard for shard, tiles in enumerate(per_shard) if tiles]
+    position = {shard: k for k, shard in enumerate(filled)}
+    return [[position[shard], *rest] for shard, *rest in records], filled
 
 
 def _step(graphdef, model: KTDAConfig, dtype, stored: np.dtype, mesh, views: int):
@@ -196,30 +235,55 @@ def _step(graphdef, model: KTDAConfig, dtype, stored: np.dtype, mesh, views: int
     return jax.jit(sharding.on_mesh(mesh, taps), out_shardings=(sharding.batch_sharding(mesh),) * views)
 
 
-def _write(path: pathlib.Path, dtype: str, step, teacher, batches, mesh) -> None:
-    """This process's tiles. The device works on one batch while the one before it is written."""
-    writer, pending = FeatureWriter(path, dtype), None
-    total, done, said = int((batches.plan >= 0).sum()), 0, time.monotonic()
-    started = said
+def _write(
+    temporary: pathlib.Path, names: list[str], parts: list[slice], left: list[slice], dtype: str, step, teacher,
+    batches: pipeline.EvalBatches, mesh,
+) -> None:  # fmt: skip
+    """This process's tiles, by part: a shard has its name when it is complete."""
+    progress = _Progress(sum(int((batches.plan[part] >= 0).sum()) for part in left))
+    for part in left:
+        path = temporary / names[parts.index(part) * jax.process_count() + jax.process_index()]
+        partial = path.with_name(f"{path.name}.tmp")
+        writer = FeatureWriter(partial, dtype)
+        try:
+            _write_part(writer, part, step, teacher, batches, mesh, progress)
+        finally:
+            writer.close()
+        os.replace(partial, path)
+
+
+def _write_part(writer: FeatureWriter, part: slice, step, teacher, batches, mesh, progress: "_Progress") -> None:
+    """The device works on one batch while the one before it is written."""
+    pending = None
 
     def write(batch, taps):
         views = [sharding.local_rows(values) for values in taps]
         for row in np.flatnonzero(batch["mask"]):
             writer.write(batch["name"][row], [values[row] for values in views])
 
-    try:
-        for number, batch in enumerate(batches):
-            taps = step(teacher, sharding.to_global(mesh, batch["image"]))
-            if pending is not None:
-                write(*pending)
-            pending = batch, taps
-            done += int((batches.plan[number] >= 0).sum())
-            if time.monotonic() - said > 10:
-                said = time.monotonic()
-                _say(f"{done:,} of {total:,} tiles, {done / (said - started):.1f} a second")
-        write(*pending)
-    finally:
-        writer.close()
+    for number, batch in enumerate(batches.between(part.start, part.stop), part.start):
+        taps = step(teacher, sharding.to_global(mesh, batch["image"]))
+        if pending is not None:
+            write(*pending)
+        pending = batch, taps
+        progress.advance(int((batches.plan[number] >= 0).sum()))
+    write(*pending)
+
+
+class _Progress:
+    """A line every ten seconds, and one at the end."""
+
+    def __init__(self, total: int):
+        self._total, self._done = total, 0
+        self._started = self._said = time.monotonic()
+
+    def advance(self, tiles: int) -> None:
+        self._done += tiles
+        now = time.monotonic()
+        if now - self._said > 10 or self._done == self._total:
+            self._said, rate = now, self._done / (now - self._started)
+            each = f", {rate / jax.process_count():.1f} of them by each process" if jax.process_count() > 1 else ""
+            _say(f"{self._done:,} of {self._total:,} tiles, {rate:.1f} a second{each}")
 
 
 def _check_space(folder: pathlib.Path, needed: int) -> None:

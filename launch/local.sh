@@ -139,7 +139,7 @@ if ((status == 0 && stopped)); then
 fi
 case $verb in
   main) remedy="the same command goes on from the last checkpoint" ;;
-  extract) remedy="the same command begins anew" ;;
+  extract) remedy="the same command goes on" ;;
   predict) remedy="the same command with --skip_existing maps what is left" ;;
 esac
 ((status == 0 || status == STOPPED)) || echo "local.sh: failed with status $status; $remedy" >&2

@@ -224,6 +224,36 @@ def test_a_failure_leaves_nothing(config, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_was_stopped_goes_on_and_is_the_same(config, tmp_path, monkeypatch, capsys):
+    """Three parts of two tiles at most; of another extraction's nothing is taken."""
+    monkeypatch.setattr(extract, "PART", 2)
+    settings = dict(teacher__mode="precomputed", eval_batch_size=1)
+    write, written = extract.FeatureWriter.write, []
+
+    def stop_at_the_fourth(writer, name, views):
+        written.append(name)
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        write(writer, name, views)
+
+    whole = config(**settings, teacher__features=str(tmp_path / "whole"))
+    extract.run(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(extract.FeatureWriter, "write", stop_at_the_fourth)
+        for dtype in ("float16", "bfloat16"):
+            with pytest.raises(KeyboardInterrupt):
+                extract.run(config(**settings, teacher__dtype=dtype))
+            written.clear()
+    assert "going on" not in capsys.readouterr().out and not (tmp_path / "features").exists()
+    extract.run(stopped := config(**settings))
+    assert "going on: 2 of 5 tiles are there\n" in capsys.readouterr().out
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("features", "whole")
+    )
+    assert ours == theirs and len([name for name in ours if name.endswith(".array_record")]) == 3
+    assert len(read_all(opened(stopped))) == 10 and not list(tmp_path.glob(".*"))
+
+
 def test_a_full_disk_is_said_first(config, tmp_path, monkeypatch):
     monkeypatch.setattr(extract.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(UserError, match=r"features needs up to 0.0 GB, but .* has only 0.0 GB free; choose another"):

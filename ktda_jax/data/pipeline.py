@@ -135,8 +135,12 @@ class EvalBatches:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[dict]:
+        return self.between(0, len(self))
+
+    def between(self, start: int, stop: int) -> Iterator[dict]:
+        """Batches `start` to `stop` of the plan."""
         cv2.setNumThreads(0)
-        batches = grain.MapDataset.range(len(self)).map(self._batch)
+        batches = grain.MapDataset.range(start, stop).map(self._batch)
         return iter(batches.to_iter_dataset(_read_options(self._num_threads)))
 
     def _batch(self, number: int) -> dict:
