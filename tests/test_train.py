@@ -13,7 +13,7 @@ import runs
 
 from ktda_jax import UserError, sharding
 from ktda_jax.config.settings import Settings
-from ktda_jax.data import pipeline
+from ktda_jax.data import pipeline, remembered
 from ktda_jax.training import inputs, lock, loop
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.program import build
@@ -191,6 +191,28 @@ def test_a_loss_that_is_not_finite_ends_training_and_is_not_saved(toy, tiles, tm
     with pytest.raises(UserError, match=f"not finite at step {step}: loss is nan; {saved}. Lower"):
         loop.train_and_evaluate(runs.config(tiles), tmp_path)
     assert kept(tmp_path) == ({3} if step > 3 else set())
+
+
+def test_tiles_are_checked_once(toy, tmp_path, monkeypatch):
+    """Not again by the evaluation at the end, by a resumed run, or by another evaluation; but if they change."""
+    tiles, checked = runs.make_tiles(tmp_path / "tiles"), []
+    original = remembered.check_split
+    monkeypatch.setattr(remembered, "YOUNG", 0)
+    monkeypatch.setattr(remembered, "check_split", lambda source, **o: checked.append(source) or original(source, **o))
+    toy(at={4: functools.partial(os.kill, os.getpid(), signal.SIGTERM)})
+    assert loop.train_and_evaluate(runs.config(tiles), tmp_path / "run") is None
+    assert len(checked) == 2 and (tmp_path / "run" / "checked.json").exists()
+    toy()
+    loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
+    loop.evaluate_workdir(runs.config(tiles), tmp_path / "run")
+    assert len(checked) == 2
+    loop.evaluate_workdir(runs.config(tiles, {"data.test_split": "train"}), tmp_path / "run")
+    loop.evaluate_workdir(runs.config(tiles, {"data.test_split": "train"}), tmp_path / "run")
+    assert len(checked) == 3  # with no crop that it must hold
+    runs.write_tile(tiles, "val", "t1", np.zeros((72, 72, 3)), np.zeros((72, 72)))
+    with pytest.raises(UserError, match="the val data are not those that .*run was begun with"):
+        loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
+    assert len(checked) == 4
 
 
 def test_checkpoints_between_evaluations(toy, tiles, tmp_path):

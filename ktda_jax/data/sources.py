@@ -7,7 +7,7 @@ import os
 import pathlib
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol, TypedDict
+from typing import NamedTuple, Protocol, TypedDict
 
 import numpy as np
 from absl import logging
@@ -27,6 +27,13 @@ class Tile(TypedDict):
     image: np.ndarray  # uint8 (H, W, bands)
     label: np.ndarray  # uint8 (H, W) of class numbers, 255 = ignore
     name: str
+
+
+class Origin(NamedTuple):
+    """What decides on the tiles of a source that lie in files."""
+
+    what: tuple  # which tiles of these files and how they are read, as plain Python values
+    folders: tuple[pathlib.Path, ...]  # with all files right in them: those that GDAL reads beside an image, too
 
 
 class Source(Protocol):
@@ -109,6 +116,12 @@ class FolderSource:
         """The two files of a tile, relative to the root, for messages."""
         image, label = (os.path.relpath(paths[index], self.root) for paths in (self.image_paths, self.label_paths))
         return f"{image} + {label}"
+
+    @property
+    def origin(self) -> Origin:
+        reading = (self.num_classes, *self._reading, self.label_map)
+        pairs = tuple(zip(self.image_paths, self.label_paths, strict=True))
+        return Origin((type(self).__name__, reading, self.names, pairs), (self.image_dir, self.label_dir))
 
     def label_size(self, index: int) -> tuple[int, int]:
         """(H, W) of one label from the file's header, without decoding it."""

@@ -9,6 +9,7 @@ import importlib
 import io
 import json
 import os
+import pathlib
 import re
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ from etils import epath
 
 from ktda_jax import UserError
 from ktda_jax.data.datasets import DATASETS, dataset_info
+from ktda_jax.data.sources import Origin
 
 _VERSION = r"\d+\.\d+\.\d+"
 _quiet_lock = threading.RLock()  # what _quiet changes belongs to the whole process
@@ -86,6 +88,11 @@ class TfdsSource:
                 raise UserError(f"{self.describe(index)} holds no name to make areas by; leave config.data.folds out")
             found.append(example["name"].decode())
         return tuple(found)
+
+    @property
+    def origin(self) -> Origin:
+        what = type(self).__name__, self.name, self.split, self.num_classes, tuple(self._numbers)
+        return Origin(what, (pathlib.Path(self.directory),))
 
     def describe(self, index: int) -> str:
         """Which record this is, for messages."""

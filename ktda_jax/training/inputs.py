@@ -15,12 +15,14 @@ from ktda_jax.config.checks import TEACHERS
 from ktda_jax.config.data import Data, listed
 from ktda_jax.config.model import model_of, teacher_identity
 from ktda_jax.config.settings import Settings, StoredTaps
+from ktda_jax.config.workdir import READING
 from ktda_jax.data import classes, folds, images, pipeline, reading, unlabelled
 from ktda_jax.data.augment import Augmentation
-from ktda_jax.data.check import SplitSummary, check_split
+from ktda_jax.data.check import SplitSummary
 from ktda_jax.data.geometry import Rare
 from ktda_jax.data.mixture import Mixture
 from ktda_jax.data.paths import expand
+from ktda_jax.data.remembered import Checks
 from ktda_jax.data.sources import FolderSource, Source, labels_are, read_tile
 from ktda_jax.data.teacher_features import TeacherFeatures
 from ktda_jax.data.unlabelled import UnlabelledSource, UnlabelledSummary
@@ -59,10 +61,17 @@ def _open_whole(data: Data, split: str, build: bool) -> Source:
     return tfds_source.TfdsSource(data.name, split, data_dir=data.root, num_classes=num_classes)
 
 
-def eval_source(data: Data, split: str, batch_size: int) -> tuple[Any, SplitSummary, list[str]]:
+def checks_of(workdir: pathlib.Path) -> Checks:
+    """The checks of tiles that commands in this workdir have made."""
+    return Checks(workdir / "checked.json", reading=READING)
+
+
+def eval_source(
+    data: Data, split: str, batch_size: int, known: Checks | None = None
+) -> tuple[Any, SplitSummary, list[str]]:
     """A split for evaluation, what was found in it, and what makes one doubt its labels."""
     source = open_source(data, split)
-    summary = check_split(source, num_threads=data.num_threads)
+    summary = (known or Checks()).split(source, num_threads=data.num_threads)
     return to_evaluate(data, source, batch_size), summary, doubts(data, source, split, summary)
 
 
@@ -189,21 +198,24 @@ class Inputs(NamedTuple):
     may_hide: Callable[[], bool]  # see the function
 
 
-def open_inputs(settings: Settings, mixture: Mixture | None, first_row: int = 0) -> Inputs:
-    """Makes the tiles where they can be made, and checks all of them. `first_row`: see pipeline.train_iterator."""
-    data, size = settings.data, settings.eval_batch_size
+def open_inputs(settings: Settings, mixture: Mixture | None, first_row: int = 0, known: Checks | None = None) -> Inputs:
+    """Makes the tiles where they can be made, and checks all of them, but for what is `known`.
+
+    `first_row`: see pipeline.train_iterator.
+    """
+    data, size, known = settings.data, settings.eval_batch_size, known or Checks()
     source = windows = features = window_features = None
     fingerprints, doubtful, what = {}, [], []
     if settings.supervised:
         source = open_source(data, data.train_split)
-        summary = check_split(source, crop=data.crop, on_corrupt=data.on_corrupt, num_threads=data.num_threads)
+        summary = known.split(source, crop=data.crop, on_corrupt=data.on_corrupt, num_threads=data.num_threads)
         doubtful += doubts(data, source, data.train_split, summary)
-        val_batches, val, found = eval_source(data, data.validation, size)
+        val_batches, val, found = eval_source(data, data.validation, size, known)
         fingerprints |= {"train": summary.fingerprint, "val": val.fingerprint}
         doubtful += found
         what.append(f"{len(source)} training tiles" + (f" ({source.fold})" if source.fold else ""))
         if data.test_split not in (None, data.validation):  # what is wrong with it must not wait for the end
-            _, test, found = eval_source(data, data.test_split, size)
+            _, test, found = eval_source(data, data.test_split, size, known)
             fingerprints["test"], doubtful = test.fingerprint, doubtful + found
     if data.unlabelled:
         windows, seen, doubtful_images = open_windows(data, source, held_out=None if settings.supervised else False)

@@ -16,10 +16,11 @@ from ktda_jax.config import workdir as records
 from ktda_jax.config.model import compute_dtype
 from ktda_jax.config.settings import Settings
 from ktda_jax.data.paths import expand
+from ktda_jax.data.remembered import Checks
 from ktda_jax.models import flat
 from ktda_jax.training import lock, optim, tap_statistics, whole
 from ktda_jax.training.checkpoint import Checkpoints
-from ktda_jax.training.inputs import Inputs, open_inputs
+from ktda_jax.training.inputs import Inputs, checks_of, open_inputs
 from ktda_jax.training.program import Compilation, Program, build
 from ktda_jax.training.scoring import Scored, evaluate_workdir, validate
 from ktda_jax.training.state import TrainState
@@ -42,8 +43,9 @@ def train_and_evaluate(
         alone = lock.hold(workdir, place=f"--workdir={workdir}", claim=claim, remedy=remedy)
     with alone as still_alone, stop or StopSignal() as stop:
         settings, newer = records.as_begun(workdir, settings)
-        finished, program = _to_the_end(settings, newer, workdir, still_alone, stop, extend)
-        return evaluate_workdir(settings, workdir, program=program) if finished else None
+        known = checks_of(workdir)
+        finished, program = _to_the_end(settings, newer, workdir, still_alone, stop, extend, known)
+        return evaluate_workdir(settings, workdir, program=program, known=known) if finished else None
 
 
 def _to_the_end(
@@ -53,6 +55,7 @@ def _to_the_end(
     still_alone: Callable[[], None],
     stop: StopSignal,
     extend: bool,
+    known: Checks,
 ) -> tuple[bool, Program]:
     """Trains what is left of it; whether that was finished, and what it was made with."""
     if workdir.is_dir():
@@ -65,8 +68,9 @@ def _to_the_end(
     ahead = _latest(workdir) < settings.total_steps and not patience.exhausted()
     compilation = Compilation(program) if ahead else None
     try:
-        data = open_inputs(settings, program.mixture, extension.first_row(extended))
+        data = open_inputs(settings, program.mixture, extension.first_row(extended), known)
         _make(workdir)
+        known.save(enabled=jax.process_index() == 0)
         writer = Writer(workdir, total_steps=settings.total_steps, enabled=jax.process_index() == 0)
         still_alone()
         checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints)

@@ -15,11 +15,12 @@ from ktda_jax.config import workdir as records
 from ktda_jax.config.model import model_of
 from ktda_jax.config.settings import Settings
 from ktda_jax.data.paths import expand
+from ktda_jax.data.remembered import Checks
 from ktda_jax.figures import plots
 from ktda_jax.models.flat import Arrays
 from ktda_jax.training import evaluate, explained, whole
 from ktda_jax.training.checkpoint import Checkpoints
-from ktda_jax.training.inputs import Inputs, eval_source, held_out_batches
+from ktda_jax.training.inputs import Inputs, checks_of, eval_source, held_out_batches
 from ktda_jax.training.predicted import how
 from ktda_jax.training.program import Program, build
 from ktda_jax.training.state import TrainState
@@ -59,13 +60,15 @@ def explain(
 
 
 def evaluate_workdir(
-    config: Mapping[str, Any] | Settings, workdir: str | pathlib.Path, *, program: Program | None = None
-) -> Scored:
+    config: Mapping[str, Any] | Settings, workdir: str | pathlib.Path, *, program: Program | None = None,
+    known: Checks | None = None,
+) -> Scored:  # fmt: skip
     """Evaluates the best checkpoint on the test split, or on validation without one; writes the figures.
 
-    A distillation without labels is evaluated on its held-out images.
+    A distillation without labels is evaluated on its held-out images. `known`: the checks of tiles made so far.
     """
     workdir, settings = expand(workdir), config if isinstance(config, Settings) else checks.resolve(config)
+    known = known or checks_of(workdir)
     split = settings.data.test_split or settings.data.validation
     trained = (workdir / "checkpoints").is_dir()
     if trained:
@@ -92,7 +95,7 @@ def evaluate_workdir(
     program = program or build(settings, teacher=not settings.supervised, initial=not trained)
     obstacle = None if said or jax.process_index() else records.obstacle(workdir)
     if settings.supervised:
-        batches, summary_of_split, doubtful = eval_source(settings.data, split, settings.eval_batch_size)
+        batches, summary_of_split, doubtful = eval_source(settings.data, split, settings.eval_batch_size, known)
     else:
         (batches, held_out), doubtful = held_out_batches(settings.data, settings.eval_batch_size), []
         if trained and records.fingerprint(workdir, "held out") not in (None, held_out.fingerprint):
@@ -131,15 +134,16 @@ def evaluate_workdir(
         print(f"figures in {workdir / 'figures'}", flush=True)
     if trained and settings.supervised:
         again = functools.partial(_evaluate, settings, program, current=current, teacher=teacher, trust=True)
-        line = _calibrate(workdir, settings, step, {split: (summary_of_split, result)}, again, obstacle)
+        line = _calibrate(workdir, settings, step, {split: (summary_of_split, result)}, again, obstacle, known)
         if line and jax.process_index() == 0:
             print(f"no temperature was fitted: {line}", flush=True)
+    known.save(enabled=jax.process_index() == 0 and not obstacle)
     return result
 
 
 def _calibrate(
     workdir: pathlib.Path, settings: Settings, step: int, scored: Mapping[str, tuple], evaluate: Callable,
-    obstacle: str | None,
+    obstacle: str | None, checked: Checks,
 ) -> str | None:  # fmt: skip
     """Keeps the temperature of the best checkpoint on the tiles that chose it, unless it is there; or says why not.
 
@@ -155,7 +159,7 @@ def _calibrate(
         if asked:
             summary, found = scored[split]
         else:
-            batches, summary, _ = eval_source(data, split, settings.eval_batch_size)
+            batches, summary, _ = eval_source(data, split, settings.eval_batch_size, checked)
         if known is not None and summary.fingerprint != known:
             return f"the tiles of {split} are not those by which the checkpoint was chosen"
         if not asked:
