@@ -48,6 +48,7 @@ from ktda_jax.config.settings import Settings
 from ktda_jax.config.workdir import write_json
 from ktda_jax.models import flat
 from ktda_jax.plan import flops
+from ktda_jax.training import profile
 from ktda_jax.training.program import batch_shapes, build
 
 # Dense bfloat16 TFLOP/s, as their makers state them.
@@ -117,7 +118,7 @@ def run(config: ConfigDict, *, steps=3, warmup=1, forwards=3, forward_batch=1, p
         report["step"] = measure(train, steps, settings.batch_size, operations["training"])
         report["peak_training_gb"] = _peak_gb(device)
         if trace:
-            with jax.profiler.trace(trace):
+            with profile.trace(trace):
                 for _ in range(3):
                     jax.block_until_ready(train())
     if forwards:

@@ -25,6 +25,7 @@ from ktda_jax.models.vit import ViT
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.inputs import open_source
 from ktda_jax.training.program import build
+from ktda_jax.training.reported import TIMES
 from ktda_jax.training.state import TrainState
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -191,8 +192,15 @@ def reached(workdir: pathlib.Path, step: int) -> bool:
     return path.exists() and f'"step": {step},' in path.read_text()
 
 
-def rows(workdir: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def rows(workdir: pathlib.Path, *, times: bool = False) -> list[dict]:
+    """Of metrics.jsonl; without what no two runs have alike, unless `times`."""
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return found if times else [{k: v for k, v in row.items() if k not in TIMES} for row in found]
+
+
+def reported(workdir: pathlib.Path) -> str:
+    """The rows as they stand in the file."""
+    return "".join(json.dumps(row) + "\n" for row in rows(workdir))
 
 
 def steps(workdir: pathlib.Path, name: str) -> list[int]:
@@ -226,7 +234,7 @@ def assert_same_run(ours: pathlib.Path, theirs: pathlib.Path, tiles: pathlib.Pat
     assert arrays.keys() == others.keys()
     for path, value in arrays.items():
         assert value.tobytes() == others[path].tobytes(), path
-    assert (ours / "metrics.jsonl").read_text() == (theirs / "metrics.jsonl").read_text()
+    assert reported(ours) == reported(theirs)
 
 
 def script(folder: pathlib.Path, name: str, body: str) -> pathlib.Path:

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from ktda_jax.figures import plots, sheets
+from ktda_jax.training.reported import TIMES
 
 CLASSES = ("Clear", "Cloud Shadow", "Thin Cloud", "Cloud")
 PALETTE = ((79, 253, 199), (221, 53, 223), (251, 255, 41), (77, 2, 115))
@@ -125,7 +126,8 @@ def test_curves(tmp_path, steps):
 
 def test_curves_of_nothing(tmp_path):
     source = tmp_path / "metrics.jsonl"
-    source.write_text('{"step": 1, "train/loss": null}\n')
+    pace = json.dumps({"step": 2, **dict.fromkeys(TIMES, 0.5)})  # how fast it was is no loss
+    source.write_text('{"step": 1, "train/loss": null}\n' + pace)
     with pytest.raises(ValueError, match="no loss, lr or mIoU"):
         plots.save_curves(tmp_path / "curves.png", source)
 

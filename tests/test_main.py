@@ -215,6 +215,10 @@ def refusal(tiles, tmp_path):
         ("--nosuch=1", "Unknown command line flag 'nosuch'"),
         ("--config=configs/grass.py:tyni", "config argument 'tyni' is unknown; known: tiny, upstream"),
         ("--config=configs/gras.py", "No such file or directory: 'configs/gras.py'"),
+        *(
+            (f"--profile={text}", f"--profile={text}: give START:STOP, steps from 1 to config.total_steps=24")
+            for text in ("0:1", "3:2", "24:25", "3", "a:b")
+        ),
         ("--mode=test", "--mode=test: value should be one of <train|eval>"),
         ("--coordinator=localhost:1", "needs --num_processes and --process_id"),
         ("configs/grass.py", "unexpected argument 'configs/grass.py'; settings are given as --config.KEY=VALUE"),

@@ -1,5 +1,6 @@
 """The training loop around a toy step, where every order of events is cheap to try; then the real step's options."""
 
+import contextlib
 import functools
 import json
 import os
@@ -14,7 +15,7 @@ import runs
 from ktda_jax import UserError, sharding
 from ktda_jax.config.settings import Settings
 from ktda_jax.data import pipeline, remembered
-from ktda_jax.training import inputs, lock, loop
+from ktda_jax.training import inputs, lock, loop, reported
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.program import build
 from ktda_jax.training.state import TrainState
@@ -167,8 +168,7 @@ def test_a_stop_at_any_step_resumes_as_if_nothing_had_happened(toy, tiles, tmp_p
     assert f"resuming at step {step}" in capsys.readouterr().out
     whole, stopped = (final_state(tmp_path / name, program) for name in ("whole", "stopped"))
     assert whole.params == stopped.params and int(whole.step) == int(stopped.step) == 6
-    texts = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped")]
-    assert texts[0] == texts[1]
+    assert runs.reported(tmp_path / "whole") == runs.reported(tmp_path / "stopped")
 
 
 def test_the_finished_command_trains_nothing(toy, tiles, tmp_path):
@@ -193,6 +193,39 @@ def test_a_loss_that_is_not_finite_ends_training_and_is_not_saved(toy, tiles, tm
     assert kept(tmp_path) == ({3} if step > 3 else set())
 
 
+def test_a_loss_that_nobody_looked_at_is_not_saved_either(toy, tiles, tmp_path):
+    toy(loss={5: np.nan})
+    with pytest.raises(UserError, match="not finite at step 5: loss is nan; the last checkpoint is step 3. Lower"):
+        loop.train_and_evaluate(runs.config(tiles, {"log_every": 50}), tmp_path)
+    assert kept(tmp_path) == {3} and runs.steps(tmp_path, "train/loss") == [1]
+
+
+def test_the_next_batch_is_put_on_the_devices_while_steps_run(toy, tiles, tmp_path, monkeypatch):
+    """But not across a save, whose data position is that of its step."""
+    order, put, save = [], sharding.to_global, Checkpoints.save
+
+    def to_global(mesh, batch):
+        order.extend([] if "mask" in batch else ["put"])  # evaluation's have a mask
+        return put(mesh, batch)
+
+    monkeypatch.setattr(sharding, "to_global", to_global)
+    monkeypatch.setattr(reported.jax, "block_until_ready", lambda terms: order.append("waited"))
+    monkeypatch.setattr(Checkpoints, "save", lambda *a: order.append("save") or save(*a))
+    toy(at={step: functools.partial(order.append, f"step {step}") for step in range(1, 6)})
+    loop.train_and_evaluate(runs.config(tiles, {"total_steps": 5, "eval_every": 5, "checkpoint_every": 4}), tmp_path)
+    assert " ".join(order) == (
+        "put step 1 waited put step 2 put step 3 put step 4 waited waited waited save put step 5 waited save"
+    )
+
+
+def test_rows_say_how_fast_it_was_and_what_it_waited_for(toy, tiles, tmp_path):
+    toy()
+    loop.train_and_evaluate(runs.config(tiles, {"log_every": 2}), tmp_path)
+    rows = [row for row in runs.rows(tmp_path, times=True) if "train/loss" in row]
+    assert [row["step"] for row in rows if "train/images_per_s" in row] == [2, 4, 6]
+    assert all(row["train/images_per_s"] > 0 and 0 <= row["train/data_wait"] <= 1 for row in rows[1:])
+
+
 def test_tiles_are_checked_once(toy, tmp_path, monkeypatch):
     """Not again by the evaluation at the end, by a resumed run, or by another evaluation; but if they change."""
     tiles, checked = runs.make_tiles(tmp_path / "tiles"), []
@@ -213,6 +246,46 @@ def test_tiles_are_checked_once(toy, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the val data are not those that .*run was begun with"):
         loop.train_and_evaluate(runs.config(tiles), tmp_path / "run")
     assert len(checked) == 4
+
+
+def traces(workdir) -> int:
+    return len(list((workdir / "profile").rglob("*.xplane.pb")))
+
+
+def test_some_steps_are_traced(toy, tiles, tmp_path, capsys, monkeypatch):
+    steps, started = [], []
+    start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: (started.append(steps[-1]), start(folder)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: (started.append(steps[-1]), stop()))
+    toy(at={step: functools.partial(steps.append, step) for step in range(7)})
+    loop.train_and_evaluate(runs.config(tiles), tmp_path, profile=(2, 4))
+    assert started == [1, 4] and traces(tmp_path) == 1
+    assert f"a trace is in {tmp_path / 'profile'}" in capsys.readouterr().out
+    loop.train_and_evaluate(runs.config(tiles), tmp_path, profile=(2, 4))
+    assert "--profile=2:4 leaves no trace, since step 6 is done already" in capsys.readouterr().out
+    assert started == [1, 4]
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_a_trace_ends_with_the_training(toy, tiles, tmp_path, error):
+    signalled = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    toy(at={3: functools.partial(pytest.fail, "an error of any kind") if error else signalled})
+    with pytest.raises(pytest.fail.Exception) if error else contextlib.nullcontext():
+        assert loop.train_and_evaluate(runs.config(tiles), tmp_path, profile=(2, 6)) is None
+    assert traces(tmp_path) == 1
+    with pytest.raises(RuntimeError, match="No profile started"):
+        jax.profiler.stop_trace()
+
+
+def test_a_trace_that_cannot_be_written_is_only_said(toy, tiles, tmp_path, capsys, monkeypatch):
+    def fails(original=jax.profiler.stop_trace):
+        original()
+        raise RuntimeError("INTERNAL: no\nroom")
+
+    monkeypatch.setattr(jax.profiler, "stop_trace", fails)
+    toy()
+    assert loop.train_and_evaluate(runs.config(tiles), tmp_path, profile=(2, 3)) is not None
+    assert f"warning: cannot write the trace to {tmp_path / 'profile'}: INTERNAL: no room" in capsys.readouterr().out
 
 
 def test_checkpoints_between_evaluations(toy, tiles, tmp_path):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from ktda_jax import UserError, sharding
 from ktda_jax.config import checks, extension
@@ -21,7 +20,9 @@ from ktda_jax.models import flat
 from ktda_jax.training import lock, optim, tap_statistics, whole
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.inputs import Inputs, checks_of, open_inputs
+from ktda_jax.training.profile import Profile
 from ktda_jax.training.program import Compilation, Program, build
+from ktda_jax.training.reported import Losses
 from ktda_jax.training.scoring import Scored, evaluate_workdir, validate
 from ktda_jax.training.state import TrainState
 from ktda_jax.training.stop import Patience, StopSignal
@@ -29,12 +30,14 @@ from ktda_jax.training.writers import Writer
 
 
 def train_and_evaluate(
-    config: Mapping[str, Any], workdir: str | pathlib.Path, *, extend: bool = False, stop: StopSignal | None = None
-) -> Scored | None:
+    config: Mapping[str, Any], workdir: str | pathlib.Path, *, extend: bool = False, stop: StopSignal | None = None,
+    profile: tuple[int, int] | None = None,
+) -> Scored | None:  # fmt: skip
     """Trains, or resumes, then evaluates the best checkpoint; None if a signal (`stop.number`) stopped it before.
 
     config: a ConfigDict, or nested mappings as config.json has them. UserError says in a line what is wrong.
     extend: goes on although total_steps or batch_size are others than those that the workdir has.
+    profile: first and last of the steps whose trace is left in WORKDIR/profile, by process 0.
     """
     workdir, settings = expand(workdir), checks.resolve(config)
     alone = contextlib.nullcontext(lambda: None)
@@ -44,7 +47,7 @@ def train_and_evaluate(
     with alone as still_alone, stop or StopSignal() as stop:
         settings, newer = records.as_begun(workdir, settings)
         known = checks_of(workdir)
-        finished, program = _to_the_end(settings, newer, workdir, still_alone, stop, extend, known)
+        finished, program = _to_the_end(settings, newer, workdir, still_alone, stop, extend, profile, known)
         return evaluate_workdir(settings, workdir, program=program, known=known) if finished else None
 
 
@@ -55,6 +58,7 @@ def _to_the_end(
     still_alone: Callable[[], None],
     stop: StopSignal,
     extend: bool,
+    profile: tuple[int, int] | None,
     known: Checks,
 ) -> tuple[bool, Program]:
     """Trains what is left of it; whether that was finished, and what it was made with."""
@@ -74,7 +78,8 @@ def _to_the_end(
         writer = Writer(workdir, total_steps=settings.total_steps, enabled=jax.process_index() == 0)
         still_alone()
         checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints)
-        with checkpoints, writer:
+        traced = Profile(profile if jax.process_index() == 0 else None, workdir / "profile", writer.message)
+        with checkpoints, writer, traced:
             start, current = _begin(workdir, settings, newer, program, data, checkpoints, extended, writer)
             writer.resume(start)
             _tell(writer, settings, program, data, start)
@@ -83,7 +88,8 @@ def _to_the_end(
                 writer.message(f"this training is older than some settings and goes on as it was begun: {values}")
             if changed:
                 writer.message(_extension(settings, start, changed))
-            parts = program, data, start, current, compilation, checkpoints, writer
+            traced.resume(start)
+            parts = program, data, start, current, compilation, checkpoints, writer, traced
             finished = _train(settings, *parts, stop, patience, still_alone)
         if finished:
             stop.end()
@@ -188,18 +194,20 @@ def _extension(settings: Settings, start: int, changed: extension.Changes) -> st
 
 
 def _train(
-    settings, program, data, start, current, compilation, checkpoints, writer, stop, patience, still_alone
+    settings, program, data, start, current, compilation, checkpoints, writer, profile, stop, patience, still_alone
 ) -> bool:  # fmt: skip
     """The steps from `start` to the last; False if a signal stopped them before."""
-    teacher, losses, skipped = program.teacher(), _Losses(settings.log_every, writer, checkpoints), 0
+    teacher, skipped = program.teacher(), 0
+    losses = Losses(settings.log_every, settings.batch_size, writer, checkpoints.latest_step)
     needed = ("image", "label", "taps") if settings.supervised else ("image", "taps")
     for step in range(start + 1, settings.total_steps + 1):
         if patience.exhausted():
             writer.message(f"stopped early at step {step - 1}: no better score in config.patience={settings.patience}")
             break
-        batch = next(data.batches)
-        skipped += int(batch.pop("skipped", 0))
-        batch = sharding.to_global(program.mesh, {k: batch[k] for k in needed if k in batch})
+        with losses.pace.waiting():  # while the steps before run
+            batch = next(data.batches)
+            skipped += int(batch.pop("skipped", 0))
+            batch = sharding.to_global(program.mesh, {k: batch[k] for k in needed if k in batch})
         if step == start + 1 and compilation is not None:
             writer.message("compiling the training step")
             compilation.wait()
@@ -208,9 +216,17 @@ def _train(
                 writer.message("stopped by a signal before the first step; run the same command to go on")
                 return False
             stop.begin()
+        if profile.begins(step):
+            losses.flush()
+            with losses.pace.paused():
+                profile.begin()
         with jax.transfer_guard("disallow"):
             current, terms = program.train_step(current, batch, teacher)
         losses.push(step, terms, skipped)
+        if profile.ends(step):
+            losses.flush()
+            with losses.pace.paused():
+                profile.end()
         checkpoints.look()
 
         last = step == settings.total_steps
@@ -220,11 +236,12 @@ def _train(
         if scored or save or stopping:
             losses.flush()  # a state that is not finite is never saved
             writer.pause()
-            score = validate(step, settings, program, data, current, teacher, writer) if scored else None
-            patience.add(step, score)
-            still_alone()
-            # Evaluate, save, and only then draw the next batch: the position belongs to this step.
-            checkpoints.save(step, current, data.batches.get_state(), score)
+            with losses.pace.paused():
+                score = validate(step, settings, program, data, current, teacher, writer) if scored else None
+                patience.add(step, score)
+                still_alone()
+                # Evaluate, save, and only then draw the next batch: the position belongs to this step.
+                checkpoints.save(step, current, data.batches.get_state(), score)
         if stopping:
             checkpoints.wait()
             writer.message(f"stopped by a signal at step {step}; run the same command to go on")
@@ -232,39 +249,6 @@ def _train(
     return True
 
 
-class _Losses:
-    """A step's losses, fetched once the next step is on its way."""
-
-    def __init__(self, log_every: int, writer: Writer, checkpoints: Checkpoints):
-        self._log_every, self._writer, self._checkpoints, self._pending = log_every, writer, checkpoints, None
-
-    def push(self, step: int, terms: dict[str, jax.Array], skipped: int) -> None:
-        self.flush()
-        self._pending = step, terms, skipped
-
-    def flush(self) -> None:
-        """UserError if they are not finite."""
-        if self._pending is None:
-            return
-        (step, terms, skipped), self._pending = self._pending, None
-        terms = {k: float(v) for k, v in jax.device_get(terms).items()}
-        terms = {"loss": terms.pop("loss"), **terms}  # first in the file, so first in the figure
-        _check_finite(step, terms, self._checkpoints.latest_step())
-        if step % self._log_every == 0 or step == 1:
-            logged = {**terms, "skipped_tiles": skipped} if skipped else terms
-            self._writer.write(step, {f"train/{k}": v for k, v in logged.items()})
-        self._writer.progress(step, {k: terms[k] for k in ("loss", "acc", "explained") if k in terms})
-
-
 def _latest(workdir: pathlib.Path) -> int:
     """The step of the last checkpoint, by the folders' names; 0 without one."""
     return max(records.steps(workdir), default=0)
-
-
-def _check_finite(step: int, terms: dict[str, float], saved: int | None) -> None:
-    wrong = [f"{k} is {v}" for k, v in terms.items() if not np.isfinite(v)]
-    if wrong:
-        where = f"the last checkpoint is step {saved}" if saved else "no checkpoint was written yet"
-        raise UserError(
-            f"not finite at step {step}: {', '.join(wrong)}; {where}. Lower config.optimizer.lr or set config.clip_norm"
-        )

@@ -107,6 +107,10 @@ class Writer:
         if self.enabled:
             self._bar.update(int(step), scalars)
 
+    def due(self) -> bool:
+        """Whether the next `progress` will be seen, so that it is worth to give it scalars."""
+        return self.enabled and self._bar.due()
+
     def pause(self) -> None:
         """Keeps the time until the next `progress`, an evaluation say, out of the steps per second."""
         if self.enabled:
@@ -171,10 +175,12 @@ class _Bar:
         self._recent.append((now, step))
         if scalars is not None:
             self._latest = {name: float(value) for name, value in scalars.items()}
-        wait = REDRAW_SECONDS if self._live else PLAIN_SECONDS
-        if now - self._shown_at >= wait or step >= self._total:
+        if self.due() or step >= self._total:
             self._shown_at = now
             self._show()
+
+    def due(self) -> bool:
+        return time.monotonic() - self._shown_at >= (REDRAW_SECONDS if self._live else PLAIN_SECONDS)
 
     def pause(self) -> None:
         self._recent.clear()

@@ -1,0 +1,68 @@
+"""A profiler trace of some steps, for TensorBoard's profile plugin, xprof or Perfetto."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Self
+
+import jax
+
+from ktda_jax import UserError
+
+
+@contextlib.contextmanager
+def trace(folder: str | os.PathLike) -> Iterator[None]:
+    """What the devices and this process do meanwhile goes into `folder`; UserError if it cannot be written."""
+    jax.profiler.start_trace(folder)
+    try:
+        yield
+    finally:
+        try:
+            jax.profiler.stop_trace()
+        except Exception as error:  # of several kinds, most of them C++'s
+            raise UserError(f"cannot write the trace to {folder}: {' '.join(str(error).split())[:200]}") from error
+
+
+class Profile:
+    """The trace of the steps from `first` to `last`, as far as a training comes to them. Leaving it ends a trace."""
+
+    def __init__(self, steps: tuple[int, int] | None, folder: pathlib.Path, tell: Callable[[str], None]):
+        """steps: first and last; None traces nothing. tell: takes lines for the user."""
+        self._steps, self._folder, self._tell = steps, folder, tell
+        self._trace: contextlib.ExitStack | None = None  # which ends the one that runs
+        self._done = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
+
+    def resume(self, step: int) -> None:
+        """Says so if a training that goes on from `step` has all of them behind it."""
+        if self._steps and self._steps[1] <= step:
+            first, last = self._steps
+            self._tell(f"--profile={first}:{last} leaves no trace, since step {step} is done already")
+
+    def begins(self, step: int) -> bool:
+        return bool(self._steps) and not self._done and self._steps[0] <= step <= self._steps[1]
+
+    def begin(self) -> None:
+        self._done, self._trace = True, contextlib.ExitStack()
+        self._trace.enter_context(trace(self._folder))
+
+    def ends(self, step: int) -> bool:
+        return self._trace is not None and step == self._steps[1]
+
+    def end(self) -> None:
+        """Writes it, if there is one, which takes seconds. Training goes on where it cannot be written."""
+        if self._trace is None:
+            return
+        running, self._trace = self._trace, None
+        try:
+            running.close()
+        except UserError as error:
+            self._tell(f"warning: {error}")
+        else:
+            self._tell(f"a trace is in {self._folder}, for TensorBoard's profile plugin or xprof")
