@@ -160,12 +160,15 @@ def test_redraws_are_limited_but_the_last_state_is_shown(tmp_path, clock):
 
 
 def test_plain_lines_elsewhere(tmp_path, clock):
-    stream = io.StringIO()
+    """And it is known before which steps are shown: others need no scalars."""
+    stream, due = io.StringIO(), []
     with writers.Writer(tmp_path, total_steps=100, stream=stream) as writer:
         for step in range(1, 101):
-            writer.progress(step, {"loss": 0.5})
+            due += [step] if writer.due(step) else []
+            writer.progress(step, {"loss": 0.5} if writer.due(step) else None)
             clock[0] += 1.0
         writer.message("done")
+    assert due == [*range(1, 100, 10), 100] and not writers.Writer(tmp_path, total_steps=9, enabled=False).due(9)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 12  # the first, one every ten seconds, the last, the message
     assert lines[-1] == "done" and "\r" not in stream.getvalue()

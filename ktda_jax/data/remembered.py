@@ -47,6 +47,7 @@ class Checks:
         """As `check_split`, of what is remembered or of the tiles."""
         begun, key = time.time_ns(), self._key(source, options, num_threads)
         if key and (summary := _summary(self._found.get(key[0]), len(source))):
+            self._found[key[0]] = self._found.pop(key[0])  # the last to be forgotten
             return summary
         summary = check_split(source, num_threads=num_threads, **options)
         if key and not summary.unreadable and key[1] < begun - YOUNG and key == self._key(source, options, num_threads):

@@ -45,7 +45,7 @@ class Losses:
             jax.block_until_ready(terms)
             self._done.append((step, terms))
             shown, logged = None, step % self._log_every == 0 or step == 1
-            if logged or len(self._done) >= HELD or (self._alone and self._writer.due()):
+            if logged or len(self._done) >= HELD or (self._alone and self._writer.due(step)):
                 shown = self._fetch()
             if logged:
                 row = {**shown, "skipped_tiles": skipped} if skipped else shown

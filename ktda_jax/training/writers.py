@@ -107,9 +107,9 @@ class Writer:
         if self.enabled:
             self._bar.update(int(step), scalars)
 
-    def due(self) -> bool:
-        """Whether the next `progress` will be seen, so that it is worth to give it scalars."""
-        return self.enabled and self._bar.due()
+    def due(self, step: int) -> bool:
+        """Whether `progress` would be seen now, so that it is worth to give it scalars."""
+        return self.enabled and self._bar.due(int(step))
 
     def pause(self) -> None:
         """Keeps the time until the next `progress`, an evaluation say, out of the steps per second."""
@@ -175,12 +175,13 @@ class _Bar:
         self._recent.append((now, step))
         if scalars is not None:
             self._latest = {name: float(value) for name, value in scalars.items()}
-        if self.due() or step >= self._total:
+        if self.due(step):
             self._shown_at = now
             self._show()
 
-    def due(self) -> bool:
-        return time.monotonic() - self._shown_at >= (REDRAW_SECONDS if self._live else PLAIN_SECONDS)
+    def due(self, step: int) -> bool:
+        wait = REDRAW_SECONDS if self._live else PLAIN_SECONDS
+        return time.monotonic() - self._shown_at >= wait or step >= self._total
 
     def pause(self) -> None:
         self._recent.clear()
