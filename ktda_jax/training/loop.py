@@ -74,11 +74,12 @@ def _to_the_end(
     try:
         data = open_inputs(settings, program.mixture, extension.first_row(extended), known)
         _make(workdir)
-        known.save(enabled=jax.process_index() == 0)
-        writer = Writer(workdir, total_steps=settings.total_steps, enabled=jax.process_index() == 0)
+        first = jax.process_index() == 0
+        known.save(enabled=first)
+        writer = Writer(workdir, total_steps=settings.total_steps, enabled=first)
         still_alone()
         checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints)
-        traced = Profile(profile if jax.process_index() == 0 else None, workdir / "profile", writer.message)
+        traced = Profile(profile, workdir / "profile", writer.message, enabled=first)
         with checkpoints, writer, traced:
             start, current = _begin(workdir, settings, newer, program, data, checkpoints, extended, writer)
             writer.resume(start)

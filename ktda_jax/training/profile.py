@@ -27,9 +27,12 @@ def trace(folder: str | os.PathLike) -> Iterator[None]:
 class Profile:
     """The trace of the steps from `first` to `last`, as far as a training comes to them. Leaving it ends a trace."""
 
-    def __init__(self, steps: tuple[int, int] | None, folder: pathlib.Path, tell: Callable[[str], None]):
-        """steps: first and last; None traces nothing. tell: takes lines for the user."""
-        self._steps, self._folder, self._tell = steps, folder, tell
+    def __init__(
+        self, steps: tuple[int, int] | None, folder: pathlib.Path, tell: Callable[[str], None], *, enabled: bool = True
+    ):
+        """steps: first and last; None traces nothing. tell: takes lines for the user. enabled: false in processes that
+        only keep step with the one that traces."""
+        self._steps, self._folder, self._tell, self._enabled = steps, folder, tell, enabled
         self._trace: contextlib.ExitStack | None = None  # which ends the one that runs
         self._done = False
 
@@ -50,7 +53,8 @@ class Profile:
 
     def begin(self) -> None:
         self._done, self._trace = True, contextlib.ExitStack()
-        self._trace.enter_context(trace(self._folder))
+        if self._enabled:
+            self._trace.enter_context(trace(self._folder))
 
     def ends(self, step: int) -> bool:
         return self._trace is not None and step == self._steps[1]
