@@ -113,6 +113,7 @@ def main():
     settings = {**TINY, "total_steps": args.late + 40, "data.root": folder / "tfds"}
     flags = [f"--config.{k}={v}" for k, v in settings.items()]
     command = ("ktda_jax.main", f"--config={ROOT / 'configs/grass.py'}:tiny", f"--workdir={workdir}", *flags)
+    command += ("--stopped_status=0",)
 
     def steps() -> int:
         """Rows so far: one a step."""
