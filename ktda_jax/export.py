@@ -132,8 +132,7 @@ def run(
     finally:
         temporary.unlink(missing_ok=True)
         if not output.exists():
-            for left in (beside, beside.with_suffix(".tmp")):
-                left.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
     return description
 
 

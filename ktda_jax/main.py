@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ktda_jax import cli
+from ktda_jax.data.paths import place
 
 cli.define_config()
 cli.define_processes()
@@ -36,8 +37,10 @@ def _profile() -> tuple[int, int] | None:
 
 def parse(argv: list[str]) -> list[str]:
     rest = cli.parse_config(argv)
-    if "://" in (WORKDIR.value or ""):  # pathlib would make a local folder of that name
-        sys.exit(f"error: --workdir={WORKDIR.value} is not a path; mount it and give the folder")
+    if "://" in (WORKDIR.value or "").removeprefix("gs://"):  # pathlib would make a local folder of that name
+        sys.exit(f"error: --workdir={WORKDIR.value} is neither a path nor gs://BUCKET/FOLDER")
+    if WORKDIR.value:
+        cli.in_one_line(place, WORKDIR.value)
     if EXTEND.value and MODE.value == "eval":
         sys.exit("error: --extend is for training; leave it out with --mode=eval")
     if PROFILE.value is not None and MODE.value == "eval":

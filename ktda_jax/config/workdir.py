@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -16,7 +15,8 @@ from ktda_jax import UserError
 from ktda_jax.config import extension
 from ktda_jax.config.fields import flat
 from ktda_jax.config.settings import VERSION, Settings
-from ktda_jax.data.paths import expand
+from ktda_jax.data import buckets
+from ktda_jax.data.paths import place
 
 CONFIG, RUN = "config.json", "run.json"
 READING = 2  # how tiles are read: since 2, alpha bands with soft edges count, and masks beside config.data.nodata
@@ -45,7 +45,7 @@ def read(workdir: pathlib.Path) -> Settings:
     """The settings that a training was begun with, by any version; UserError names the file."""
     path = workdir / CONFIG
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(buckets.read_text(path))
     except OSError as error:
         raise UserError(f"{path} does not describe a training of ours: {error.strerror}") from error
     except ValueError as error:
@@ -75,21 +75,23 @@ def is_workdir(path: pathlib.Path) -> bool:
 def teacher_of(path: str) -> str:
     """config.weights.teacher, or, where that is a workdir, the teacher that was frozen in its training."""
     seen = []
-    while is_workdir(place := expand(path)):
-        chosen = read(place).weights.teacher
-        if chosen is None or place in seen:
+    while is_workdir(folder := place(path)):
+        chosen = read(folder).weights.teacher
+        if chosen is None or folder in seen:
             raise UserError(
                 f"config.weights.teacher: {path} is a training with a random teacher (its config.weights.teacher is "
                 "unset), of which nothing is kept; give the teacher's weights themselves"
             )
-        seen.append(place)
+        seen.append(folder)
         path = chosen
     return path
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
-    """Of the checkpoints, by the folders' names; an empty folder is none."""
-    found = (path for path in workdir.glob("checkpoints/*") if path.name.isdigit())
+    """Of the checkpoints, by the folders' names; an empty folder, or one whose writing was cut short, is none."""
+    found = [path for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+    if buckets.is_remote(workdir):
+        return sorted(int(path.name) for path in found if (path / buckets.COMMITTED).exists())
     return sorted(int(path.name) for path in found if path.is_dir() and any(path.iterdir()))
 
 
@@ -164,15 +166,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
     """Writes aside and renames, so that a reader never sees half a file; UserError if it cannot be."""
-    temporary = path.with_suffix(".tmp")
-    with writing(path):
-        try:
-            temporary.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
-            os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+    with writing(path), buckets.aside(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager
@@ -190,15 +185,20 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 def obstacle(workdir: pathlib.Path) -> str | None:
     """In a line, why scores cannot be written to a workdir, somebody else's for one, and what follows; else None."""
-    there = next(path for path in (workdir, *workdir.parents) if path.exists())
-    for place in filter(pathlib.Path.exists, (there, workdir / "figures", workdir / "metrics.jsonl")):
+    if buckets.is_remote(workdir):
         try:
-            if place.is_file():
-                place.open("a").close()
-            else:
-                tempfile.TemporaryFile(dir=place).close()
+            return buckets.probe(workdir)
         except OSError as error:
-            return f"cannot write to {place}: {error.strerror}; the scores are printed, and nothing is written"
+            return f"cannot write to {workdir}: {error.strerror}; the scores are printed, and nothing is written"
+    there = next(path for path in (workdir, *workdir.parents) if path.exists())
+    for path in filter(pathlib.Path.exists, (there, workdir / "figures", workdir / "metrics.jsonl")):
+        try:
+            if path.is_file():
+                path.open("a").close()
+            else:
+                tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            return f"cannot write to {path}: {error.strerror}; the scores are printed, and nothing is written"
     return None
 
 

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from ktda_jax import UserError
+from ktda_jax.data import buckets
 
 BESIDE = (".aux.xml", ".msk", ".ovr")  # what GDAL keeps beside an image; two of them are TIFFs of their own
 
@@ -13,12 +14,20 @@ BESIDE = (".aux.xml", ".msk", ".ovr")  # what GDAL keeps beside an image; two of
 def expand(path: str | os.PathLike) -> pathlib.Path:
     """The path with its ~ replaced: for every flag and setting that is one, where it is used.
 
-    Not where settings are read: a workdir's record says ~, and holds wherever the home is.
+    Not where settings are read: a workdir's record says ~, and holds wherever the home is. UserError for one in a
+    bucket: `place` is for what may be there.
     """
+    if buckets.is_remote(path):  # pathlib would make a local folder of that name
+        raise UserError(f"{path} is in a bucket, and this must be a local path; copy it (gcloud storage cp)")
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError as error:  # ~somebody who is not there
         raise UserError(f"{path}: {error}") from error
+
+
+def place(path: str | os.PathLike) -> pathlib.PurePath:
+    """The same for what may be in a bucket: then an epath.Path, which has pathlib's methods."""
+    return buckets.place(path) if buckets.is_remote(path) else expand(path)
 
 
 def found(text: str, suffixes: Sequence[str], *, what: str, called: str) -> list[pathlib.Path]:

@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from ktda_jax.data import buckets
+from ktda_jax.data.paths import place
 from ktda_jax.metrics.confusion import summarize
 
 DPI = 150
@@ -189,7 +190,7 @@ def _dots(values: np.ndarray) -> dict[str, object]:
 def read_curves(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Of a `metrics.jsonl`: key to (steps, values), in order of appearance; what is no finite number is left out."""
     points: dict[str, list[tuple[float, float]]] = {}
-    for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
+    for line in buckets.read_text(place(path)).splitlines():
         try:
             row = json.loads(line, parse_int=float)
         except json.JSONDecodeError:  # a line cut short
@@ -215,12 +216,7 @@ def _short_count(count: int) -> str:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike, **options: object) -> None:
-    path = pathlib.Path(path)
+    path = place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
+    with buckets.aside(path) as temporary:
         figure.savefig(temporary, dpi=DPI, facecolor="white", **options)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -19,6 +19,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ktda_jax import UserError, sharding
+from ktda_jax.data import buckets
+from ktda_jax.data.paths import place
 from ktda_jax.models.flat import Arrays, check_finite, check_shapes
 from ktda_jax.training import whole
 from ktda_jax.training.state import TrainState
@@ -55,7 +57,7 @@ class _StateHandler(ocp.StandardCheckpointHandler):
     def finalize(self, directory) -> None:
         """In process 0, when all of them have written."""
         super().finalize(directory)
-        whole.write(pathlib.Path(directory), *self.beside)
+        whole.write(place(directory), *self.beside)
 
 
 @ocp.args.register_with_handler(_StateHandler, for_save=True)
@@ -80,11 +82,16 @@ class _Best:
 
 
 class Checkpoints:
-    """Checkpoints under `directory`: the `keep` latest and the best. Orbax writes aside and renames when complete."""
+    """Checkpoints under `directory`: the `keep` latest and the best.
+
+    Orbax writes aside and renames when complete; in a bucket it writes a last object, without which there is none.
+    """
 
     def __init__(self, directory: str | pathlib.Path, *, keep: int = 1):
         _quiet()
-        self._directory = pathlib.Path(directory).absolute()
+        self._directory = place(directory)
+        if not buckets.is_remote(directory):
+            self._directory = self._directory.absolute()
         self._scores = {step: whole.score(self._directory / str(step)) for step in whole.steps(self._directory)}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self._scores)]),

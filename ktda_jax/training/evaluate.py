@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable
 
@@ -15,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ktda_jax import sharding
+from ktda_jax.data import buckets
 from ktda_jax.data.datasets import DatasetInfo
 from ktda_jax.figures import plots, sheets
 from ktda_jax.figures import trust as figures
@@ -176,9 +176,8 @@ def write_scores(result: Evaluation, folder: pathlib.Path, name: str, classes: t
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with buckets.aside(path) as temporary:
+        temporary.write_text(text)
 
 
 def as_csv(result: Evaluation, classes: tuple[str, ...]) -> str:

@@ -8,7 +8,6 @@ has no scale, and gets the one that fits best.
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
@@ -19,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ktda_jax import sharding
+from ktda_jax.data import buckets
 from ktda_jax.models.flat import Arrays, merge
 from ktda_jax.models.layers import at_least_float32
 
@@ -129,6 +129,5 @@ def write_report(result: Explained, workdir: pathlib.Path, images: int) -> None:
     """Writes `figures/held_out.json`."""
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
-    temporary = folder / ".held_out.json.tmp"
-    temporary.write_text(json.dumps({"images": images, **result.summary}, indent=1) + "\n")
-    os.replace(temporary, folder / "held_out.json")
+    with buckets.aside(folder / "held_out.json") as temporary:
+        temporary.write_text(json.dumps({"images": images, **result.summary}, indent=1) + "\n")

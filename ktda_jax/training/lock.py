@@ -9,6 +9,8 @@ others that machines share it may hold on each machine alone. So there is a reco
 Another container of this machine is elsewhere, too: process numbers mean other processes there. Of those that take a
 dead one's place at the same moment the last one to write the record has it, and the others give way: after a second,
 or, should that have been too short, when they check, before they write.
+
+A folder in a bucket has the record alone: an object that only one of several can create.
 """
 
 import contextlib
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ktda_jax import UserError
+from ktda_jax.data import buckets
 
 RECORD = "lock.json"
 HEARTBEAT, DEAD = 30.0, 120.0  # seconds: between two heartbeats, and without one
@@ -33,7 +36,7 @@ FORGOTTEN = 3600.0  # seconds since a heartbeat by the clocks of two machines, w
 
 @contextlib.contextmanager
 def hold(
-    folder: pathlib.Path, *, place: str, claim: str, remedy: str, record: pathlib.Path | None = None,
+    folder: pathlib.PurePath, *, place: str, claim: str, remedy: str, record: pathlib.PurePath | None = None,
     say: Callable[[str], None] = print,
 ) -> Iterator[Callable[[], None]]:  # fmt: skip
     """The folder, which is made, is this process's within the `with`; what it gives raises UserError if that is lost.
@@ -52,13 +55,15 @@ def hold(
         if found and found.get("token") != mine["token"]:
             raise refuse(found)
 
-    made, locked = not folder.exists(), None
+    remote = buckets.is_remote(folder)
+    made, locked = not remote and not folder.exists(), None
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, mine, ended), name="heartbeat", daemon=True)
     try:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            locked = _flock(folder)
+            if not remote:
+                folder.mkdir(parents=True, exist_ok=True)
+                locked = _flock(folder)
             _take(path, mine, refuse, say, flocked=locked is not None)
         except BlockingIOError as error:
             made = False  # it is the other's now
@@ -76,7 +81,7 @@ def hold(
             beating.join()
         with contextlib.suppress(OSError):
             if (_read(path) or {}).get("token") == mine["token"]:
-                path.unlink()
+                buckets.remove(path) if remote else path.unlink()
         if made:
             with contextlib.suppress(OSError):  # not empty: something came of it
                 folder.rmdir()
@@ -97,7 +102,7 @@ def _flock(folder: pathlib.Path) -> int | None:
     return opened
 
 
-def _take(path: pathlib.Path, mine: dict, refuse: Callable, say: Callable[[str], None], *, flocked: bool) -> None:
+def _take(path: pathlib.PurePath, mine: dict, refuse: Callable, say: Callable[[str], None], *, flocked: bool) -> None:
     """Writes the record; UserError if another that may live has one."""
     while True:
         found = _read(path)
@@ -142,7 +147,7 @@ def has_ended(found: dict) -> bool:
     return bool(_is_dead(found, flocked=False))
 
 
-def _watch(path: pathlib.Path, found: dict) -> dict | None:
+def _watch(path: pathlib.PurePath, found: dict) -> dict | None:
     """The record as soon as it is another, or after DEAD seconds."""
     end = time.monotonic() + DEAD
     while time.monotonic() < end:
@@ -153,7 +158,7 @@ def _watch(path: pathlib.Path, found: dict) -> dict | None:
     return found
 
 
-def _beat(path: pathlib.Path, mine: dict, ended: threading.Event) -> None:
+def _beat(path: pathlib.PurePath, mine: dict, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT):
         with contextlib.suppress(OSError):  # next time, perhaps
             found = _read(path)
@@ -187,10 +192,10 @@ def _text(path: str) -> str:
         return ""
 
 
-def _read(path: pathlib.Path) -> dict | None:
+def _read(path: pathlib.PurePath) -> dict | None:
     """None without a record; empty while one is being written."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(buckets.read_text(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
@@ -198,8 +203,10 @@ def _read(path: pathlib.Path) -> dict | None:
     return found if isinstance(found, dict) else {}
 
 
-def _create(path: pathlib.Path, mine: dict) -> bool:
+def _create(path: pathlib.PurePath, mine: dict) -> bool:
     """False if there is one already."""
+    if buckets.is_remote(path):
+        return buckets.create(path, _now(mine))
     temporary = _aside(path, mine)
     try:
         os.link(temporary, path)  # whole at once, and never over another
@@ -226,15 +233,22 @@ def _create_in_place(path: pathlib.Path, text: str) -> bool:
     return True
 
 
-def _write(path: pathlib.Path, mine: dict) -> None:
-    os.replace(_aside(path, mine), path)
+def _write(path: pathlib.PurePath, mine: dict) -> None:
+    if buckets.is_remote(path):
+        buckets.write_text(path, _now(mine))
+    else:
+        os.replace(_aside(path, mine), path)
+
+
+def _now(mine: dict) -> str:
+    return json.dumps(mine | {"beat": time.time()})
 
 
 def _aside(path: pathlib.Path, mine: dict) -> pathlib.Path:
     """The record with this moment's heartbeat, under another name."""
     temporary = path.with_name(f".{path.name}.{mine['token']}.tmp")
     try:
-        temporary.write_text(json.dumps(mine | {"beat": time.time()}))
+        temporary.write_text(_now(mine))
     except BaseException:  # a full disk, a signal
         temporary.unlink(missing_ok=True)
         raise

@@ -14,7 +14,8 @@ from ktda_jax.config import checks, extension
 from ktda_jax.config import workdir as records
 from ktda_jax.config.model import compute_dtype
 from ktda_jax.config.settings import Settings
-from ktda_jax.data.paths import expand
+from ktda_jax.data import buckets
+from ktda_jax.data.paths import place
 from ktda_jax.data.remembered import Checks
 from ktda_jax.models import flat
 from ktda_jax.training import lock, optim, tap_statistics, whole
@@ -39,7 +40,7 @@ def train_and_evaluate(
     extend: goes on although total_steps or batch_size are others than those that the workdir has.
     profile: first and last of the steps whose trace is left in WORKDIR/profile, by process 0.
     """
-    workdir, settings = expand(workdir), checks.resolve(config)
+    workdir, settings = place(workdir), checks.resolve(config)
     alone = contextlib.nullcontext(lambda: None)
     if jax.process_index() == 0:
         claim, remedy = f"workdir {workdir} is being trained", "use another --workdir or stop it"
@@ -103,6 +104,8 @@ def _to_the_end(
 
 def _make(workdir: pathlib.Path) -> None:
     """The workdir, and whether its files can be written: now, since the first one is after the first steps."""
+    if buckets.is_remote(workdir):  # where there are no folders, and the lock has been written
+        return
     folder = workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -241,6 +244,7 @@ def _train(
                 score = validate(step, settings, program, data, current, teacher, writer) if scored else None
                 patience.add(step, score)
                 still_alone()
+                writer.upload()  # before a checkpoint that stands for these rows
                 # Evaluate, save, and only then draw the next batch: the position belongs to this step.
                 checkpoints.save(step, current, data.batches.get_state(), score)
         if stopping:

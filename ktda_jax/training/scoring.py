@@ -14,7 +14,8 @@ from ktda_jax.config import checks
 from ktda_jax.config import workdir as records
 from ktda_jax.config.model import model_of
 from ktda_jax.config.settings import Settings
-from ktda_jax.data.paths import expand
+from ktda_jax.data import buckets
+from ktda_jax.data.paths import place
 from ktda_jax.data.remembered import Checks
 from ktda_jax.figures import plots
 from ktda_jax.models.flat import Arrays
@@ -67,7 +68,7 @@ def evaluate_workdir(
 
     A distillation without labels is evaluated on its held-out images. `known`: the checks of tiles made so far.
     """
-    workdir, settings = expand(workdir), config if isinstance(config, Settings) else checks.resolve(config)
+    workdir, settings = place(workdir), config if isinstance(config, Settings) else checks.resolve(config)
     known = known or checks_of(workdir)
     split = settings.data.test_split or settings.data.validation
     trained = (workdir / "checkpoints").is_dir()
@@ -187,7 +188,13 @@ def _append_final(workdir: pathlib.Path, step: int, split: str, summary: Mapping
     """Adds a row to `metrics.jsonl`, if it is not there. Never rewrites: a training may have the file open."""
     row = {"step": step, "split": split}
     row |= {f"final/{k}": v if np.isfinite(v) else None for k, v in summary.items()}
-    with open(workdir / "metrics.jsonl", "a+", encoding="utf-8") as file:
+    path = workdir / "metrics.jsonl"
+    if buckets.is_remote(path):
+        before = buckets.read_text(path) if path.exists() else ""
+        if json.dumps(row) not in before.splitlines():
+            buckets.write_text(path, before + json.dumps(row) + "\n")
+        return
+    with open(path, "a+", encoding="utf-8") as file:
         file.seek(0)
         if json.dumps(row) not in file.read().splitlines():
             file.write(json.dumps(row) + "\n")

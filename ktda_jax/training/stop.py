@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ktda_jax.config.settings import Settings
+from ktda_jax.data import buckets
 from ktda_jax.training import whole
 
 
@@ -106,7 +107,7 @@ class Patience:
 def _reported(workdir: pathlib.Path, last: int) -> dict[int, float]:
     """The scores in a workdir's metrics up to a step: what was reported beyond the last checkpoint is done again."""
     try:
-        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = buckets.read_text(workdir / "metrics.jsonl", errors="replace").splitlines()
     except OSError:
         return {}
     found = {}

@@ -8,7 +8,7 @@ from ktda_jax import UserError
 from ktda_jax.config import checks
 from ktda_jax.config import workdir as records
 from ktda_jax.config.model import model_of, teacher_arrays
-from ktda_jax.data.paths import expand
+from ktda_jax.data.paths import place
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.models.vit import ViT
@@ -23,8 +23,8 @@ def read(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_head
 
     The numbers of heads are for files that do not tell them.
     """
-    if records.is_workdir(place := expand(path)):
-        return from_workdir(place)
+    if records.is_workdir(workdir := place(path)):
+        return from_workdir(workdir)
     return loading.read(path, teacher_heads=teacher_heads, fmm_heads=fmm_heads)
 
 

@@ -3,13 +3,16 @@
 Orbax's index has checksums; the arrays themselves, the data position and the score have none. So each checkpoint holds
 `state/sums.json`, written before the checkpoint counts as complete: size and sum of all files of the state, and the
 data position and the score once more. Checkpoints of former versions lack it; of them only what cannot be read shows.
+In a bucket the sum is the one that the bucket keeps of each object: a listing tells it, and nothing is read.
 A checkpoint itself tells which version wrote it: Orbax names in `_CHECKPOINT_METADATA` who handled the state, and that
 has been a class of ours for as long as there are sums. So old checkpoints may lie beside new ones, in any order.
 """
 
+import base64
 import errno
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,19 +21,56 @@ from typing import Any
 import numpy as np
 
 from ktda_jax import UserError
+from ktda_jax.data import buckets
 
-SUMS, WRITTEN_LATER = "sums.json", "commit_success.txt"
+SUMS, WRITTEN_LATER = "sums.json", buckets.COMMITTED
+OBJECT = "crc32c:"  # how the sum of an object begins
 DATA, SCORE, WRITER = "data/metadata", "metrics/metrics", "_CHECKPOINT_METADATA"
 PAGE, BLOCK = 4096, 1 << 20  # bytes
 
 
 def write(state: pathlib.Path, data: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
     """The sums of all files in `state`, a checkpoint's folder of that name that is about to be complete."""
+    if listed := _listed(state):
+        names = sorted(listed)
+    else:
+        names = [path.relative_to(state).as_posix() for path in sorted(state.rglob("*")) if path.is_file()]
     files = {}
-    for path in sorted(state.rglob("*")):
-        if path.is_file() and path.name not in (SUMS, WRITTEN_LATER):
-            files[path.relative_to(state).as_posix()] = [path.stat().st_size, _sum(path)]
-    (state / SUMS).write_text(json.dumps({"files": files, "data": data, "metrics": metrics}) + "\n")
+    for name in names:
+        if name.split("/")[-1] not in (SUMS, WRITTEN_LATER):
+            sum_ = OBJECT + listed[name].crc32c if listed else _sum(state / name)
+            files[name] = [_size(state, name, listed), sum_]
+    buckets.write_text(state / SUMS, json.dumps({"files": files, "data": data, "metrics": metrics}) + "\n")
+
+
+def _listed(folder: pathlib.PurePath) -> Mapping[str, buckets.Object] | None:
+    """What a bucket tells of all objects there at once; None on a disk."""
+    return buckets.listing(folder) if buckets.is_remote(folder) else None
+
+
+def _size(folder: pathlib.PurePath, name: str, listed: Mapping[str, buckets.Object] | None) -> int:
+    if listed is None:
+        return (folder / name).stat().st_size
+    if name not in listed:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / name))
+    return listed[name].size
+
+
+def _sum_like(written: str, path: pathlib.PurePath, found: buckets.Object | None) -> str:
+    """The sum of a file as that which was written: checkpoints are copied from buckets to disks and back."""
+    if not written.startswith(OBJECT):
+        return _sum(path)
+    if found is not None:
+        return OBJECT + found.crc32c
+    try:
+        import google_crc32c  # comes with gcsfs
+    except ImportError:
+        return written
+    with path.open("rb") as file:
+        crc = google_crc32c.Checksum()
+        while block := file.read(BLOCK):
+            crc.update(block)
+    return OBJECT + base64.b64encode(crc.digest()).decode()
 
 
 def _sum(path: pathlib.Path) -> str:
@@ -40,7 +80,7 @@ def _sum(path: pathlib.Path) -> str:
     """
     words, pages = np.empty(BLOCK // 8, np.uint64), hashlib.sha256()
     block = memoryview(words).cast("B")
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while size := file.readinto(block):
             end = size + -size % PAGE
             block[size:end] = bytes(end - size)
@@ -51,9 +91,12 @@ def _sum(path: pathlib.Path) -> str:
 def steps(directory: pathlib.Path) -> list[int]:
     """Of the checkpoints in a folder, by their names."""
     try:
-        return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+        found = [path for path in directory.iterdir() if path.name.isdigit()]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    if buckets.is_remote(directory):  # where the name is there as soon as writing begins
+        found = [path for path in found if (path / WRITTEN_LATER).exists()]
+    return sorted(int(path.name) for path in found)
 
 
 def score(folder: pathlib.Path) -> float | None:
@@ -86,10 +129,11 @@ def fault(folder: pathlib.Path, *, content: bool = False, share: slice = slice(N
 
 def _state_fault(folder: pathlib.Path, content: bool = False, share: slice = slice(None)) -> str | None:
     try:
-        if not any(folder.iterdir()):
+        listed = _listed(folder)
+        if not (any(folder.iterdir()) if listed is None else listed):
             return "it is empty"
         for name in ("state/manifest.ocdbt", "state/_METADATA", DATA):
-            if not (folder / name).stat().st_size:
+            if not _size(folder, name, listed):
                 return f"{name} is empty"
         _json(folder / "state" / "_METADATA")
         position, sums = _json(folder / DATA), _sums(folder)
@@ -98,15 +142,17 @@ def _state_fault(folder: pathlib.Path, content: bool = False, share: slice = sli
         if position != sums["data"]:
             return f"{DATA} is not what was written"
         for name, (size, _) in sums["files"].items():
-            found = (folder / "state" / name).stat().st_size
+            found = _size(folder, f"state/{name}", listed)
             if found != size:
                 return f"state/{name} has {found} of {size} bytes"
         if content:
             files = sorted(sums["files"].items())[share]
+            paths, written = [f"state/{name}" for name, _ in files], [sum_ for _, (_, sum_) in files]
             with ThreadPoolExecutor(4) as pool:
-                found = pool.map(_sum, (folder / "state" / name for name, _ in files))
-                for (name, (_, written)), sum_ in zip(files, found, strict=True):
-                    if sum_ != written:
+                objects = [listed and listed[path] for path in paths]
+                found = pool.map(_sum_like, written, (folder / path for path in paths), objects)
+                for (name, (_, was)), now in zip(files, found, strict=True):
+                    if now != was:
                         return f"state/{name} is not what was written, by its sum"
     except FileNotFoundError as error:
         return f"it lacks {_below(folder, error.filename)}"
@@ -145,7 +191,7 @@ class _NotJson(ValueError):
 
 def _json(path: pathlib.Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(buckets.read_text(path))
     except ValueError as error:
         raise _NotJson(str(path)) from error
 

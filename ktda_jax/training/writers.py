@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from typing import Self, TextIO
 
 from ktda_jax.config.workdir import writing
+from ktda_jax.data import buckets
+from ktda_jax.data.paths import place
+from ktda_jax.training.uploads import Uploads
 
 REDRAW_SECONDS = 0.1  # a terminal is redrawn at most this often
 PLAIN_SECONDS = 10.0  # elsewhere a line is printed at most this often
@@ -24,7 +27,7 @@ class Writer:
     """Records scalars and shows progress; with `enabled=False` (processes other than 0) it does nothing.
 
     A row of `metrics.jsonl` is one JSON object with `step` and the scalars; values that are not finite are
-    null. It is flushed line by line, so that a killed run loses nothing that it reported.
+    null. It is flushed line by line, so that a killed run loses nothing that it reported; in a bucket see uploads.py.
     """
 
     def __init__(
@@ -36,7 +39,8 @@ class Writer:
         stream: TextIO | None = None,
     ):
         self.enabled = enabled
-        self._workdir = pathlib.Path(workdir)
+        self._uploads = Uploads(place(workdir)) if enabled and buckets.is_remote(workdir) else None
+        self._workdir = pathlib.Path(workdir) if self._uploads is None else self._uploads.folder
         self._rows_path = self._workdir / "metrics.jsonl"
         self._rows: TextIO | None = None
         self._events = None
@@ -54,6 +58,9 @@ class Writer:
         except Exception:
             if kind is None:  # of two errors the first is told
                 raise
+        finally:
+            if self._uploads is not None:
+                self._uploads.close()
 
     def resume(self, step: int) -> int:
         """Drops rows beyond the checkpoint at `step`, before the first write; returns how many were dropped.
@@ -98,6 +105,16 @@ class Writer:
         for name, value in values.items():
             if math.isfinite(value):  # tensorboardX logs a warning into the progress bar otherwise
                 self._events.add_scalar(name, value, int(step))
+        if self._uploads is not None and self._uploads.due():
+            self.upload()
+
+    def upload(self) -> None:
+        """Brings to a bucket what is not there yet; elsewhere there is nothing to do."""
+        if self._uploads is not None:
+            if self._events is not None:
+                self._events.flush()
+            with writing(self._uploads.workdir):
+                self._uploads.upload()
 
     def progress(self, step: int, scalars: Mapping[str, float] | None = None) -> None:
         """Shows that `step` steps are done: a bar on a terminal, a line now and then elsewhere.
@@ -131,6 +148,7 @@ class Writer:
                     rows.close()
             finally:
                 threading.excepthook = self._hook
+        self.upload()
 
     def _open(self) -> None:
         # Here, since most verbs never write; without torch, which tensorboardX imports where it is installed.

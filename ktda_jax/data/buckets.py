@@ -1,0 +1,194 @@
+"""Places in a bucket, gs://BUCKET/FOLDER: how their objects are read, and written whole.
+
+The path is `etils.epath`'s and gcsfs is beneath it, whether TensorFlow is installed or not: with it epath would go
+through tf.io.gfile, another client with other errors, and import it into every training. Orbax's arrays go through
+TensorStore, by the same credentials. An object appears whole or not at all, so nothing needs a temporary name there;
+it cannot be appended to, and there are no folders, only names.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import logging
+import os
+import pathlib
+import tempfile
+import uuid
+from collections.abc import Iterator
+
+from ktda_jax import UserError
+
+SCHEME = "gs://"
+COMMITTED = "commit_success.txt"  # Orbax's last object of a checkpoint; where there are folders it renames them
+ROLES = (
+    "log in with `gcloud auth application-default login`, or give this machine's service account the roles Storage "
+    "Object User and Storage Legacy Bucket Reader there"
+)
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    return os.fspath(path).startswith(SCHEME)
+
+
+def place(path: str | os.PathLike) -> pathlib.PurePath:
+    """The epath.Path of gs://...; UserError in a line if the bucket cannot be looked into, asked once in a process."""
+    _check(os.fspath(path))
+    from etils import epath
+
+    return epath.Path(path)
+
+
+@functools.cache
+def _check(path: str) -> None:
+    """Before anything else is done there: what may not be read is not there for most of gcsfs."""
+    name = path.removeprefix(SCHEME).strip("/")
+    bucket = name.partition("/")[0]
+    if not bucket:
+        raise UserError(f"{path} names no bucket; give gs://BUCKET/FOLDER")
+    fs = files()
+    try:
+        fs.info(bucket)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no bucket gs://{bucket}; make it, or correct the name") from error
+    except Exception as error:  # gcsfs raises of all kinds
+        raise UserError(f"cannot look into gs://{bucket}: {_reason(error)}; {ROLES}") from error
+    try:
+        fs.info(name)
+    except FileNotFoundError:
+        pass
+    except Exception as error:
+        raise UserError(f"cannot look into {path}: {_reason(error)}; {ROLES}") from error
+
+
+@functools.cache
+def files():
+    """gcsfs's file system, as epath gets it too."""
+    os.environ["EPATH_USE_TF"] = "false"
+    # Without this gcsfs asks another service of Google what kind of bucket it is, with a warning at every access where
+    # that does not answer. Rapid (zonal) buckets need it.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    logging.getLogger("google.auth").setLevel(logging.ERROR)  # three lines on a metadata server that is not there
+    import fsspec
+    from fsspec.config import conf
+
+    conf["gcs"] = {**conf.get("gcs", {}), "use_listings_cache": False}  # Orbax and other hosts write there as well
+    try:
+        return fsspec.filesystem("gcs", finalize_on_close=True)
+    except ImportError as error:
+        raise UserError("gs:// needs gcsfs: pip install -e '.[gcs]'") from error
+
+
+def _reason(error: BaseException) -> str:
+    """In a line; gcsfs's own begin with an address."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def _told(path) -> Iterator[None]:
+    """What gcsfs raises, of many kinds, as an OSError that names the object and says in a line why."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+    except FileExistsError:
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, _reason(error), str(path)) from error
+
+
+def read_text(path: pathlib.PurePath, errors: str = "strict") -> str:
+    """UTF-8 of a file, wherever it is. OSError, or UnicodeDecodeError."""
+    if not is_remote(path):
+        return path.read_text(encoding="utf-8", errors=errors)
+    with _told(path):
+        content = files().cat_file(str(path))
+    return content.decode(errors=errors)
+
+
+def write_text(path: pathlib.PurePath, text: str) -> None:
+    """The file, wherever it is; an object is whole at once."""
+    if not is_remote(path):
+        path.write_text(text)
+        return
+    with _told(path):
+        files().pipe_file(str(path), text.encode())
+
+
+def create(path: pathlib.PurePath, text: str) -> bool:
+    """The same; False if there is one, which two that come at once cannot both miss."""
+    try:
+        with _told(path):
+            files().pipe_file(str(path), text.encode(), mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+def remove(path: pathlib.PurePath) -> None:
+    with _told(path):
+        files().rm_file(str(path))
+
+
+def upload(local: pathlib.Path, path: pathlib.PurePath) -> None:
+    with _told(path):
+        files().put_file(str(local), str(path))
+
+
+def download(path: pathlib.PurePath, local: pathlib.Path) -> None:
+    with _told(path):
+        files().get_file(str(path), str(local))
+
+
+def probe(folder: pathlib.PurePath) -> None:
+    """OSError if nothing can be written there."""
+    path = folder / f".{uuid.uuid4().hex}.tmp"
+    write_text(path, "")
+    remove(path)
+
+
+@contextlib.contextmanager
+def aside(path: pathlib.PurePath) -> Iterator[pathlib.Path]:
+    """A local file to write, which becomes `path` at the end: renamed, or as a whole object. Else nothing is left."""
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as scratch:
+            yield pathlib.Path(scratch) / path.name
+            upload(pathlib.Path(scratch) / path.name, path)
+        return
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    size: int  # bytes
+    crc32c: str  # of its content, as the bucket has it
+    made: int  # microseconds since 1970; another content is a new object
+
+
+def listing(folder: pathlib.PurePath) -> dict[str, Object]:
+    """All objects below a folder of a bucket, by their names from there on; one that is itself an object by ''."""
+    with _told(folder):
+        found = files().find(str(folder), detail=True)
+    prefix = str(folder).removeprefix(SCHEME)
+    return {
+        name.removeprefix(prefix).lstrip("/"): Object(
+            int(entry["size"]), entry.get("crc32c", ""), round(entry["ctime"].timestamp() * 1e6)
+        )
+        for name, entry in found.items()
+        if entry["type"] == "file" and not name.endswith("/")  # which web consoles make for an empty folder
+    }
+
+
+def size(path: pathlib.PurePath) -> int:
+    """Bytes of a file, wherever it is."""
+    if not is_remote(path):
+        return path.stat().st_size
+    with _told(path):
+        return int(files().info(str(path))["size"])

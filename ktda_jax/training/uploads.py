@@ -1,0 +1,60 @@
+"""`metrics.jsonl` and TensorBoard's events of a workdir in a bucket, where no object can be appended to.
+
+They are written to a local folder and uploaded whole: before every checkpoint, so that one never stands for rows which
+are not there; at the end; and once a minute between. A host that dies takes with it what was reported since the last
+upload. That belongs to steps after the checkpoint from which the next start goes on, and is reported again.
+Of the events each start has a file of its own, as on a disk; only its own are uploaded.
+"""
+
+import pathlib
+import shutil
+import tempfile
+import time
+
+from ktda_jax.data import buckets
+
+SECONDS = 60.0  # between two uploads, checkpoints aside
+ROWS = "metrics.jsonl"
+
+
+class Uploads:
+    """The local `folder` that stands for `workdir`, with the rows that are there already."""
+
+    def __init__(self, workdir: pathlib.PurePath):
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="ktda_jax_"))
+        self.workdir, self._sizes = workdir, {}  # bytes of each file when it was last uploaded
+        self._last = time.monotonic()
+        try:
+            buckets.download(workdir / ROWS, self.folder / ROWS)
+        except FileNotFoundError:
+            return
+        self._sizes[ROWS] = (self.folder / ROWS).stat().st_size
+
+    def due(self) -> bool:
+        return time.monotonic() - self._last > SECONDS
+
+    def upload(self) -> None:
+        """All that has grown. OSError."""
+        self._last = time.monotonic()
+        self._fetch_others_rows()
+        for path in sorted(self.folder.iterdir()):
+            size = path.stat().st_size
+            if size != self._sizes.get(path.name):
+                buckets.upload(path, self.workdir / path.name)
+                self._sizes[path.name] = size
+
+    def _fetch_others_rows(self) -> None:
+        """What --mode=eval has added to the object meanwhile."""
+        known = self._sizes.get(ROWS, 0)
+        try:
+            if buckets.size(self.workdir / ROWS) <= known:
+                return
+        except FileNotFoundError:
+            return
+        added = buckets.read_text(self.workdir / ROWS).encode()[known:]
+        with open(self.folder / ROWS, "ab") as file:
+            file.write(added)
+
+    def close(self) -> None:
+        """Removes the local folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
