@@ -60,19 +60,19 @@ def main(_: list[str]) -> None:
 
 def _read(path: str, source: str):
     from ktda_jax.config.workdir import is_workdir
-    from ktda_jax.data.paths import expand
+    from ktda_jax.data.paths import place
     from ktda_jax.weights import folder, loading, sources
 
     heads = {name: flags.FLAGS[name].value for name in ("teacher_heads", "fmm_heads")}
-    if is_workdir(place := expand(path)):
+    if is_workdir(workdir := place(path)):
         from ktda_jax.training import trained
 
         logging.set_verbosity(logging.ERROR)  # Orbax tells what it restores
-        found = trained.from_workdir(place)
+        found = trained.from_workdir(workdir)
         teacher = "" if found.config.encoder == "teacher" else ", without its teacher, which a workdir does not hold"
         print(f"the checkpoint of step {found.source['step']}{teacher}")
-    elif folder.is_folder(place):
-        found = folder.read(place)
+    elif folder.is_folder(weights := loading.local(path)):
+        found = folder.read(weights)
     else:
         found = sources.load(path, source, **heads)
     loading.check_heads(path, found, **heads)

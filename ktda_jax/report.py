@@ -21,14 +21,12 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     flags.DEFINE_integer("tiles", 4, "Best and worst tiles each; 0: without a model and without data.", lower_bound=0)
     PARSE = cli.parsed(cli.parser())  # before the imports below, which take seconds
 
-import contextlib
-import os
 import pathlib
-import uuid
 from collections.abc import Sequence
 
 from ktda_jax import UserError
-from ktda_jax.data.paths import expand
+from ktda_jax.data import buckets
+from ktda_jax.data.paths import absolute, place
 from ktda_jax.reports import workdir
 from ktda_jax.reports.gather import gather
 from ktda_jax.reports.page import render
@@ -36,30 +34,26 @@ from ktda_jax.reports.page import render
 
 def run(workdirs: Sequence[str], output: str | None = None, *, root: str | None = None, tiles: int = 4) -> pathlib.Path:
     """Writes the page and returns its path; UserError for what is no workdir or cannot be written to."""
-    paths = list({path.resolve(): path for path in map(expand, workdirs)}.values())  # x and x/ are one
+    paths = list({absolute(path): path for path in map(place, workdirs)}.values())  # x and x/ are one
     name = "report.html" if len(paths) == 1 else "comparison.html"
-    path = expand(output) if output else paths[0] / name
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    path = place(output) if output else paths[0] / name
     for given in paths:  # before the output's folder is made
         workdir.check(given)
     if path.is_dir():
         raise UserError(f"--output={path} is a folder; give a file, such as {path / name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # a place that will not do is said before minutes are spent
+        buckets.probe(path.parent)  # a place that will not do is said before minutes are spent
         page = render(gather(paths, root=root, keep=tiles))
-        temporary.write_bytes(page.encode(errors="replace"))  # names of files may be no UTF-8
-        os.replace(temporary, path)
+        with buckets.aside(path) as temporary:
+            temporary.write_bytes(page.encode(errors="replace"))  # names of files may be no UTF-8
     except OSError as error:
         raise UserError(f"cannot write to --output={path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # a read-only place says so again
-            temporary.unlink()
     return path
 
 
 def _workdirs() -> list[str]:
-    split = ([given] if expand(given).is_dir() else given.split(",") for given in flags.FLAGS.workdir or ())
+    split = ([given] if place(given).is_dir() else given.split(",") for given in flags.FLAGS.workdir or ())
     return [path for paths in split for path in paths if path]
 
 
@@ -71,7 +65,7 @@ def main(_: list[str]) -> None:
     if not _workdirs():
         sys.exit("error: give a workdir: --workdir=runs/grass")
     path = run(_workdirs(), given.output, root=given.root, tiles=given.tiles)
-    print(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
+    print(f"{path}, {buckets.size(path) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import errno
 import json
 import pathlib
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -185,18 +184,16 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 def obstacle(workdir: pathlib.Path) -> str | None:
     """In a line, why scores cannot be written to a workdir, somebody else's for one, and what follows; else None."""
-    if buckets.is_remote(workdir):
-        try:
-            return buckets.probe(workdir)
-        except OSError as error:
-            return f"cannot write to {workdir}: {error.strerror}; the scores are printed, and nothing is written"
-    there = next(path for path in (workdir, *workdir.parents) if path.exists())
-    for path in filter(pathlib.Path.exists, (there, workdir / "figures", workdir / "metrics.jsonl")):
+    places = [workdir]
+    if not buckets.is_remote(workdir):
+        there = next(path for path in (workdir, *workdir.parents) if path.exists())
+        places = filter(pathlib.Path.exists, (there, workdir / "figures", workdir / "metrics.jsonl"))
+    for path in places:
         try:
             if path.is_file():
                 path.open("a").close()
             else:
-                tempfile.TemporaryFile(dir=path).close()
+                buckets.probe(path)
         except OSError as error:
             return f"cannot write to {path}: {error.strerror}; the scores are printed, and nothing is written"
     return None

@@ -142,7 +142,10 @@ def download(path: pathlib.PurePath, local: pathlib.Path) -> None:
 
 
 def probe(folder: pathlib.PurePath) -> None:
-    """OSError if nothing can be written there."""
+    """OSError if no file can be written into a folder that is there, or into a bucket."""
+    if not is_remote(folder):
+        tempfile.TemporaryFile(dir=folder).close()
+        return
     path = folder / f".{uuid.uuid4().hex}.tmp"
     write_text(path, "")
     remove(path)
@@ -156,7 +159,7 @@ def aside(path: pathlib.PurePath) -> Iterator[pathlib.Path]:
             yield pathlib.Path(scratch) / path.name
             upload(pathlib.Path(scratch) / path.name, path)
         return
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

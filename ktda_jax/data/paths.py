@@ -30,6 +30,11 @@ def place(path: str | os.PathLike) -> pathlib.PurePath:
     return buckets.place(path) if buckets.is_remote(path) else expand(path)
 
 
+def absolute(path: pathlib.PurePath) -> pathlib.PurePath:
+    """A place's only name: two that are equal are one."""
+    return path if buckets.is_remote(path) else path.resolve()
+
+
 def found(text: str, suffixes: Sequence[str], *, what: str, called: str) -> list[pathlib.Path]:
     """One file, the files of a glob pattern, or those right in a folder that end in `suffixes`; UserError if none.
 

@@ -21,6 +21,7 @@ from ktda_jax.data.paths import expand
 
 IMAGE_EXTENSIONS = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 LABEL_EXTENSIONS = (".png", ".tif", ".tiff")
+IMAGE_DIR, LABEL_DIR = "img_dir", "ann_dir"
 
 
 class Tile(TypedDict):
@@ -62,8 +63,8 @@ class FolderSource:
         split: str,
         *,
         num_classes: int,
-        image_dir: str = "img_dir",
-        label_dir: str = "ann_dir",
+        image_dir: str = IMAGE_DIR,
+        label_dir: str = LABEL_DIR,
         bands: Sequence[int] | None = None,
         scale: Sequence | None = None,
         nodata: float | None = None,

@@ -219,4 +219,4 @@ def save_figure(figure: Figure, path: str | os.PathLike, **options: object) -> N
     path = place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with buckets.aside(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, facecolor="white", **options)
+        figure.savefig(temporary, format=path.suffix[1:], dpi=DPI, facecolor="white", **options)

@@ -10,6 +10,7 @@ import numpy as np
 from ktda_jax import UserError
 from ktda_jax.config.model import teacher_identity
 from ktda_jax.data.check import SplitSummary, check_split
+from ktda_jax.data.paths import absolute
 from ktda_jax.reports import features, tiles, trained, workdir
 from ktda_jax.reports.workdir import Run
 from ktda_jax.training.inputs import features_folder, open_features, open_source
@@ -35,7 +36,7 @@ def gather(paths: Sequence[pathlib.Path], *, root: str | None, keep: int, say: C
 
 def _names(paths: Sequence[pathlib.Path]) -> list[str]:
     """The folders' names, or the paths as they were given where these are the same."""
-    names = [path.resolve().name for path in paths]
+    names = [absolute(path).name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 

@@ -13,7 +13,7 @@ from ktda_jax.config.settings import Settings
 from ktda_jax.models import flat
 from ktda_jax.models.flat import Arrays
 from ktda_jax.models.ktda import KTDA, KTDAConfig
-from ktda_jax.training import evaluate, predicted
+from ktda_jax.training import evaluate, predicted, whole
 from ktda_jax.training.trained import from_workdir
 
 
@@ -31,7 +31,7 @@ class Trained:
 
 def load(workdir: pathlib.Path, settings: Settings) -> Trained:
     """The best checkpoint so far; UserError where there is none that fits."""
-    if not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):  # an empty one is said to be damaged
+    if not whole.steps(workdir / "checkpoints"):  # an empty one is said to be damaged
         raise UserError("no checkpoint in the workdir yet")
     dtype = compute_dtype(settings.dtype)
     found = from_workdir(workdir)

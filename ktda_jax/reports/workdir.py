@@ -10,6 +10,7 @@ from ktda_jax import UserError
 from ktda_jax.config import checks
 from ktda_jax.config.settings import Settings
 from ktda_jax.config.workdir import flatten
+from ktda_jax.data import buckets
 from ktda_jax.figures.plots import read_curves
 from ktda_jax.reports.features import FeatureMaps
 from ktda_jax.reports.tiles import Shares, Tile
@@ -118,7 +119,7 @@ def _read_scores(run: Run, path: pathlib.Path) -> None:
 
 
 def _json(path: pathlib.Path) -> dict:
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = json.loads(buckets.read_text(path))
     if not isinstance(values, dict):
         raise UserError(f"{path.name} holds no object")
     return values

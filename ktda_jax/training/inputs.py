@@ -16,14 +16,14 @@ from ktda_jax.config.data import Data, listed
 from ktda_jax.config.model import model_of, teacher_identity
 from ktda_jax.config.settings import Settings, StoredTaps
 from ktda_jax.config.workdir import READING
-from ktda_jax.data import classes, folds, images, pipeline, reading, unlabelled
+from ktda_jax.data import buckets, classes, folds, images, pipeline, reading, staging, unlabelled
 from ktda_jax.data.augment import Augmentation
 from ktda_jax.data.check import SplitSummary
 from ktda_jax.data.geometry import Rare
 from ktda_jax.data.mixture import Mixture
-from ktda_jax.data.paths import expand
+from ktda_jax.data.paths import expand, place
 from ktda_jax.data.remembered import Checks
-from ktda_jax.data.sources import FolderSource, Source, labels_are, read_tile
+from ktda_jax.data.sources import IMAGE_DIR, LABEL_DIR, FolderSource, Source, labels_are, read_tile
 from ktda_jax.data.teacher_features import TeacherFeatures
 from ktda_jax.data.unlabelled import UnlabelledSource, UnlabelledSummary
 
@@ -51,14 +51,30 @@ def _open_whole(data: Data, split: str, build: bool) -> Source:
         if data.root is None:
             raise UserError("config.data.root is not set; give the folder that holds img_dir/ and ann_dir/")
         raw = dict(bands=data.bands, scale=data.scale, nodata=data.nodata, label_map=reading.label_map_of(data))
-        return FolderSource(data.root, split, num_classes=num_classes, **raw)
+        return FolderSource(_staged(data.root, split), split, num_classes=num_classes, **raw)
     from ktda_jax.data import tfds_source
 
+    if data.root is not None and buckets.is_remote(data.root):  # built elsewhere
+        built = tfds_source.find_built(data.name, place(data.root))
+        return tfds_source.TfdsSource(staging.staged(place(built), _say), split, num_classes=num_classes)
     if build and jax.process_index() == 0:
         tfds_source.prepare(data.name, data.root, data.manual_dir)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("data set prepared")
     return tfds_source.TfdsSource(data.name, split, data_dir=data.root, num_classes=num_classes)
+
+
+def _staged(root: str, split: str) -> str | pathlib.Path:
+    """A local root with the split's tiles."""
+    if not buckets.is_remote(root):
+        return root
+    images, _ = (staging.staged(place(root) / kind / split, _say) for kind in (IMAGE_DIR, LABEL_DIR))
+    return images.parent.parent
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def checks_of(workdir: pathlib.Path) -> Checks:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import pathlib
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -112,8 +111,7 @@ def _make(workdir: pathlib.Path) -> None:
         if jax.process_index() == 0:
             for folder in (workdir, workdir / "checkpoints"):
                 if folder.exists():
-                    with tempfile.TemporaryFile(dir=folder):
-                        pass
+                    buckets.probe(folder)
     except OSError as error:
         where = "" if folder == workdir else f"/{folder.name}"
         raise UserError(f"cannot write to --workdir={workdir}{where}: {error.strerror}") from error

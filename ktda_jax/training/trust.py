@@ -12,6 +12,7 @@ import numpy as np
 
 from ktda_jax import UserError, sharding
 from ktda_jax.config import workdir as records
+from ktda_jax.data import buckets
 from ktda_jax.metrics import bootstrap, boundary, calibration, curves
 from ktda_jax.metrics.calibration import Reliability, expected_calibration_error
 from ktda_jax.training.predicted import Predicted
@@ -189,7 +190,7 @@ def _read(workdir: pathlib.Path) -> dict:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(buckets.read_text(path))
         temperature, step = float(found["temperature"]), int(found["step"])
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature {temperature}")

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from ktda_jax import UserError
-from ktda_jax.data.paths import expand
+from ktda_jax.data import buckets, staging
+from ktda_jax.data.paths import expand, place
 from ktda_jax.models.flat import check_finite
 from ktda_jax.weights import shards
 
@@ -25,9 +26,11 @@ def locate(path: str) -> tuple[pathlib.Path, dict]:
     """The local file or folder of `path`, and where it came from.
 
     `hf://ORG/NAME`, or one file of it as `hf://ORG/NAME/FILE`, with `@REVISION` at the end if wanted, is downloaded
-    into Hugging Face's cache, which also serves offline.
+    into Hugging Face's cache, which also serves offline; what is in a bucket into ours (staging.py).
     """
     if not str(path).startswith(HUB):
+        if buckets.is_remote(path):
+            return staging.staged(place(path)), {"path": str(path)}
         found = expand(path)
         if not found.exists():
             raise UserError(f"no file or folder {found}; give a weights file, a converted folder or hf://ORG/NAME")

@@ -10,7 +10,8 @@ import numpy as np
 from absl import logging
 
 from ktda_jax import UserError
-from ktda_jax.data.paths import expand
+from ktda_jax.data import buckets, staging
+from ktda_jax.data.paths import expand, place
 from ktda_jax.models import convnext, vit
 from ktda_jax.models.flat import Arrays, check_shapes
 from ktda_jax.models.ktda import KTDAConfig
@@ -29,10 +30,14 @@ def read(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_head
 
     The numbers of heads are for sources alone, whose tensors do not tell them.
     """
-    place = expand(path)
-    if folder.is_folder(place):
-        return folder.read(place)
+    if folder.is_folder(found := local(path)):
+        return folder.read(found)
     return sources.load(str(path), teacher_heads=teacher_heads, fmm_heads=fmm_heads)
+
+
+def local(path: str | pathlib.Path) -> pathlib.Path:
+    """Where weights are that are no workdir's; those of a bucket are brought here."""
+    return staging.staged(place(path)) if buckets.is_remote(path) else expand(path)
 
 
 def check_heads(path, found: Weights, *, teacher_heads: int | None = None, fmm_heads: int | None = None) -> None:
