@@ -12,7 +12,9 @@ from ktda_jax.data.paths import place
 
 cli.define_config()
 cli.define_processes()
-WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; default runs/<config name>.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "A folder, or gs://BUCKET/FOLDER, to write to; default runs/<config name>."
+)
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train (or resume) and evaluate, or only evaluate.")
 EXTEND = flags.DEFINE_bool("extend", False, "Go on with another config.total_steps or config.batch_size than before.")
 PROFILE = flags.DEFINE_string("profile", None, "START:STOP, the steps whose profiler trace is left in WORKDIR/profile.")
@@ -39,8 +41,6 @@ def parse(argv: list[str]) -> list[str]:
     rest = cli.parse_config(argv)
     if "://" in (WORKDIR.value or "").removeprefix("gs://"):  # pathlib would make a local folder of that name
         sys.exit(f"error: --workdir={WORKDIR.value} is neither a path nor gs://BUCKET/FOLDER")
-    if WORKDIR.value:
-        cli.in_one_line(place, WORKDIR.value)
     if EXTEND.value and MODE.value == "eval":
         sys.exit("error: --extend is for training; leave it out with --mode=eval")
     if PROFILE.value is not None and MODE.value == "eval":
@@ -50,6 +50,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def main(_: list[str]) -> None:
+    place(_workdir())  # a bucket that is not there is said before JAX is imported, which takes seconds
     cli.start()
     from ktda_jax.training import loop
     from ktda_jax.training.stop import StopSignal

@@ -3,7 +3,7 @@
 # Or of another verb: launch/local.sh N predict|extract FLAGS... Those of predict go on when another dies.
 # Exit status: 0 finished, 75 stopped by a signal (the same command goes on), else that of the first worker that died.
 # Environment: RETRIES=0 restarts after a failure, GRACE=5 seconds for the others to end by themselves after a failure,
-# LOGS= folder of the other processes' output (default <workdir>/logs), PYTHON=python.
+# LOGS= folder of the other processes' output (default <workdir>/logs, below runs/ for one in a bucket), PYTHON=python.
 set -euo pipefail
 
 readonly STOPPED=75 # what workers are told to exit with when a signal stopped them before the end
@@ -29,7 +29,10 @@ command -v "$PYTHON" >/dev/null || die "no '$PYTHON' on PATH; activate the envir
 
 logs=runs/logs
 for flag in "$@"; do
-  case $flag in --workdir=*) logs=${flag#--workdir=}/logs ;; esac
+  case $flag in
+    --workdir=gs://*) logs=runs/${flag#--workdir=gs://}/logs ;;
+    --workdir=*) logs=${flag#--workdir=}/logs ;;
+  esac
 done
 logs=${LOGS:-$logs}
 mkdir -p "$logs" || die "cannot make the log folder '$logs'; set LOGS to a folder that can be written"

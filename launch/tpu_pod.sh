@@ -5,7 +5,8 @@
 #   launch/tpu_pod.sh stop                  the training saves a checkpoint and ends; the slice stays (and costs)
 #   launch/tpu_pod.sh delete                deletes the slice
 # Environment: NAME, ZONE, TYPE=v5litepod-16, RUNTIME=v2-alpha-tpuv5-lite (NAME and ZONE alone for stop and delete);
-# PROJECT; SPOT=1 for spot capacity; SETUP='shell commands' run on every host before each start, to mount storage;
+# BUCKET=gs://BUCKET[/FOLDER], where the workdir NAME will be, unless --workdir is given: one that every host sees;
+# PROJECT; SPOT=1 for spot capacity; SETUP='shell commands' run on every host before each start, to mount a disk, say;
 # RETRIES=3 restarts on a slice that is still there (preemptions are not counted); POLL=30 seconds between looks.
 # Exit status of run: 0 finished, 75 stopped (the same command goes on), 130 ctrl-C, else failed.
 set -euo pipefail
@@ -34,6 +35,11 @@ fi
 for variable in $needed; do
   [[ -n ${!variable:-} ]] || die "$variable is not set; the top of tpu_pod.sh has examples"
 done
+workdir= # the flag that the command lacks
+if [[ $verb == run && $program == main && " $*" != *" --workdir="* ]]; then
+  [[ -n ${BUCKET:-} ]] || die "no workdir; set BUCKET=gs://BUCKET, or give --workdir=gs://BUCKET/FOLDER"
+  workdir=--workdir=gs://${BUCKET#gs://}/$NAME
+fi
 command -v gcloud >/dev/null || die "no gcloud on PATH; install the Google Cloud SDK"
 readonly POLL=${POLL:-30} RETRIES=${RETRIES:-3}
 where=("--zone=$ZONE")
@@ -91,7 +97,7 @@ readonly INSTALL='set -e
 rm -rf ~/ktda_jax && mkdir ~/ktda_jax && tar -xzf ~/ktda_jax.tar.gz -C ~/ktda_jax && cd ~/ktda_jax
 python3 -m pip install --quiet --user uv
 [ -d ~/ktda_venv ] || python3 -m uv venv --quiet --python 3.12 ~/ktda_venv
-python3 -m uv pip install --quiet --python ~/ktda_venv/bin/python -e ".[tpu]"'
+python3 -m uv pip install --quiet --python ~/ktda_venv/bin/python -e ".[tpu,gcs]"'
 
 install_on_all() { # what is committed, so that every host has the same
   local archive=$scratch/ktda_jax.tar.gz
@@ -113,7 +119,7 @@ TPU_WORKER_HOSTNAMES=$(meta worker-network-endpoints | tr , "\n" | cut -d: -f3 |
 train_on_all() { # its output is process 0's, and other hosts' errors
   local flags which=
   [[ $program != predict ]] || which=$WHICH
-  flags=$(printf ' %q' "$@" --coordinator=auto "--stopped_status=$STOPPED")
+  flags=$(printf ' %q' "$@" ${workdir:+"$workdir"} --coordinator=auto "--stopped_status=$STOPPED")
   on_all "$STOP"$'\n'"${which}cd ~/ktda_jax && echo \$\$ > ~/.ktda.pid && exec ~/ktda_venv/bin/python -m ktda_jax.$program$flags"
 }
 
@@ -152,7 +158,8 @@ run() {
         return
       fi
       # What ktda_jax refuses once it refuses again; but a preemption may stop it before training has begun.
-      if grep "^error: " "$scratch/output" | grep -qv "^error: stopped "; then
+      # What it cannot read or write just now, in a bucket say, may be there again.
+      if grep "^error: " "$scratch/output" | grep -qvE "^error: (stopped|cannot) "; then
         die "refused, see above; $NAME still costs: launch/tpu_pod.sh delete"
       fi
     fi

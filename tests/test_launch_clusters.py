@@ -117,7 +117,8 @@ case "$*" in
   *) echo "unknown: $*" >&2; exit 2 ;;
 esac""",
         )
-        settings = {"NAME": "pod", "ZONE": "z", "TYPE": "v5litepod-16", "RUNTIME": "rt", "POLL": "0", **environment}
+        settings = {"NAME": "pod", "ZONE": "z", "TYPE": "v5litepod-16", "RUNTIME": "rt", "BUCKET": "gs://b/runs"}
+        settings |= {"POLL": "0", **environment}
         return subprocess.Popen(
             [LAUNCH / "tpu_pod.sh", verb, *flags],
             env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **settings},
@@ -142,7 +143,7 @@ def test_a_slice_is_created_and_trains_with_the_flags_as_given(pod):
     launcher = pod("run", *ODD, train="echo training", SPOT="1", SETUP=setup, PROJECT="p")
     out, err = launcher.communicate(timeout=30)
     assert launcher.returncode == 0 and "training\n" in out and "finished. pod still costs" in err
-    expected = ["-m", "ktda_jax.main", *ODD, "--coordinator=auto", "--stopped_status=75"]
+    expected = ["-m", "ktda_jax.main", *ODD, "--workdir=gs://b/runs/pod", "--coordinator=auto", "--stopped_status=75"]
     assert (pod.home / "flags").read_text().splitlines() == expected
     issued = pod.issued()
     assert brief(issued) == ["list", "create", "list", "scp", "ssh", "install", "ssh", "setup", "ssh"]
@@ -150,7 +151,9 @@ def test_a_slice_is_created_and_trains_with_the_flags_as_given(pod):
     assert issued[1].strip() == f"compute tpus queued-resources create pod --zone=z --project=p {options}"
     assert issued[-1].split() == "compute tpus tpu-vm ssh pod --zone=z --project=p --worker=all".split()
     assert issued[-2] == f"setup {setup}"
-    assert pod("run").wait(30) == 0 and brief(pod.issued()[len(issued) :])[:2] == ["list", "scp"]  # taken as it is
+    assert pod("run", "--workdir=/mnt/x").wait(30) == 0
+    assert brief(pod.issued()[len(issued) :])[:2] == ["list", "scp"]  # taken as it is
+    assert (pod.home / "flags").read_text().count("--workdir") == 1
 
 
 def test_hosts_that_map_know_which_they_are(pod):
@@ -183,6 +186,11 @@ def test_a_preempted_slice_is_made_anew_and_trains_again(pod):
     [
         ("exit 134", 2, "failed with status 134 on a slice that is still there, after 1 restarts"),
         ("echo 'error: config.x is bad' >&2; exit 1", 2, "refused, see above"),
+        (
+            "echo 'error: cannot write it' >&2; exit 1",
+            2,
+            "failed with status 1 on a slice that is still there, after 1",
+        ),
         ("exit 75", 75, "the training was stopped by a signal; the same command goes on"),
         ("echo 'error: stopped by a signal' >&2; exit 75", 75, "the training was stopped by a signal; the same"),
     ],
@@ -191,7 +199,7 @@ def test_a_training_that_fails_on_a_slice_that_is_still_there(pod, train, status
     launcher = pod("run", "--config=x", train=train, RETRIES="1")
     _, err = launcher.communicate(timeout=30)
     assert launcher.returncode == status and line in err
-    assert brief(pod.issued()).count("scp") == (2 if "134" in train else 1)
+    assert brief(pod.issued()).count("scp") == (2 if "134" in train or "cannot" in train else 1)
 
 
 def test_a_request_that_failed_is_not_repeated(pod):
@@ -223,6 +231,7 @@ def test_delete_and_what_tpu_pod_refuses(pod):
     for verb, environment, line in [
         ("train", {}, "'train' is not a subcommand; use run, stop or delete"),
         ("run", {"TYPE": ""}, "TYPE is not set"),
+        ("run", {"BUCKET": ""}, "no workdir; set BUCKET=gs://BUCKET, or give --workdir=gs://BUCKET/FOLDER"),
         ("delete", {"NAME": ""}, "NAME is not set"),
     ]:
         launcher = pod(verb, **environment)
@@ -243,7 +252,7 @@ def test_the_jobset_is_consistent_and_its_flags_are_known():
     chips = np.prod([int(n) for n in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")])
     assert job["parallelism"] == job["completions"] == chips / container["resources"]["limits"]["google.com/tpu"]
     assert job["backoffLimit"] == 0 and job["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never"
-    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    assert "volumes" not in pod and pod["serviceAccountName"]  # all is in a bucket
     assert container["command"] == ["python", "-m", "ktda_jax.main"]
     # As main parses them, in a process of its own since flags are global; a folder that all hosts see.
     code = "import sys; from absl.flags import FLAGS; from ktda_jax import cli, main; main.parse(sys.argv)"
@@ -252,8 +261,8 @@ def test_the_jobset_is_consistent_and_its_flags_are_known():
         [sys.executable, "-c", code, *container["args"]], cwd=runs.REPOSITORY, capture_output=True, text=True
     )
     assert parsed.stdout == "auto (256, 256)\n", parsed.stderr
-    workdir = next(a for a in container["args"] if a.startswith("--workdir=")).partition("=")[2]
-    assert workdir.startswith(container["volumeMounts"][0]["mountPath"] + "/")
+    given = dict(a.split("=", 1) for a in container["args"])
+    assert given["--workdir"].startswith("gs://") and given["--config.data.root"].startswith("gs://")
 
 
 def test_the_job_that_maps_is_consistent_and_its_flags_are_known():
