@@ -3,11 +3,13 @@
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import bucket_server
 import numpy as np
@@ -117,6 +119,24 @@ def test_the_real_command_killed_and_resumed_is_the_same_run(bucket, tiles, tmp_
     runs.assert_same_run(tmp_path / "whole", place("gs://bucket/command"), tiles, settings)
 
 
+@pytest.mark.slow
+def test_two_hosts_of_which_one_is_killed_and_that_resume_are_the_same_run(bucket, tiles, tmp_path):
+    settings = {"total_steps": 12, "eval_every": 12, "checkpoint_every": 2, "distill": False, "ema": 0.9}
+    for process in runs.start_two(*runs.arguments(tiles, tmp_path / "whole", settings)):
+        runs.finish(process)
+    given = runs.arguments(tiles, "gs://bucket/hosts", settings)
+    both = runs.start_two(*given)
+    runs.wait_for(lambda: (bucket / "hosts/checkpoints/4/commit_success.txt").exists(), both[0])
+    both[1].kill()
+    time.sleep(1)
+    both[0].kill()
+    for process in both:
+        process.communicate()
+    (out, _), _ = map(runs.finish, runs.start_two(*given))
+    assert re.search(r"resuming at step (4|6|8|10)\b", out)
+    runs.assert_same_run(tmp_path / "whole", place("gs://bucket/hosts"), tiles, settings)
+
+
 def test_rows_are_uploaded_now_and_then_and_those_of_others_are_kept(bucket, monkeypatch):
     from ktda_jax.training import uploads
 
@@ -179,7 +199,7 @@ def test_a_dead_ones_place_is_taken_and_a_heartbeat_seen(bucket, monkeypatch):
 
 def test_a_bucket_that_is_not_there_is_one_line(bucket, tiles):
     for workdir, line in {
-        "gs://nobucket/run": "gs://nobucket/run: there is no bucket gs://nobucket; make it, or correct the name",
+        "gs://nobucket/run": "there is no bucket gs://nobucket; make it, or correct the name",
         "gs://": "gs:// names no bucket; give gs://BUCKET/FOLDER",
         "s3://bucket/run": "--workdir=s3://bucket/run is neither a path nor gs://BUCKET/FOLDER",
     }.items():
@@ -223,7 +243,8 @@ def test_tensorflow_is_left_alone_where_it_is_installed(bucket, tmp_path):
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow" / "__init__.py").write_text("raise SystemExit('TensorFlow was imported')")
     code = (
-        "from ktda_jax.data.paths import place\npath = place('gs://bucket/tf/x')\npath.write_text('hello')\n"
+        "from etils import epath\nfrom ktda_jax.data.paths import place\nepath.Path('/').exists()\n"
+        "path = place('gs://bucket/tf/x')\npath.write_text('hello')\n"
         "print(path.read_text(), [p.name for p in path.parent.iterdir()])"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{runs.REPOSITORY}"}

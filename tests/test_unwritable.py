@@ -32,7 +32,7 @@ def test_a_workdir_that_can_be_written_no_more_is_one_line_before_anything_else(
     def refuse(**_):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(loop.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(loop, "build", pytest.fail)
     with pytest.raises(UserError, match="cannot write to --workdir=.*: Read-only file system"):
         loop.train_and_evaluate(runs.config(tiles), tmp_path)

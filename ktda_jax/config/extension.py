@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from ktda_jax import UserError
+from ktda_jax.data import buckets
 
 MAY_CHANGE = ("total_steps", "batch_size")
 Changes = Mapping[str, Sequence]  # by setting: the value before, and now
@@ -29,7 +30,7 @@ def recorded(workdir: pathlib.Path, step: int, changed: Changes) -> list[dict]:
     step, but whose training was killed before the next checkpoint, is the same one, begun again.
     """
     try:
-        before = json.loads((workdir / "run.json").read_text()).get("extended", [])
+        before = json.loads(buckets.read_text(workdir / "run.json")).get("extended", [])
         before = [entry for entry in before if {"step", "changed"} <= entry.keys()]
     except (OSError, ValueError, AttributeError, TypeError):  # it is not as we wrote it
         before = []

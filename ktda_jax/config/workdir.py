@@ -60,7 +60,7 @@ def as_begun(workdir: pathlib.Path, settings: Settings) -> tuple[Settings, list[
     if not (workdir / CONFIG).exists() or not steps(workdir):
         return settings, []
     saved = read(workdir)
-    held, before, ours = flatten(json.loads((workdir / CONFIG).read_text())), flat(saved), flat(settings)
+    held, before, ours = flatten(json.loads(buckets.read_text(workdir / CONFIG))), flat(saved), flat(settings)
     newer = [key for key in SET_SINCE if key not in held and before[key] != ours[key]]
     values = {(name := key.removeprefix("data.")): getattr(saved.data, name) for key in newer}
     return dataclasses.replace(settings, data=dataclasses.replace(settings.data, **values)), newer
@@ -130,7 +130,7 @@ def compare_data(
     tiles with alpha bands or masks, of which a former version of ours (see READING) gave others.
     """
     try:
-        run = json.loads((workdir / RUN).read_text())
+        run = json.loads(buckets.read_text(workdir / RUN))
         saved, reader, ours = dict(run["data"]), dict(run["versions"]).get("rasterio"), run.get("reading", 1)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # nothing to compare with
@@ -150,7 +150,7 @@ def compare_data(
 def fingerprint(workdir: pathlib.Path, what: str) -> str | None:
     """Of the data that a run was begun with, where that is known: `train`, `val`, `held out`, ..."""
     try:
-        return dict(json.loads((workdir / RUN).read_text())["data"]).get(what)
+        return dict(json.loads(buckets.read_text(workdir / RUN))["data"]).get(what)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -19,6 +19,9 @@ from collections.abc import Iterator
 
 from ktda_jax import UserError
 
+# Before epath has looked at any path, also a local one: it asks only once whether TensorFlow is installed.
+os.environ["EPATH_USE_TF"] = "false"
+
 SCHEME = "gs://"
 COMMITTED = "commit_success.txt"  # Orbax's last object of a checkpoint; where there are folders it renames them
 ROLES = (
@@ -46,15 +49,9 @@ def _check(path: str) -> None:
     bucket = name.partition("/")[0]
     if not bucket:
         raise UserError(f"{path} names no bucket; give gs://BUCKET/FOLDER")
-    fs = files()
+    _check_bucket(bucket)
     try:
-        fs.info(bucket)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no bucket gs://{bucket}; make it, or correct the name") from error
-    except Exception as error:  # gcsfs raises of all kinds
-        raise UserError(f"cannot look into gs://{bucket}: {_reason(error)}; {ROLES}") from error
-    try:
-        fs.info(name)
+        files().info(name)
     except FileNotFoundError:
         pass
     except Exception as error:
@@ -62,9 +59,19 @@ def _check(path: str) -> None:
 
 
 @functools.cache
+def _check_bucket(bucket: str) -> None:
+    fs = files()
+    try:
+        fs.info(bucket)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no bucket gs://{bucket}; make it, or correct the name") from error
+    except Exception as error:  # gcsfs raises of all kinds
+        raise UserError(f"cannot look into gs://{bucket}: {_reason(error)}; {ROLES}") from error
+
+
+@functools.cache
 def files():
     """gcsfs's file system, as epath gets it too."""
-    os.environ["EPATH_USE_TF"] = "false"
     # Without this gcsfs asks another service of Google what kind of bucket it is, with a warning at every access where
     # that does not answer. Rapid (zonal) buckets need it.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -100,11 +107,14 @@ def _told(path) -> Iterator[None]:
 
 def read_text(path: pathlib.PurePath, errors: str = "strict") -> str:
     """UTF-8 of a file, wherever it is. OSError, or UnicodeDecodeError."""
+    return read_bytes(path).decode(errors=errors)
+
+
+def read_bytes(path: pathlib.PurePath) -> bytes:
     if not is_remote(path):
-        return path.read_text(encoding="utf-8", errors=errors)
+        return path.read_bytes()
     with _told(path):
-        content = files().cat_file(str(path))
-    return content.decode(errors=errors)
+        return files().cat_file(str(path))
 
 
 def write_text(path: pathlib.PurePath, text: str) -> None:

@@ -90,8 +90,10 @@ class Checkpoints:
     def __init__(self, directory: str | pathlib.Path, *, keep: int = 1):
         _quiet()
         self._directory = place(directory)
+        self._failures = (Exception,)  # gcsfs and Google's libraries have theirs
         if not buckets.is_remote(directory):
             self._directory = self._directory.absolute()
+            self._failures = OSError, ValueError, RuntimeError  # of C++ the second, of threads the last
         self._scores = {step: whole.score(self._directory / str(step)) for step in whole.steps(self._directory)}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self._scores)]),
@@ -121,10 +123,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
-        """A full disk or the like as one line. Orbax's errors of writing come as OSError, or from C++ as ValueError."""
+        """A full disk or the like as one line."""
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:
+        except self._failures as error:
             code = re.search(r"os_error_code='(\d+)'", str(error))
             reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None)
             reason = reason or " ".join(str(error).split())[:200]

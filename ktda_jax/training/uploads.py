@@ -7,7 +7,6 @@ Of the events each start has a file of its own, as on a disk; only its own are u
 """
 
 import pathlib
-import shutil
 import tempfile
 import time
 
@@ -21,7 +20,8 @@ class Uploads:
     """The local `folder` that stands for `workdir`, with the rows that are there already."""
 
     def __init__(self, workdir: pathlib.PurePath):
-        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="ktda_jax_"))
+        self._scratch = tempfile.TemporaryDirectory(prefix="ktda_jax_", ignore_cleanup_errors=True)
+        self.folder = pathlib.Path(self._scratch.name)
         self.workdir, self._sizes = workdir, {}  # bytes of each file when it was last uploaded
         self._last = time.monotonic()
         try:
@@ -51,10 +51,10 @@ class Uploads:
                 return
         except FileNotFoundError:
             return
-        added = buckets.read_text(self.workdir / ROWS).encode()[known:]
+        added = buckets.read_bytes(self.workdir / ROWS)[known:]
         with open(self.folder / ROWS, "ab") as file:
             file.write(added)
 
     def close(self) -> None:
         """Removes the local folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._scratch.cleanup()
