@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import rasterio
 import runs
+from etils import epath
 from PIL import Image
 
 from ktda_jax import UserError, export, predict, report
@@ -212,7 +213,10 @@ def test_a_local_path_is_asked_for_where_a_bucket_will_not_do():
         expand("gs://bucket/maps")
 
 
-def test_what_may_not_be_looked_into_is_one_line(bucket, monkeypatch):
+@pytest.fixture
+def forbidding(monkeypatch):
+    """A server that refuses all from now on."""
+
     class Forbids(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             body = json.dumps({"error": {"code": 403, "message": "me@x lacks storage.objects.list access"}}).encode()
@@ -226,11 +230,23 @@ def test_what_may_not_be_looked_into_is_one_line(bucket, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Forbids) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(UserError) as raised:
-            place("gs://secret/run")
+        yield
         server.shutdown()
+
+
+def test_what_may_not_be_looked_into_is_one_line(bucket, forbidding):
+    with pytest.raises(UserError) as raised:
+        place("gs://secret/run")
     assert str(raised.value).startswith("cannot look into gs://secret: me@x lacks storage.objects.list access; log in")
     assert "\n" not in str(raised.value)
+
+
+def test_a_bucket_that_refuses_is_not_taken_for_a_damaged_checkpoint(trained, forbidding):
+    line = r"cannot get at gs://bucket/trained/checkpoints/4\S*: me@x lacks storage.objects.list access; the same comma"
+    checkpoint = epath.Path("gs://bucket/trained/checkpoints/4")
+    for look in (whole.fault, whole.score):
+        with pytest.raises(UserError, match=line):
+            look(checkpoint)
 
 
 def test_without_gcsfs_a_line_says_how_to_have_it():

@@ -30,6 +30,13 @@ ROLES = (
 )
 
 
+class Unreachable(OSError, UserError):
+    """A bucket that does not answer, or refuses: no sign that anything in it is missing or damaged."""
+
+    def __str__(self) -> str:
+        return f"cannot get at {self.filename}: {self.strerror}; the same command goes on once that is possible"
+
+
 def is_remote(path: str | os.PathLike) -> bool:
     return os.fspath(path).startswith(SCHEME)
 
@@ -94,7 +101,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _told(path) -> Iterator[None]:
-    """What gcsfs raises, of many kinds, as an OSError that names the object and says in a line why."""
+    """What gcsfs raises, of many kinds, as an OSError that names the object: FileNotFoundError, or Unreachable."""
     try:
         yield
     except FileNotFoundError as error:
@@ -102,7 +109,7 @@ def _told(path) -> Iterator[None]:
     except FileExistsError:
         raise
     except Exception as error:
-        raise OSError(errno.EIO, _reason(error), str(path)) from error
+        raise Unreachable(errno.EIO, _reason(error), str(path)) from error
 
 
 def read_text(path: pathlib.PurePath, errors: str = "strict") -> str:

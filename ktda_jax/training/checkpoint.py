@@ -174,6 +174,8 @@ class Checkpoints:
             raise
         except Exception as error:  # Orbax raises of all kinds, a plain Exception for one
             what = " ".join(str(error.__cause__ or error).split())[:200]
+            if buckets.is_remote(self._directory):  # whose sums are right: it is the way there
+                raise UserError(f"cannot read checkpoint {self._directory / str(step)}: {what}; try again") from error
         raise whole.refusal(self._directory, step, what)
 
     def restore_model(self, step: int, params: Arrays, stats: Arrays) -> tuple[Arrays, Arrays]:

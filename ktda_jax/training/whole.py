@@ -104,6 +104,8 @@ def score(folder: pathlib.Path) -> float | None:
     for read in (lambda: _json(folder / SCORE), lambda: _json(folder / "state" / SUMS)["metrics"]):
         try:
             return only(read())
+        except buckets.Unreachable:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
     return None
@@ -156,6 +158,8 @@ def _state_fault(folder: pathlib.Path, content: bool = False, share: slice = sli
                         return f"state/{name} is not what was written, by its sum"
     except FileNotFoundError as error:
         return f"it lacks {_below(folder, error.filename)}"
+    except buckets.Unreachable:
+        raise
     except OSError as error:
         return f"{_below(folder, error.filename)}: {error.strerror}"
     except _NotJson as error:
@@ -173,6 +177,8 @@ def _score_fault(folder: pathlib.Path) -> str | None:
         return f"{SCORE} is not what was written" if sums and sums["metrics"] != found else None
     except FileNotFoundError:
         return f"it lacks {SCORE}"
+    except buckets.Unreachable:
+        raise
     except (OSError, _NotJson, KeyError):
         return f"{SCORE} is not JSON"
 
@@ -181,6 +187,8 @@ def _has_score(folder: pathlib.Path) -> bool:
     """Whether the checkpoint says that it was validated."""
     try:
         return bool((_sums(folder) or {}).get("metrics")) or "metrics" in _json(folder / WRITER)["item_handlers"]
+    except buckets.Unreachable:
+        raise
     except (OSError, _NotJson, KeyError, TypeError, AttributeError):
         return False
 
@@ -192,6 +200,8 @@ class _NotJson(ValueError):
 def _json(path: pathlib.Path) -> Any:
     try:
         return json.loads(buckets.read_text(path))
+    except buckets.Unreachable:
+        raise
     except ValueError as error:
         raise _NotJson(str(path)) from error
 
