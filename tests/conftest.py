@@ -44,3 +44,22 @@ def toy(monkeypatch):
     import toy
 
     return functools.partial(toy.install, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory):
+    """gs://bucket on a server of this machine; the folder where its objects lie."""
+    import bucket_server
+
+    with bucket_server.bucket(tmp_path_factory.mktemp("bucket")) as objects:
+        yield objects
+
+
+@pytest.fixture
+def forbidding(bucket, monkeypatch):
+    """From now on a server in its place refuses all."""
+    import bucket_server
+
+    with bucket_server.forbidding() as address:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        yield

@@ -111,9 +111,9 @@ class Writer:
     def upload(self) -> None:
         """Brings to a bucket what is not there yet; elsewhere there is nothing to do."""
         if self._uploads is not None:
-            if self._events is not None:
-                self._events.flush()
             with writing(self._uploads.workdir):
+                if self._events is not None:
+                    self._events.flush()
                 self._uploads.upload()
 
     def progress(self, step: int, scalars: Mapping[str, float] | None = None) -> None:
