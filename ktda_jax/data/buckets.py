@@ -43,7 +43,8 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 def place(path: str | os.PathLike) -> pathlib.PurePath:
     """The epath.Path of gs://...; UserError in a line if the bucket cannot be looked into, asked once in a process."""
-    _check(os.fspath(path))
+    if isinstance(path, str):  # else it is from here
+        _check(path)
     from etils import epath
 
     return epath.Path(path)

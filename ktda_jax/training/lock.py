@@ -110,6 +110,8 @@ def _take(path: pathlib.PurePath, mine: dict, refuse: Callable, say: Callable[[s
             if _create(path, mine):
                 return
             continue  # another was quicker
+        if found.get("token") == mine["token"]:  # whose creation was answered late, and repeated
+            return
         dead = _is_dead(found, flocked=flocked)
         if dead is None:
             who = f"process {found.get('pid')} on {found.get('host')}" if found else "another process"
