@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ktda_jax.data import gdal
+from ktda_jax.data import buckets, gdal
 from ktda_jax.data.check import SplitSummary, check_split
 from ktda_jax.data.sources import Source, cpu_threads
 
@@ -34,12 +34,12 @@ class Checks:
     than some seconds or changed meanwhile, and one whose files cannot be listed here.
     """
 
-    def __init__(self, path: pathlib.Path | None = None, **reading: Any):
+    def __init__(self, path: pathlib.PurePath | None = None, **reading: Any):
         """path: of the file, which may be missing or damaged. reading: what else the pixels depend on."""
         self._path, self._reading, self._new = path, reading, False
         self._found: dict[str, dict] = {}
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            saved = json.loads(path.read_text()) if path else {}
+            saved = json.loads(buckets.read_text(path)) if path else {}
             if saved.get("format") == FORMAT:
                 self._found = dict(saved["checks"])
 
@@ -59,14 +59,9 @@ class Checks:
         if self._path is None or not (self._new and enabled):
             return
         content = {"format": FORMAT, "checks": dict(list(self._found.items())[-KEPT:])}
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        try:
+        with contextlib.suppress(OSError), buckets.aside(self._path) as temporary:
             temporary.write_text(json.dumps(content))
-            temporary.replace(self._path)
             self._new = False
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
     def _key(self, source: Source, options: Mapping, num_threads: int | None) -> tuple[str, int] | None:
         """Of all that the outcome depends on, and the youngest time (ns) of the files; None where that is not known."""

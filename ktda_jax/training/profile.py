@@ -3,25 +3,36 @@
 import contextlib
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Self
 
 import jax
 
 from ktda_jax import UserError
+from ktda_jax.data import buckets
 
 
 @contextlib.contextmanager
 def trace(folder: str | os.PathLike) -> Iterator[None]:
     """What the devices and this process do meanwhile goes into `folder`; UserError if it cannot be written."""
-    jax.profiler.start_trace(folder)
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as stack:
+        local = stack.enter_context(tempfile.TemporaryDirectory()) if buckets.is_remote(folder) else folder
+        jax.profiler.start_trace(local)
         try:
-            jax.profiler.stop_trace()
-        except Exception as error:  # of several kinds, most of them C++'s
-            raise UserError(f"cannot write the trace to {folder}: {' '.join(str(error).split())[:200]}") from error
+            yield
+        finally:
+            _finish(local, folder)
+
+
+def _finish(local: str | os.PathLike, folder: str | os.PathLike) -> None:
+    try:
+        jax.profiler.stop_trace()
+        if local != folder:
+            for path in filter(pathlib.Path.is_file, pathlib.Path(local).rglob("*")):
+                buckets.upload(path, folder / path.relative_to(local))
+    except Exception as error:  # of several kinds, most of them C++'s
+        raise UserError(f"cannot write the trace to {folder}: {' '.join(str(error).split())[:200]}") from error
 
 
 class Profile:
