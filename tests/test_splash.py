@@ -40,7 +40,7 @@ def test_forward_and_gradients_with_padding_and_without(tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 1444, 2, 96), (1, 1370, 2, 64), (1, 5776, 1, 96)])
+@pytest.mark.parametrize("shape", [(1, 1444, 2, 96), (1, 5776, 1, 96)])
 def test_several_blocks(shape):
     assert_equal_to("chunked", shape)
 
@@ -140,15 +140,17 @@ def gradients(query, key, value, dout):
 text = jax.jit(sharding.on_mesh(mesh, gradients)).lower(x, x, x, x).compile().as_text()
 print("splash_mha_fwd" in text and "splash_mha_dkv" in text, "all-gather" in text)
 """
-SHAPES = [(4, 5776, 8, 96), (4, 1444, 8, 96), (1, 21904, 8, 96), (1, 1370, 12, 64)]
-CHIPS = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'")
 @pytest.mark.parametrize(
     "topology, shape",
-    [("v5e:2x2", (1, 362, 12, 64))]
-    + [pytest.param(chip, shape, marks=pytest.mark.slow) for chip in CHIPS for shape in SHAPES],
+    [
+        ("v5e:2x2", (1, 362, 12, 64)),
+        pytest.param("v5e:2x2", (4, 5776, 8, 96), marks=pytest.mark.slow),
+        pytest.param("v5p:2x2x1", (1, 21904, 8, 96), marks=pytest.mark.slow),
+        pytest.param("v6e:2x2", (1, 1370, 12, 64), marks=pytest.mark.slow),
+    ],
 )
 def test_it_compiles_for_real_chips(topology, shape):
     done = subprocess.run(
