@@ -146,9 +146,9 @@ def _check_processes() -> None:
     count, index = given("num_processes"), given("process_id")
     if given("coordinator") not in (None, "auto") and None in (count, index):
         sys.exit("error: --coordinator=HOST:PORT needs --num_processes and --process_id too")
-    if (count is None) != (index is None):
+    if given("coordinator") is None and (count is None) != (index is None) and count != 1:
         sys.exit("error: --num_processes and --process_id go together; give both")
-    if count is not None and not 0 <= index < count:
+    if None not in (count, index) and not 0 <= index < count:
         sys.exit(f"error: --process_id={index} is not one of --num_processes={count}, which are counted from 0")
 
 

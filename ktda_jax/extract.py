@@ -249,6 +249,8 @@ def _write(
             _write_part(writer, part, step, teacher, batches, mesh, progress)
         finally:
             writer.close()
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())  # before its name says that it is complete
         os.replace(partial, path)
 
 

@@ -16,7 +16,7 @@ from ktda_jax import UserError
 from ktda_jax.data import buckets
 from ktda_jax.data.paths import expand, place
 from ktda_jax.figures import plots
-from ktda_jax.training import lock, loop
+from ktda_jax.training import lock, loop, whole
 from ktda_jax.training.checkpoint import Checkpoints
 from ktda_jax.training.writers import Writer
 
@@ -142,6 +142,18 @@ def test_rows_are_uploaded_now_and_then_and_those_of_others_are_kept(bucket, mon
 
 def hold(folder, **options):
     return lock.hold(place(folder), place=folder, claim="it is held", remedy="wait", **options)
+
+
+def test_checkpoints_copied_from_a_disk_are_not_taken_for_none(bucket):
+    """On a disk the name of the folder says that a checkpoint is whole; in a bucket it is there from the beginning."""
+    folder = place("gs://bucket/copied/checkpoints/3")
+    sums = {"files": {"a": [1, "0123"]}, "data": {}, "metrics": None}
+    buckets.write_text(folder / "state/sums.json", json.dumps(sums))
+    with pytest.raises(UserError, match="checkpoints/3 was copied from a disk and lacks the object commit_success.txt"):
+        whole.check(folder.parent)
+    sums["files"] = {"a": [1, "crc32c:0123"]}
+    buckets.write_text(folder / "state/sums.json", json.dumps(sums))
+    whole.check(folder.parent)  # a save that was killed, to be written anew
 
 
 def test_a_second_training_is_refused_and_nothing_is_left_of_a_lock(bucket, toy, tiles):

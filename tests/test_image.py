@@ -66,6 +66,7 @@ def test_an_extra_that_there_is_not_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("KTDA_IMAGE" not in os.environ, reason="minutes of pip; .ci/run runs install.sh by itself")
 def test_the_steps_in_a_fresh_environment(tmp_path):
     """Of what the image holds, and nothing else: installed, it trains on a CPU."""
     for path in copied():

@@ -148,7 +148,6 @@ print("splash_mha_fwd" in text and "splash_mha_dkv" in text, "all-gather" in tex
     [
         ("v5e:2x2", (1, 362, 12, 64)),
         pytest.param("v5e:2x2", (4, 5776, 8, 96), marks=pytest.mark.slow),
-        pytest.param("v5p:2x2x1", (1, 21904, 8, 96), marks=pytest.mark.slow),
         pytest.param("v6e:2x2", (1, 1370, 12, 64), marks=pytest.mark.slow),
     ],
 )

@@ -32,6 +32,8 @@ def recorded(workdir: pathlib.Path, step: int, changed: Changes) -> list[dict]:
     try:
         before = json.loads(buckets.read_text(workdir / "run.json")).get("extended", [])
         before = [entry for entry in before if {"step", "changed"} <= entry.keys()]
+    except buckets.Unreachable:
+        raise
     except (OSError, ValueError, AttributeError, TypeError):  # it is not as we wrote it
         before = []
     entries = [entry for entry in before if entry["step"] < step]

@@ -88,7 +88,10 @@ def teacher_of(path: str) -> str:
 
 def steps(workdir: pathlib.Path) -> list[int]:
     """Of the checkpoints, by the folders' names; an empty folder, or one whose writing was cut short, is none."""
-    found = [path for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+    try:
+        found = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     if buckets.is_remote(workdir):
         return sorted(int(path.name) for path in found if (path / buckets.COMMITTED).exists())
     return sorted(int(path.name) for path in found if path.is_dir() and any(path.iterdir()))
@@ -132,6 +135,8 @@ def compare_data(
     try:
         run = json.loads(buckets.read_text(workdir / RUN))
         saved, reader, ours = dict(run["data"]), dict(run["versions"]).get("rasterio"), run.get("reading", 1)
+    except buckets.Unreachable:
+        raise
     except (OSError, ValueError, KeyError, TypeError):
         return None  # nothing to compare with
     changed = [split for split in fingerprints if saved.get(split, fingerprints[split]) != fingerprints[split]]
@@ -151,6 +156,8 @@ def fingerprint(workdir: pathlib.Path, what: str) -> str | None:
     """Of the data that a run was begun with, where that is known: `train`, `val`, `held out`, ..."""
     try:
         return dict(json.loads(buckets.read_text(workdir / RUN))["data"]).get(what)
+    except buckets.Unreachable:
+        raise
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -43,7 +43,10 @@ def staged(path: pathlib.PurePath, say: Callable[[str], None] = print) -> pathli
 
 
 def cache() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "ktda_jax"
+    try:
+        return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "ktda_jax"
+    except RuntimeError as error:
+        raise UserError("this user has no home folder to keep copies in; set XDG_CACHE_HOME to a folder") from error
 
 
 @contextlib.contextmanager

@@ -25,7 +25,8 @@ def fits(query: jax.Array) -> bool:
     Of the published teachers the largest, whose heads fill the 128 lanes, is left out.
     """
     mesh, (batch, tokens, _, head_dim) = jax.sharding.get_abstract_mesh(), query.shape
-    if mesh.empty or mesh.abstract_device.platform != "tpu" or batch % mesh.size:
+    device = mesh.abstract_device  # None of a mesh that names none
+    if mesh.empty or device is None or device.platform != "tpu" or batch % mesh.size:
         return False
     return query.dtype == jnp.bfloat16 and tokens >= LEAST and head_dim % LANES != 0
 

@@ -99,22 +99,27 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
 def gather(mine: Record, timeout: float, say: Callable[[str], None]) -> list[dict | None]:
     """The last record of each process, once it has ended or died; None of one that has not begun.
 
-    That is, given no sign of life for `timeout` seconds, or for two minutes. Records of a former run are none. Removes
-    all of them, and what the dead have begun to write.
+    That is, given no sign of life for `timeout` seconds, or for two minutes. What a process of a former run left undone
+    says nothing. Removes all of them, and what the dead have begun to write.
     """
     silence = max(timeout, lock.DEAD)
 
     def ours(process: int) -> dict | None:
         found = _read(mine.path(process))
-        same = found and all(found.get(key) == mine.values[key] for key in ("launch", "count"))
-        return found if same and found["began"] >= mine.values["began"] - timeout else None
+        if not found or any(found.get(key) != mine.values[key] for key in ("launch", "count")):
+            return None
+        lately = found["began"] >= mine.values["began"] - timeout and not found["ended"]
+        through = found["ended"] and not _left(found)  # also if it was a former one: its scenes are there
+        return found if through or lately or found["beat"] >= mine.values["began"] else None
 
     found = {process: ours(process) for process in range(1, mine.count)}
     seen = dict.fromkeys(found, time.monotonic())
     waiting, told = set(found), False
     while True:
         for process in sorted(waiting):
-            dead = lock.has_ended(found[process] or {})  # asked before its last words are read
+            known = found[process]
+            # Asked before its last words are read; one that is long dead may be about to be started again.
+            dead = known and known["began"] > mine.values["began"] - lock.DEAD and lock.has_ended(known)
             latest, now = ours(process), time.monotonic()
             if latest != found[process]:
                 found[process], seen[process], dead = latest, now, False

@@ -108,6 +108,8 @@ def _reported(workdir: pathlib.Path, last: int) -> dict[int, float]:
     """The scores in a workdir's metrics up to a step: what was reported beyond the last checkpoint is done again."""
     try:
         lines = buckets.read_text(workdir / "metrics.jsonl", errors="replace").splitlines()
+    except buckets.Unreachable:
+        raise
     except OSError:
         return {}
     found = {}

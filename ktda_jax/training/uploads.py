@@ -22,26 +22,27 @@ class Uploads:
     def __init__(self, workdir: pathlib.PurePath):
         self._scratch = tempfile.TemporaryDirectory(prefix="ktda_jax_", ignore_cleanup_errors=True)
         self.folder = pathlib.Path(self._scratch.name)
-        self.workdir, self._sizes = workdir, {}  # bytes of each file when it was last uploaded
+        self.workdir, self._sizes, self._stamps = workdir, {}, {}  # of each file when it was last uploaded
         self._last = time.monotonic()
         try:
             buckets.download(workdir / ROWS, self.folder / ROWS)
         except FileNotFoundError:
             return
         self._sizes[ROWS] = (self.folder / ROWS).stat().st_size
+        self._stamps[ROWS] = _stamp(self.folder / ROWS)
 
     def due(self) -> bool:
         return time.monotonic() - self._last > SECONDS
 
     def upload(self) -> None:
-        """All that has grown. OSError."""
+        """All that is new or another. OSError."""
         self._last = time.monotonic()
         self._fetch_others_rows()
         for path in sorted(self.folder.iterdir()):
-            size = path.stat().st_size
-            if size != self._sizes.get(path.name):
+            stamp = _stamp(path)
+            if stamp != self._stamps.get(path.name):
                 buckets.upload(path, self.workdir / path.name)
-                self._sizes[path.name] = size
+                self._stamps[path.name], self._sizes[path.name] = stamp, stamp[0]
 
     def _fetch_others_rows(self) -> None:
         """What --mode=eval has added to the object meanwhile."""
@@ -51,10 +52,19 @@ class Uploads:
                 return
         except FileNotFoundError:
             return
-        added = buckets.read_bytes(self.workdir / ROWS)[known:]
+        content = buckets.read_bytes(self.workdir / ROWS)
+        added = content[known:]
+        if known and content[known - 1 : known] != b"\n":  # it was written at the same moment: whole rows alone
+            added = added.partition(b"\n")[2]
         with open(self.folder / ROWS, "ab") as file:
             file.write(added)
 
     def close(self) -> None:
         """Removes the local folder."""
         self._scratch.cleanup()
+
+
+def _stamp(path: pathlib.Path) -> tuple[int, int]:
+    """Bytes, and when it was written."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns

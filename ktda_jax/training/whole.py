@@ -241,12 +241,36 @@ def check(directory: pathlib.Path, *, latest: bool = True) -> None:
 
     Others may be: a training that is killed while it removes one leaves half of it, and the next save removes the rest.
     """
+    if buckets.is_remote(directory):
+        _check_copied(directory)
     found = steps(directory)
     if latest and found and (what := fault(directory / str(found[-1]))):
         raise refusal(directory, found[-1], what)
     chosen = best_step(directory)
     if chosen is not None and (what := fault(directory / str(chosen))):
         raise refusal(directory, chosen, what)
+
+
+def _check_copied(directory: pathlib.PurePath) -> None:
+    """UserError for checkpoints that came from a disk, where the folder's name is what says that one is whole."""
+    try:
+        found = [path for path in directory.iterdir() if path.name.isdigit()]
+    except FileNotFoundError:
+        return
+    for folder in found:
+        if (folder / WRITTEN_LATER).exists():
+            continue
+        try:
+            sums = _sums(folder)["files"].values()
+        except buckets.Unreachable:
+            raise
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if not all(sum_.startswith(OBJECT) for _, sum_ in sums):
+            raise UserError(
+                f"{folder} was copied from a disk and lacks the object {WRITTEN_LATER}, by which a checkpoint in a "
+                f"bucket is complete; make one of any content, as by `gcloud storage cp FILE {folder}/{WRITTEN_LATER}`"
+            )
 
 
 def best_step(directory: pathlib.Path) -> int | None:
