@@ -10,7 +10,7 @@ from ktda_jax.plan import slices
 REPORT = {
     "topology": "v5e:2x2", "chips": 4, "mesh": {"data": 4, "fsdp": 1}, "batch_size": 8, "grad_accum": 1,
     "state_gb": 3.0, "new_outputs_gb": 0.5, "temporary_gb": 6.0, "program_gb": 0.5, "tflop": 19.7, "touched_gb": 8.19,
-    "kernel_gb": 1.5,
+    "kernel_gb": 1.5, "moved_gb": [["product", "fmm.FMM.__call__", 2.0]],
     "gradient_gb": 0.8, "collective_gb": {"all-reduce": 1.0, "all-gather": 0.5},
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from ktda_jax import UserError
 from ktda_jax.config import checks
 from ktda_jax.config.model import compute_dtype, model_of
 from ktda_jax.models import flat
-from ktda_jax.plan import flops, kernels, slices
+from ktda_jax.plan import breakdown, flops, kernels, slices
 from ktda_jax.plan.slices import ACCELERATOR, CHIPS, SLICES
 from ktda_jax.training.program import build
 
@@ -55,7 +55,7 @@ def compile_for(config: ConfigDict, topology: str) -> dict:
         if "RESOURCE_EXHAUSTED" in said:
             raise TooLarge(f"does not fit: {said.partition(': ')[2]}") from error
         raise UserError(f"cannot compile for {topology}: {said}") from error
-    memory, accumulate = compiled.memory_analysis(), settings.grad_accum
+    memory, accumulate, text = compiled.memory_analysis(), settings.grad_accum, compiled.as_text()
     parameters, fsdp = flat.count(program.abstract.params), mesh.shape["fsdp"]
     # XLA counts the bytes of a loop's body once. Around that of the micro-batches is only the optimiser, with four
     # float32 arrays to read and three to write for each parameter.
@@ -83,7 +83,8 @@ def compile_for(config: ConfigDict, topology: str) -> dict:
         "touched_gb": touched / 1e9,
         "kernel_gb": in_kernels / 1e9,
         "gradient_gb": parameters / fsdp * compute_dtype(settings.dtype).itemsize / 1e9,
-        "collective_gb": collective_bytes(compiled.as_text(), accumulate, mesh.size),
+        "collective_gb": collective_bytes(text, accumulate, mesh.size),
+        "moved_gb": [[*key, size] for key, size in breakdown.touched(text).items()],
     }
 
 
@@ -174,6 +175,8 @@ def text_of(report: dict) -> str:
         f"collectives in GB: {collectives}",
         f"estimated ms: products {1e3 * seconds['compute']:.1f}, memory {1e3 * seconds['memory']:.1f}, links "
         f"{1e3 * seconds['links']:.1f}",
+        "",
+        breakdown.table({(kind, place): size for kind, place, size in report["moved_gb"]}),
         "",
         "estimated at this batch a chip; efficiency against no collectives at all, weak scaling against the first line",
         f"{'slice':12}{'chips':>6}{'batch':>7}{'fits':>6}{'step ms':>9}{'images/s':>10}{'efficiency':>12}{'weak':>9}",
