@@ -101,13 +101,13 @@ def check_holds_the_decoder_alone(content: bytes) -> None:
 
 
 def snippet(format: str) -> str:
-    """The program in the description of the command, which is also in the README."""
+    """The program in the description of the command, which is also in the documentation."""
     lines = export.__doc__.splitlines()
     (used,) = (k for k, line in enumerate(lines) if f'("grass.{format}"' in line)
     first = max(k for k in range(used) if lines[k] and lines[k][0] != " ") + 2
     last = min(k for k in range(used, len(lines)) if lines[k] and lines[k][0] != " ") - 1
     program = textwrap.dedent("\n".join(lines[first:last])) + "\n"
-    assert f"```python\n{program}```\n" in (runs.REPOSITORY / "README.md").read_text()
+    assert f"```python\n{program}```\n" in (runs.REPOSITORY / "docs/howto/export.md").read_text()
     return program
 
 
@@ -120,7 +120,7 @@ np.savez("found.npz", labels=labels, probabilities=run(images)["probabilities"])
 
 
 def test_stablehlo_runs_where_only_jax_is(stablehlo, model, tmp_path):
-    """The README's program, on images of ours."""
+    """The documentation's program, on images of ours."""
     batch = images()
     np.save(stablehlo.parent / "images.npy", batch)
     program, count = re.subn(r"np\.zeros\(.*\)", 'np.load("images.npy")', snippet("stablehlo"))
