@@ -1,4 +1,4 @@
-"""The documentation's site: built strictly, with every setting in it; skipped where mkdocs is not installed (.[docs])."""
+"""The documentation's site: built strictly, with every setting; skipped where mkdocs is not installed (.[docs])."""
 
 import dataclasses
 import html
@@ -35,8 +35,8 @@ def site(tmp_path_factory):
 def keys(cls, where="config"):
     kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        inner = kinds[field.name]
-        yield from keys(inner, f"{where}.{field.name}") if dataclasses.is_dataclass(inner) else [f"{where}.{field.name}"]
+        name, inner = f"{where}.{field.name}", kinds[field.name]
+        yield from keys(inner, name) if dataclasses.is_dataclass(inner) else [name]
 
 
 def test_every_setting_has_its_row(site):
