@@ -14,6 +14,7 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 from ktda_jax.config import base, settings
+from ktda_jax.config.data import PUBLISHED
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = {  # of the repository: of the site
@@ -46,8 +47,8 @@ def on_page_markdown(markdown, page, **_):
 
 def formula(match) -> str:
     """LaTeX as MathML, which browsers draw without a script from elsewhere."""
-    block, inline = match.groups()
-    return convert(block or inline, display="block" if block else "inline")
+    block, inline = match.groups()  # within a span, since Markdown takes a line that begins with <math> for a block
+    return convert(block, display="block") if block else f"<span>{convert(inline)}</span>"
 
 
 def turned(markdown: str, source: str, page: str) -> str:
@@ -72,8 +73,7 @@ def turned(markdown: str, source: str, page: str) -> str:
 
 def tables(cls, where: str, values) -> list[str]:
     """A heading and a table for each section, in the order of the definitions."""
-    kinds, lines, inner = typing.get_type_hints(cls), [], []
-    rows = []
+    kinds, rows, lines, inner = typing.get_type_hints(cls), [], [], []
     for field in dataclasses.fields(cls):
         meta, name = field.metadata, f"{where}.{field.name}"
         value = values.get(field.name) if values is not None else None
@@ -82,10 +82,12 @@ def tables(cls, where: str, values) -> list[str]:
             inner += tables(kinds[field.name], name, value)
         else:
             meaning = meta["meaning"].replace("|", "\\|")
-            note = ", ".join(filter(None, [meta["source"], "may change between two runs" if meta["runtime"] else ""]))
-            rows.append(f"| `{name}` | {meaning} | {meta['unit']} | `{_plain(value)}` | {note} |")
+            meaning += f" ({meta['unit']})" * bool(meta["unit"])
+            source = "published" if meta["source"] == PUBLISHED else meta["source"]
+            note = ", ".join(filter(None, [source, "may change when resumed" * meta["runtime"]]))
+            rows.append(f"| `{name}` | {meaning} | `{_plain(value)}` | {note} |")
     if rows:
-        lines += ["| setting | meaning | unit | default | |", "| --- | --- | --- | --- | --- |", *rows]
+        lines += ["| setting | meaning (unit) | default | |", "| --- | --- | --- | --- |", *rows]
     return lines + inner
 
 
