@@ -31,7 +31,7 @@ class Mesh:
 class Student:
     """The ConvNeXt; what is None here is the preset's (models/convnext.py)."""
 
-    preset: str | None = setting("laptop, tiny, small, base, large, v2_atto, ...", source=PUBLISHED, absent=None)
+    preset: str | None = setting("laptop, tiny, base, v2_atto, dinov3_base, ...", source=PUBLISHED, absent=None)
     depths: tuple[int, ...] | None = setting(
         "blocks by stage", fits=(lambda x: min(x, default=0) >= 0, "numbers of blocks"), absent=None
     )
@@ -41,6 +41,9 @@ class Student:
     )
     layer_scale: float | None = setting("initial layer scale of V1 blocks; None: 1", absent=None)
     v2: bool | None = setting("ConvNeXt-V2 blocks", absent=None)
+    first_norms: bool | None = setting(
+        "a LayerNorm on each of the first three maps too, as on the last (dinov3_*: none)", absent=None
+    )
     remat: bool = setting("recompute blocks in the backward pass: less memory, more time", absent=False)
 
 

@@ -22,6 +22,11 @@ PRESETS = {
     "v2_atto": dict(depths=(2, 2, 6, 2), channels=(40, 80, 160, 320), v2=True),
     "v2_femto": dict(depths=(2, 2, 6, 2), channels=(48, 96, 192, 384), v2=True),
 }
+# Those that Meta distilled from DINOv3-7B. Its dense features (`get_intermediate_layers`, with `norm` as by default) are
+# the first three stages as they are, and the last one normed.
+PRESETS |= {
+    f"dinov3_{name}": {**PRESETS[name], "first_norms": False} for name in ("tiny", "small", "base", "large")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,7 @@ class ConvNeXtConfig:
     layer_scale: float = 1.0  # initial value, published KTDA setting
     v2: bool = False  # global response normalisation instead of layer scale
     bands: int = 3
+    first_norms: bool = True  # a LayerNorm on each of the first three maps too, as mmpretrain has it
     remat: bool = False  # recompute each block in the backward pass
 
 
@@ -125,7 +131,10 @@ class ConvNeXt(nnx.Module):
             nnx.List(Block(channels, next(rates), config, **common) for _ in range(depth))
             for depth, channels in zip(config.depths, config.channels, strict=True)
         )
-        self.norms = nnx.List(layer_norm(channels, 1e-6, **common) for channels in config.channels)
+        self.norms = nnx.List(
+            layer_norm(channels, 1e-6, **common) if config.first_norms or k + 1 == len(config.channels) else None
+            for k, channels in enumerate(config.channels)
+        )
         self.remat = config.remat
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> list[jax.Array]:
@@ -138,5 +147,5 @@ class ConvNeXt(nnx.Module):
                 call = functools.partial(_call, key=block_key)
                 x = recompute(call, block, x) if self.remat else call(block, x)
                 index += 1
-            outputs.append(norm(x))
+            outputs.append(x if norm is None else norm(x))
         return outputs

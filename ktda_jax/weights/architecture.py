@@ -8,11 +8,12 @@ from ktda_jax import UserError
 from ktda_jax.models.convnext import ConvNeXtConfig
 from ktda_jax.models.fmm import FMMConfig
 from ktda_jax.models.ktda import KTDAConfig
-from ktda_jax.models.vit import ViTConfig
+from ktda_jax.models.vit import PRESETS, ViTConfig
 
 Arrays = Mapping[str, np.ndarray]
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 20, 1536: 24, 4096: 32}  # published widths; no tensor tells
 FMM_HEADS = 8  # published
+DINOV3_IMAGES = {"sat493m": "dinov3_large_sat", "lvd1689m": "dinov3_large"}  # of which statistics
 
 
 def under(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
@@ -33,18 +34,25 @@ def _count(arrays: Arrays, prefix: str) -> int:
 
 def convnext(arrays: Arrays, *, beside: Mapping | None = None) -> ConvNeXtConfig:
     """`beside`: Hugging Face's settings."""
-    if (activation := (beside or {}).get("hidden_act", "gelu")) != "gelu":
+    beside = beside or {}
+    if (activation := beside.get("hidden_act", "gelu")) != "gelu":
         raise UserError(f"hidden_act {activation!r} is not what ConvNeXt was published with")
+    eps = beside.get("layer_norm_eps", 1e-6)
+    if beside.get("model_type") == "dinov3_convnext" and eps != 1e-6:  # of other ConvNeXts it is not used
+        raise UserError(f"layer_norm_eps {eps} is not what DINOv3's ConvNeXts were published with (1e-06)")
     return ConvNeXtConfig(
         depths=tuple(_count(arrays, f"stages/{k}/") for k in range(4)),
         channels=tuple(_shape(arrays, f"downsample/{k}/conv/kernel")[-1] for k in range(4)),
         v2=any("/grn/" in path for path in arrays),
         bands=_shape(arrays, "downsample/0/conv/kernel")[2],
+        first_norms="norms/0/scale" in arrays,
     )
 
 
-def vit(arrays: Arrays, *, rope: bool, heads: int | None = None, beside: Mapping | None = None) -> ViTConfig:
-    """`rope`: DINOv3. `beside`: Hugging Face's settings, which know the number of heads and the image statistics."""
+def vit(
+    arrays: Arrays, *, rope: bool, heads: int | None = None, beside: Mapping | None = None, images: Mapping | None = None
+) -> ViTConfig:
+    """`rope`: DINOv3. `beside`: Hugging Face's settings. `images`: mean and standard deviation of its images."""
     beside = beside or {}
     patch, _, _, width = _shape(arrays, "patch_embed/kernel")
     hidden = _shape(arrays, "layers/0/mlp/fc2/kernel")[0]
@@ -52,7 +60,7 @@ def vit(arrays: Arrays, *, rope: bool, heads: int | None = None, beside: Mapping
     registers = arrays["register_tokens"].shape[1] if "register_tokens" in arrays else 0
     said = beside.get("num_attention_heads")
     if heads and said and heads != said:
-        raise UserError(f"{heads} heads were asked for, but its config.json says {said}")
+        raise UserError(f"{heads} heads were asked for, but the weights are of a model with {said}")
     heads = heads or said or HEADS.get(width)
     if heads is None or heads < 1 or width % heads:
         raise UserError(
@@ -65,9 +73,7 @@ def vit(arrays: Arrays, *, rope: bool, heads: int | None = None, beside: Mapping
     for name, value in published.items():
         if beside.get(name, value) != value:
             raise UserError(f"{name} {beside[name]} is not what DINOv2 and DINOv3 were published with ({value})")
-    options = {}
-    if statistics_known(beside):
-        options = {k: tuple(round(255 * v, 3) for v in beside[f"image_{k}"]) for k in ("mean", "std")}
+    options = dict(images or {})
     if not rope:
         options["image_size"] = tuple(side * patch for side in _shape(arrays, "pos_embed")[1:3])
     return ViTConfig(
@@ -77,10 +83,31 @@ def vit(arrays: Arrays, *, rope: bool, heads: int | None = None, beside: Mapping
     )  # fmt: skip
 
 
-def statistics_known(beside: Mapping) -> bool:
-    """Whether a preprocessor's settings give mean and standard deviation of three bands."""
-    values = [beside.get(f"image_{k}") for k in ("mean", "std")]
-    return all(isinstance(v, list) and len(v) == 3 and all(isinstance(x, int | float) for x in v) for v in values)
+def statistics(beside: Mapping) -> dict[str, tuple[float, ...]] | None:
+    """Mean and standard deviation of uint8 images, if a preprocessor's settings or timm's give them for three bands."""
+    inner = beside.get("pretrained_cfg")
+    timm = inner if isinstance(inner, Mapping) else {}
+    found = {}
+    for name in ("mean", "std"):
+        values = beside.get(f"image_{name}", timm.get(name))
+        if not (isinstance(values, list) and len(values) == 3 and all(isinstance(x, int | float) for x in values)):
+            return None
+        found[name] = tuple(round(255 * x, 3) for x in values)
+    return found
+
+
+def statistics_by_name(*names: str) -> tuple[dict[str, tuple[float, ...]], str] | None:
+    """Mean and standard deviation of DINOv3's images, and the name that tells which: the first that names one kind.
+
+    No tensor does. Meta, Hugging Face and timm call satellite images sat493m and those of the web lvd1689m:
+    'dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth', 'dinov3-vitl16-pretrain-lvd1689m'.
+    """
+    for name in names:
+        named = [preset for images, preset in DINOV3_IMAGES.items() if images in name.lower()]
+        if len(named) == 1:
+            config = ViTConfig(**PRESETS[named[0]])
+            return {"mean": config.mean, "std": config.std}, name
+    return None
 
 
 def _mlp_ratio(width: int, hidden: int, reduced: bool) -> float:

@@ -1,4 +1,4 @@
-"""ConvNeXt and ConvNeXt-V2 in the layouts of mmpretrain, Hugging Face, timm and Meta."""
+"""ConvNeXt, ConvNeXt-V2 and DINOv3's ConvNeXt in the layouts of mmpretrain, Hugging Face, timm and Meta."""
 
 import re
 from collections.abc import Mapping
@@ -58,11 +58,40 @@ META = [
     Row("norm", "norms/3", NORM),
     *MMPRETRAIN[-4:],
 ]
-TABLES = {"mmpretrain": MMPRETRAIN, "hf": HF, "timm": TIMM, "meta": META}
-SIGNATURES = {  # a name that only this layout has
+
+
+def _hf_dinov3(stages: str) -> list[Row]:
+    return [
+        Row(f"{stages}.0.downsample_layers.0", "downsample/0/conv", LAYER),
+        Row(f"{stages}.0.downsample_layers.1", "downsample/0/ln", NORM),
+        Row(f"{stages}.{{}}.downsample_layers.0", "downsample/{}/ln", NORM),
+        Row(f"{stages}.{{}}.downsample_layers.1", "downsample/{}/conv", LAYER),
+        Row(f"{stages}.{{}}.layers.{{}}", "stages/{}/{}", {"gamma": "gamma"}),
+        Row(f"{stages}.{{}}.layers.{{}}.layer_norm", "stages/{}/{}/norm", NORM),
+        *(
+            Row(f"{stages}.{{}}.layers.{{}}.{name}", f"stages/{{}}/{{}}/{name}", LAYER)
+            for name in ("depthwise_conv", "pointwise_conv1", "pointwise_conv2")
+        ),
+        Row("layer_norm", "norms/3", NORM),
+    ]
+
+
+TABLES = {
+    "mmpretrain": MMPRETRAIN,
+    "hf": HF,
+    "hf dinov3": _hf_dinov3("stages"),
+    "hf dinov3 (transformers 5)": _hf_dinov3("model.stages"),
+    "timm": TIMM,
+    "meta dinov3": META,
+    "meta": META,
+}
+SIGNATURES = {  # a name that only this layout has, or of those that are left
     "mmpretrain": "stages.0.0.depthwise_conv.weight",
     "hf": "encoder.stages.0.layers.0.dwconv.weight",
+    "hf dinov3": "stages.0.layers.0.depthwise_conv.weight",
+    "hf dinov3 (transformers 5)": "model.stages.0.layers.0.depthwise_conv.weight",
     "timm": "stages.0.blocks.0.conv_dw.weight",
+    "meta dinov3": "norms.3.weight",
     "meta": "stages.0.0.dwconv.weight",
 }
 _CLASSIFIER = re.compile(r"(head|classifier|head\.fc|fc)\.(weight|bias)|head\.(fc|layers)\..*")
@@ -71,18 +100,36 @@ _CLASSIFIER = re.compile(r"(head|classifier|head\.fc|fc)\.(weight|bias)|head\.(f
 def from_source(tensors: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
     """Our arrays, unknown names, and the paths that are new.
 
-    A classifier normalises its last map only, so `norms/0` to `norms/2` start as identities, as in the published
-    training, which begins from such weights.
+    A classifier normalises its last map only, so `norms/0` to `norms/2` start as LayerNorms that scale nothing, as in
+    the published training, which begins from such weights. DINOv3's dense features have no LayerNorm there: nor have we
+    (`first_norms`). timm's files do not tell the two apart; `loading` makes either fit what a config asks for.
     """
+    if source == "meta dinov3":
+        tensors = _without_copies(tensors)
     found, unknown = convert(tensors, TABLES[source], lambda name: bool(_CLASSIFIER.fullmatch(name)))
     for path, array in found.items():
         if path.endswith(("grn/gamma", "grn/beta")):
             found[path] = array.reshape(-1)  # (1, 1, 1, C) in most
-    new = []
-    for k in range(4):
-        kernel = found.get(f"downsample/{k}/conv/kernel")
+    new = new_norms(found, (3,) if "dinov3" in source else (0, 1, 2, 3))
+    return found | new, unknown, list(new)
+
+
+def new_norms(arrays: Mapping[str, np.ndarray], stages: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """LayerNorms of scale 1 and bias 0 behind those of `stages` that have none."""
+    new = {}
+    for k in stages:
+        kernel = arrays.get(f"downsample/{k}/conv/kernel")
         for leaf, value in (("scale", 1.0), ("bias", 0.0)):
-            if kernel is not None and f"norms/{k}/{leaf}" not in found:
-                found[f"norms/{k}/{leaf}"] = np.full(kernel.shape[-1], value, kernel.dtype)
-                new.append(f"norms/{k}/{leaf}")
-    return found, unknown, new
+            if kernel is not None and f"norms/{k}/{leaf}" not in arrays:
+                new[f"norms/{k}/{leaf}"] = np.full(kernel.shape[-1], value, kernel.dtype)
+    return new
+
+
+def _without_copies(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Meta's file of DINOv3 has its one LayerNorm twice, `norm` and, in the list by stages, `norms.3`."""
+    tensors = dict(tensors)
+    for leaf in ("weight", "bias"):
+        copy = tensors.pop(f"norms.3.{leaf}", None)
+        if copy is not None and not np.array_equal(copy, tensors.setdefault(f"norm.{leaf}", copy)):
+            raise ValueError(f"norms.3.{leaf} is another than norm.{leaf}, which it repeats in Meta's files")
+    return tensors

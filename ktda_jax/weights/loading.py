@@ -19,6 +19,7 @@ from ktda_jax.models.layers import resize
 from ktda_jax.models.vit import ViTConfig
 from ktda_jax.weights import folder, sources
 from ktda_jax.weights.architecture import HEADS
+from ktda_jax.weights.convnext import new_norms
 from ktda_jax.weights.folder import ASSUMED, Weights
 
 # Settings of training and of one input size; all others decide what the weights compute.
@@ -106,6 +107,8 @@ def load(
         found = dataclasses.replace(found, num_classes=config.num_classes)
     if weights.source.get("statistics") == ASSUMED and isinstance(found, ViTConfig):
         found = dataclasses.replace(found, mean=config.mean, std=config.std)
+    if weights.kind == "student":
+        arrays, found = _first_norms(arrays, found, config, weights.source)
     theirs = weights.config.rgb if weights.kind == "ktda" else (0, 1, 2)
     arrays, found = _other_bands(arrays, found, config, theirs, rgb)
     _compare(where, path, found, config)
@@ -136,6 +139,17 @@ def inflate(kernel: np.ndarray, bands: int, rgb: tuple[int, int, int]) -> np.nda
     if len(set(rgb)) == 3:
         inflated[:, :, list(rgb)] = kernel
     return inflated * np.asarray(3 / bands, kernel.dtype)
+
+
+def _first_norms(arrays: Arrays, found, wanted, source: dict[str, Any]):
+    """LayerNorms behind the first three stages or none, as configured, if those in `arrays` were not in the source."""
+    first = {k for k in arrays if k.startswith("norms/") and not k.startswith("norms/3/")}
+    if not first <= set(source.get("initialised", ())):
+        return arrays, found
+    arrays = {k: v for k, v in arrays.items() if k not in first}
+    if wanted.first_norms:
+        arrays |= new_norms(arrays, (0, 1, 2))
+    return arrays, dataclasses.replace(found, first_norms=wanted.first_norms)
 
 
 def _other_bands(arrays: Arrays, found, wanted, theirs: tuple[int, int, int], rgb: tuple[int, int, int]):

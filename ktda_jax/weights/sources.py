@@ -49,10 +49,17 @@ def load(
             assumed = architecture.assumed(arrays, config, teacher_heads, fmm_heads)
         elif kind == "teacher":
             arrays, unknown = vit.from_source(tensors, layout)
-            dinov3 = layout.startswith("hf dinov3")
-            config = architecture.vit(arrays, rope=dinov3, heads=teacher_heads, beside=beside)
-            if not architecture.statistics_known(beside):
-                origin["statistics"] = ASSUMED
+            dinov3 = "dinov3" in layout
+            images, said = _images(beside, (path, str(found.absolute())) if dinov3 else ())
+            config = architecture.vit(
+                arrays,
+                rope=dinov3,
+                heads=teacher_heads,
+                beside={"num_attention_heads": vit.heads(tensors)} | beside,
+                images=images,
+            )
+            origin |= {"statistics": said} if said else {}
+            assumed = {"image statistics": "of the web, not of satellites"} if dinov3 and images is None else None
         else:
             arrays, unknown, new = convnext.from_source(tensors, layout)
             config = architecture.convnext(arrays, beside=beside)
@@ -65,6 +72,16 @@ def load(
     if assumed:
         origin["assumed"] = assumed
     return Weights(kind, config, arrays, origin, assumed=assumed)
+
+
+def _images(beside: Mapping, paths: tuple[str, ...]) -> tuple[dict | None, str | None]:
+    """Mean and standard deviation of a teacher's images, and how they are known, where it is not by its settings."""
+    if told := architecture.statistics(beside):
+        return told, None
+    names = [name for path in paths for name in reversed(pathlib.PurePath(path).parts[-2:])]
+    if named := architecture.statistics_by_name(*names):
+        return named[0], f"by the name {named[1]}"
+    return None, ASSUMED
 
 
 def _digests(read: list[pathlib.Path]) -> dict:
