@@ -47,16 +47,30 @@ def locate(path: str) -> tuple[pathlib.Path, dict]:
         if not file and not list(pathlib.Path(folder).glob("[!.]*.safetensors")):
             folder = snapshot_download(name, allow_patterns=["*.bin", "*.pth", "*.json"], **options)
     except LocalEntryNotFoundError as error:
+        if refused := _refused(path, name, error.__cause__):
+            raise UserError(refused) from error
         raise UserError(
             f"{path} is not in the Hugging Face cache and cannot be downloaded; check the network, or download it "
             f"elsewhere and give its folder ({_line(error)})"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"cannot download {path}: {_line(error)}") from error
+        raise UserError(_refused(path, name, error) or f"cannot download {path}: {_line(error)}") from error
     found = pathlib.Path(folder) / file
     if not found.exists():
         raise UserError(f"{path}: no file {file} in {name}")
     return found, {"path": path, "revision": pathlib.Path(folder).name}  # snapshots are named by their commit
+
+
+def _refused(path: str, name: str, error: BaseException | None) -> str | None:
+    """What to do about a download that wants rights, by the answer's status; None for any other error."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status not in (401, 403):  # those of GatedRepoError, and of a name that is private or is none
+        return None
+    hint = "; DINOv2 (hf://facebook/dinov2-base) needs neither" if "dinov3" in name.lower() else ""
+    return (
+        f"{path} is refused ({status}): check its name, ask for access at https://huggingface.co/{name} with your "
+        f"account, then log in with `hf auth login`{hint}"
+    )
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict, list[pathlib.Path]]:
