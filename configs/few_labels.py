@@ -14,14 +14,14 @@ Score:     from 16 tiles of Dubai 38.9 ± 1.5 mIoU on areas not seen, from scrat
 
 from ml_collections import ConfigDict, config_dict
 
-from ktda_jax.config.base import arguments, base, transfer
+from ktda_jax.config.base import arguments, base, one_of, transfer
 
 STEPS = {"10": 600, "50": 1_000, "500": 5_000}
 
 
 def get_config(argument: str = "") -> ConfigDict:
     flags = arguments(argument, *STEPS, "unlabelled")
-    (labels,) = flags & STEPS.keys() or {"50"}
+    labels = one_of(flags, STEPS, "50")
     config = base()
     transfer(config)
     config.data.name, config.data.classes = "custom", config_dict.placeholder(str)

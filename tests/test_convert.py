@@ -1,5 +1,6 @@
 """Whole KTDA checkpoints through the command line: golden logits, the way back bit for bit, and what is refused."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -308,6 +309,10 @@ def test_only_whole_models_go_back(tmp_path):
     teacher = folder.Weights("teacher", found.config.teacher, {}, {})
     with pytest.raises(UserError, match="--to=upstream writes whole KTDA models; this is a teacher"):
         sources.to_upstream(teacher, tmp_path / "x.pth")
+    student = dataclasses.replace(found.config.student, first_norms=False)
+    other = dataclasses.replace(found, config=dataclasses.replace(found.config, student=student))
+    with pytest.raises(UserError, match="the published code has a LayerNorm behind each stage of the student"):
+        sources.to_upstream(other, tmp_path / "x.pth")
     assert not list(tmp_path.iterdir())
 
 

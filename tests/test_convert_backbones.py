@@ -170,10 +170,8 @@ VITS = {
     "timm, swiglu": (lambda: dinov2(**SWIGLU), to_timm, "timm"),
     "mmpretrain": (dinov2, to_mmpretrain, "mmpretrain"),
     "mmpretrain, swiglu": (lambda: dinov2(**SWIGLU), to_mmpretrain, "mmpretrain"),
-    "dinov3": (dinov3, lambda t: t, "hf"),
     "dinov3, published names": (dinov3, lambda t: renamed(t, [(r"^model\.", "")]), "hf"),
     "dinov3, no biases": (lambda: dinov3(query_bias=False, value_bias=False), lambda t: t, "hf"),
-    "dinov3, gated": (lambda: dinov3(use_gated_mlp=True, hidden_act="silu"), lambda t: t, "hf"),
 }
 
 

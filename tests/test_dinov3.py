@@ -137,7 +137,7 @@ def test_every_preset_was_published():
 
 
 def to_meta(tensors) -> dict[str, torch.Tensor]:
-    """Hugging Face's names as Meta's, with what Meta's files have besides: a key bias, which is masked, and its mask."""
+    """Hugging Face's names as Meta's, with what only Meta's files have: a key bias, which is masked, and its mask."""
     tensors = renamed(
         tensors,
         [
@@ -257,7 +257,7 @@ def test_student(student, tmp_path):
     hf, arrays = as_configured(saved(student, dict, tmp_path / "hf.safetensors"), first_norms=False)
     for name, rename in (("meta", to_meta_convnext), ("timm", to_timm_convnext)):
         path = saved(student, rename, tmp_path / f"{name}.safetensors")
-        config, found = as_configured(path, first_norms=False)
+        _, found = as_configured(path, first_norms=False)
         assert found.keys() == arrays.keys()
         for key, array in found.items():
             np.testing.assert_array_equal(array, arrays[key], err_msg=key)
@@ -389,6 +389,15 @@ def test_a_refused_download_says_how_one_gets_it(tmp_path):
         assert line.startswith(f"{name} is refused ({name[-3:]}): check its name, ask for access at https://"), line
         assert f"huggingface.co/{name.removeprefix('hf://')} " in line and "`hf auth login`" in line
         assert line.endswith("; DINOv2 (hf://facebook/dinov2-base) needs neither") is ("dinov3" in name)
+
+
+@pytest.mark.parametrize(
+    "config, both", [("dinov3", "satellite,web"), ("dinov3", "dinov3,nothing"), ("few_labels", "10,50")]
+)
+def test_of_arguments_that_exclude_each_other_one_is_asked(config, both):
+    get_config = runpy.run_path(str(REPOSITORY / "configs" / f"{config}.py"))["get_config"]
+    with pytest.raises(ValueError, match=f"config arguments {', '.join(both.split(','))} exclude each other"):
+        get_config(both)
 
 
 @pytest.mark.parametrize("student", ["imagenet", "dinov3", "nothing"])

@@ -3,6 +3,8 @@
 What each means is in `settings.py`; a copy of configs/custom.py may lie anywhere and still start from here.
 """
 
+from collections.abc import Iterable
+
 from ml_collections import ConfigDict, config_dict
 
 
@@ -12,6 +14,14 @@ def arguments(argument: str, *known: str) -> set[str]:
     if unknown := given - set(known):
         raise ValueError(f"config argument {', '.join(sorted(unknown))!r} is unknown; known: {', '.join(known)}")
     return given
+
+
+def one_of(given: set[str], choices: Iterable[str], default: str) -> str:
+    """The one among `given` arguments that is a choice; ValueError for two."""
+    chosen = sorted(given & set(choices))
+    if len(chosen) > 1:
+        raise ValueError(f"config arguments {', '.join(chosen)} exclude each other; give one of them")
+    return chosen[0] if chosen else default
 
 
 def base() -> ConfigDict:

@@ -22,11 +22,9 @@ PRESETS = {
     "v2_atto": dict(depths=(2, 2, 6, 2), channels=(40, 80, 160, 320), v2=True),
     "v2_femto": dict(depths=(2, 2, 6, 2), channels=(48, 96, 192, 384), v2=True),
 }
-# Those that Meta distilled from DINOv3-7B. Its dense features (`get_intermediate_layers`, with `norm` as by default) are
-# the first three stages as they are, and the last one normed.
-PRESETS |= {
-    f"dinov3_{name}": {**PRESETS[name], "first_norms": False} for name in ("tiny", "small", "base", "large")
-}
+# Meta's, distilled from DINOv3's 7B. Its dense features (`get_intermediate_layers`, normed as by default) are the first
+# three stages as they are, and the LayerNorm of the last.
+PRESETS |= {f"dinov3_{name}": {**PRESETS[name], "first_norms": False} for name in ("tiny", "small", "base", "large")}
 
 
 @dataclasses.dataclass(frozen=True)

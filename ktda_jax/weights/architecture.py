@@ -50,7 +50,12 @@ def convnext(arrays: Arrays, *, beside: Mapping | None = None) -> ConvNeXtConfig
 
 
 def vit(
-    arrays: Arrays, *, rope: bool, heads: int | None = None, beside: Mapping | None = None, images: Mapping | None = None
+    arrays: Arrays,
+    *,
+    rope: bool,
+    heads: int | None = None,
+    beside: Mapping | None = None,
+    images: Mapping | None = None,
 ) -> ViTConfig:
     """`rope`: DINOv3. `beside`: Hugging Face's settings. `images`: mean and standard deviation of its images."""
     beside = beside or {}

@@ -35,7 +35,7 @@ class Weights:
     source: dict[str, Any]
     classes: tuple[str, ...] | None = None
     palette: tuple[tuple[int, int, int], ...] | None = None
-    assumed: dict[str, int | str] | None = None  # what neither tensors nor caller told when they were converted just now
+    assumed: dict[str, int | str] | None = None  # what neither tensors nor caller told when converted just now
     temperature: float = 1.0  # by which logits are divided for probabilities that can be believed
     data: dict[str, Any] | None = None  # how the training read its images (READING of its config.data), where known
 

@@ -59,7 +59,8 @@ def load(
                 images=images,
             )
             origin |= {"statistics": said} if said else {}
-            assumed = {"image statistics": "of the web, not of satellites"} if dinov3 and images is None else None
+            if dinov3 and images is None:
+                assumed = {"image statistics": "of web images (of satellites: keep the published name)"}
         else:
             arrays, unknown, new = convnext.from_source(tensors, layout)
             config = architecture.convnext(arrays, beside=beside)
@@ -148,6 +149,11 @@ def to_upstream(weights: Weights, path: pathlib.Path) -> None:
         raise UserError("--to=upstream writes whole KTDA models; this one was distilled without labels: no decoder")
     if weights.config.align_grid:
         raise UserError("--to=upstream: the published code has no FAM on the teacher's grid (config.model.align_grid)")
+    if not weights.config.student.first_norms:
+        raise UserError(
+            "--to=upstream: the published code has a LayerNorm behind each stage of the student, and this one has the "
+            "last alone (config.model.student.first_norms)"
+        )
     check_finite(weights.arrays, f"what {path} would hold")
     torch = files.import_torch(f"writing {path}")
     try:

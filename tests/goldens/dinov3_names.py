@@ -25,7 +25,7 @@ DEPTHS = {"large": 24, "huge": 32, "7b": 40}
 
 
 def of_meta(hub, name: str) -> torch.nn.Module:
-    size, _, satellite = name.partition("_sat")
+    size = name.removesuffix("_sat")
     short = {"small": "vits16", "base": "vitb16", "large": "vitl16", "huge": "vith16", "7b": "vit7b16"}
     build = "dinov3_" + short[size.removesuffix("_plus")] + ("plus" if size.endswith("_plus") else "")
     weights = hub.Weights.SAT493M if name.endswith("_sat") else hub.Weights.LVD1689M
@@ -43,8 +43,9 @@ def of_transformers(name: str) -> torch.nn.Module:
     width, gated = WIDTHS[size], "_plus" in name or size == "7b"
     biases = dict(query_bias=False, value_bias=False) if size == "7b" else {}
     config = transformers.DINOv3ViTConfig(
-        hidden_size=width, num_hidden_layers=DEPTHS.get(size, 12), num_attention_heads=width // (128 if size == "7b" else 64),
-        intermediate_size=(2 if size == "7b" else 4) * width, num_register_tokens=4, use_gated_mlp=gated, **biases,
+        hidden_size=width, num_hidden_layers=DEPTHS.get(size, 12), use_gated_mlp=gated, num_register_tokens=4,
+        num_attention_heads=32 if size == "7b" else width // 64, intermediate_size=(2 if size == "7b" else 4) * width,
+        **biases,
     )  # fmt: skip
     return transformers.DINOv3ViTModel(config)
 
@@ -52,7 +53,8 @@ def of_transformers(name: str) -> torch.nn.Module:
 def of_transformers_convnext(hub, size: str) -> torch.nn.Module:
     model = getattr(hub, f"dinov3_convnext_{size}")(pretrained=False)
     depths = [len(stage) for stage in model.stages]
-    return transformers.DINOv3ConvNextModel(transformers.DINOv3ConvNextConfig(depths=depths, hidden_sizes=model.embed_dims))
+    config = transformers.DINOv3ConvNextConfig(depths=depths, hidden_sizes=model.embed_dims)
+    return transformers.DINOv3ConvNextModel(config)
 
 
 def table(models: dict[str, torch.nn.Module]) -> dict:
