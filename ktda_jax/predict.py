@@ -18,6 +18,7 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     flags.DEFINE_string("output", None, "The map, .tif or .png, of one input; else the folder for all maps.")
     flags.DEFINE_bool("cog", False, "Cloud-Optimized GeoTIFF.")
     flags.DEFINE_bool("polygonize", False, "NAME.gpkg: the map as polygons, cut every 4096 pixels.")
+    flags.DEFINE_bool("view", False, "NAME.html: scene and map as one page for a browser; it needs no network.")
     flags.DEFINE_bool("skip_existing", False, "Leave scenes alone whose outputs are all there.")
     cli.define_mapping()
     cli.define_processes()
@@ -38,7 +39,7 @@ from ktda_jax.prediction.setup import say
 
 def run(
     checkpoint: str, input: str, output: str, *, cog=False, probabilities=False, confidence=False, polygonize=False,
-    overlay=False, skip_existing=False, process: tuple[int, int] = (0, 1), coordinator: str | None = None,
+    overlay=False, view=False, skip_existing=False, process: tuple[int, int] = (0, 1), coordinator: str | None = None,
     join_timeout: float = 300, **how,
 ) -> dict[str, float]:  # fmt: skip
     """Maps what the flags of the same names say, `how` being those of `_map`. UserError says in one line what is wrong.
@@ -53,7 +54,7 @@ def run(
     one = len(inputs) == 1 and inputs[0] == expand(input)
     outputs = files.name_outputs(
         inputs, output, one=one, probabilities=probabilities, confidence=confidence, overlay=overlay,
-        polygonize=polygonize, cog=cog,
+        polygonize=polygonize, view=view, cog=cog,
     )  # fmt: skip
     how |= dict(cog=cog, polygonize=polygonize)
     if process[1] > 1:
@@ -145,7 +146,8 @@ def _map_share(
 
 OPTIONS = (
     "checkpoint", "input", "output", "tile", "overlap", "batch_size", "nodata", "cog", "probabilities", "confidence",
-    "polygonize", "overlay", "skip_existing", "tta", "teacher_heads", "fmm_heads", "coordinator", "join_timeout",
+    "polygonize", "overlay", "view", "skip_existing", "tta", "teacher_heads", "fmm_heads", "coordinator",
+    "join_timeout",
 )  # fmt: skip
 
 

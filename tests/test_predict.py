@@ -90,16 +90,16 @@ def test_a_folder_and_what_is_there_already(run, tmp_path):
     folder.mkdir()
     sf.write(folder / "a.tif", sf.smooth(70, 90))
     Image.fromarray(sf.smooth(40, 300)).save(folder / "b.jpg")
-    said = run(folder, "maps", overlay=True)
+    said = run(folder, "maps", overlay=True, view=True)
     assert {p.name for p in (tmp_path / "maps").iterdir()} == {
-        "a.tif", "a.tif.aux.xml", "a_overlay.png", "b.png", "b_overlay.png",
+        "a.tif", "a.tif.aux.xml", "a_overlay.png", "a.html", "b.png", "b_overlay.png", "b.html",
     }  # fmt: skip
     assert sf.read(tmp_path / "maps" / "b.png").shape == (40, 300) and "2 scenes" in said
-    (tmp_path / "maps" / "a_overlay.png").unlink()
+    (tmp_path / "maps" / "a.html").unlink()
     before = (tmp_path / "maps" / "b.png").stat().st_mtime_ns
-    said = run(folder, "maps", overlay=True, skip_existing=True)
+    said = run(folder, "maps", overlay=True, view=True, skip_existing=True)
     assert "1 of 2 scenes are mapped already" in said and "a.tif" in said and "b.jpg" not in said
-    assert (tmp_path / "maps" / "a_overlay.png").exists()
+    assert (tmp_path / "maps" / "a.html").exists()
     assert (tmp_path / "maps" / "b.png").stat().st_mtime_ns == before
     assert "2 of 2 scenes are mapped already" in run(folder, "maps", overlay=True, skip_existing=True)
 

@@ -122,7 +122,7 @@ def test_waiting_rows_are_bounded_by_their_bytes(tmp_path, monkeypatch):
     step = Step(sf.model(), (64, 64), 64)
 
     def rows():
-        batches = pipeline._read([scene], step, 16, 0)
+        batches = pipeline._read([scene], step, 16, ())
         return [sum(isinstance(item, pipeline.Row) for item in batch.order) for batch in batches]
 
     assert rows() == [11]

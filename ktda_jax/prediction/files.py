@@ -25,6 +25,7 @@ class Outputs:
     confidence: pathlib.Path | None
     overlay: pathlib.Path | None
     polygons: pathlib.Path | None
+    view: pathlib.Path | None = None
 
     def wanted(self) -> list[pathlib.Path]:
         return [path for path in (getattr(self, field.name) for field in dataclasses.fields(self)) if path]
@@ -37,7 +38,7 @@ def expand(text: str, flag: str = "--input") -> list[pathlib.Path]:
 
 def name_outputs(
     inputs: Sequence[pathlib.Path], output: str, *, one: bool, probabilities=False, confidence=False, overlay=False,
-    polygonize=False, cog=False,
+    polygonize=False, view=False, cog=False,
 ) -> list[Outputs]:  # fmt: skip
     """The outputs of each input: --output itself for `one` file, else in that folder by the names of the inputs.
 
@@ -67,6 +68,7 @@ def name_outputs(
                 beside(confidence, "_confidence.tif"),
                 beside(overlay, "_overlay.png"),
                 beside(polygonize, ".gpkg"),
+                beside(view, ".html"),
             )
         )
     _check(inputs, named)

@@ -15,7 +15,7 @@ from ktda_jax.data.raster import Scene, open_scene
 from ktda_jax.data.reading import is_scale
 from ktda_jax.prediction import polygons
 from ktda_jax.prediction.files import Outputs
-from ktda_jax.prediction.outputs import PREVIEW, Legend, SceneWriter
+from ktda_jax.prediction.outputs import SIDES, Legend, SceneWriter
 from ktda_jax.tiling import blend, pipeline
 from ktda_jax.tiling.device import Step
 
@@ -168,15 +168,16 @@ def map_scenes(
     pixels of every scene whose files are there.
     """
     written = [each for each in outputs if each]
-    wanted = {name: any(getattr(each, name) for each in written) for name in ("probabilities", "confidence", "overlay")}
+    kinds = ("probabilities", "confidence", *SIDES)
+    wanted = {name: any(getattr(each, name) for each in written) for name in kinds}
     left = {scene.path: scene.height * scene.width for scene in scenes}  # pixels
     progress = Progress(sum(left.values()))
     targets = {scene.path: target for scene, target in zip(scenes, outputs, strict=True)}
     strips = pipeline.finished(
         scenes, step, classes=len(legend.classes), overlap=overlap,
         probabilities="float32" if take else wanted["probabilities"],
-        confidence=wanted["confidence"], temperature=temperature, preview=PREVIEW if wanted["overlay"] else 0,
-        keep_going=failures is not None,
+        confidence=wanted["confidence"], temperature=temperature,
+        previews=[side for name, side in SIDES.items() if wanted[name]], keep_going=failures is not None,
     )  # fmt: skip
     with contextlib.closing(strips), contextlib.ExitStack() as open_writer, contextlib.ExitStack() as ending:
         ending.callback(progress.clear)

@@ -6,20 +6,22 @@ import dataclasses
 import os
 import pathlib
 import uuid
-from xml.sax.saxutils import escape
 
 import numpy as np
 from PIL import Image
 
 from ktda_jax import UserError
+from ktda_jax.data import pixel_area
 from ktda_jax.data.raster import Scene
-from ktda_jax.prediction import polygons
+from ktda_jax.prediction import attributes, polygons, view
 from ktda_jax.prediction.files import Outputs
+from ktda_jax.prediction.pyramid import Layers
+from ktda_jax.prediction.tally import Tally
 from ktda_jax.prediction.writing import RasterWriter, convert
 from ktda_jax.tiling import blend
 from ktda_jax.tiling.pipeline import Finished, every
 
-PREVIEW = 2048  # pixels, the longer side of an overlay
+SIDES = {"overlay": 2048, "view": view.SIDE}  # pixels, the longer side of what is drawn of a scene
 BESIDE = (".aux.xml", ".ovr", ".msk")  # endings of files that GDAL reads with one
 OPACITY = 0.45  # of the class colours in it
 TOKEN = uuid.uuid4().hex  # in the temporary names of this process
@@ -52,7 +54,8 @@ class SceneWriter:
     def __init__(self, scene: Scene, outputs: Outputs, legend: Legend, *, cog: bool, rgb: tuple, tags: dict[str, str]):
         self._scene, self._outputs, self._legend, self._cog, self._rgb = scene, outputs, legend, cog, rgb
         self._temporaries: dict[pathlib.Path, pathlib.Path] = {}  # in the order in which they are renamed
-        self._preview = []
+        self._drawn: dict[str, list[tuple]] = {name: [] for name in SIDES if getattr(outputs, name)}
+        self._tags, self._tally = tags, Tally(pixel_area.of_place(scene.place, scene.height, scene.width))
         names = {f"CLASS_{k}": name for k, name in enumerate(legend.classes)}
         every_tag = {**tags, **names}
         self._writers = {}
@@ -82,10 +85,13 @@ class SceneWriter:
             self._writers[self._outputs.probabilities].write(strip.probabilities)
         if self._outputs.confidence:
             self._writers[self._outputs.confidence].write(strip.confidence)
-        if self._outputs.overlay:
-            side = every(self._scene, PREVIEW)
-            labels = strip.labels[-strip.row.top % side :: side, ::side]
-            self._preview.append((np.moveaxis(strip.row.preview[list(self._rgb)], 0, -1), labels))
+        self._tally.add(strip.labels, strip.row.top)
+        for name, parts in self._drawn.items():
+            step, row = every(self._scene, SIDES[name]), strip.row
+            taken = np.s_[-row.top % step :: step, ::step]
+            confidence = strip.confidence[taken] if name == "view" and self._outputs.confidence else None
+            image = np.moveaxis(row.previews[SIDES[name]][list(self._rgb)], 0, -1)
+            parts.append((image, strip.labels[taken], confidence))
 
     def finish(self) -> None:
         """UserError if something could not be written."""
@@ -96,6 +102,12 @@ class SceneWriter:
         try:
             if outputs.overlay:
                 self._overlay().save(self._temporary(outputs.overlay))
+            if outputs.view:
+                seen = view.View(
+                    self._scene, self._layers("view"), self._tally, self._legend.classes, self._legend.palette,
+                    self._tags.get("CHECKPOINT", ""),
+                )  # fmt: skip
+                self._temporary(outputs.view).write_text(view.render(seen), encoding="utf-8")
             if outputs.polygons:
                 polygons.write(plain, self._temporary(outputs.polygons), self._scene.place, self._legend.classes)
             for path, writer in self._writers.items():
@@ -118,24 +130,23 @@ class SceneWriter:
         except OSError as error:
             raise UserError(f"cannot write in {outputs.map.parent}: {error.strerror or error}") from error
 
+    def _layers(self, name: str) -> Layers:
+        parts = zip(*self._drawn.pop(name), strict=True)
+        return Layers(*(None if part[0] is None else np.concatenate(part) for part in parts))
+
     def _overlay(self) -> Image.Image:
-        image, labels = (np.concatenate(parts) for parts in zip(*self._preview, strict=True))
+        drawn = self._layers("overlay")
+        image, labels = drawn.scene, drawn.labels
         colours = np.array([colour[:3] for colour in self._legend.colours().values()], np.float32)
         opacity = np.where(labels == blend.NODATA, 0, OPACITY)[..., None]
         return Image.fromarray((image * (1 - opacity) + colours[labels] * opacity + 0.5).astype(np.uint8))
 
     def _describe(self, path: pathlib.Path) -> None:
-        """Class names where GDAL and QGIS look for them: GeoTIFF has no place for them of its own."""
         if path.suffix.lower() == ".png":  # a plain image stays one file, unless it has a place on Earth
             if not self._scene.located:
-                pathlib.Path(f"{path}.aux.xml").unlink(missing_ok=True)
+                attributes.beside(path).unlink(missing_ok=True)
             return
-        names = "".join(f"<Category>{escape(name)}</Category>" for name in self._legend.classes)
-        band = f'<PAMRasterBand band="1"><CategoryNames>{names}</CategoryNames></PAMRasterBand>'
-        aside = pathlib.Path(f"{path}.aux.xml")
-        text = aside.read_text() if aside.exists() else "<PAMDataset></PAMDataset>"
-        if "<CategoryNames>" not in text:
-            aside.write_text(text.replace("</PAMDataset>", f"{band}</PAMDataset>") + "\n")
+        attributes.write(path, self._legend.classes, self._legend.palette, self._tally.pixels)
 
     def __enter__(self):
         return self

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from ktda_jax.config.workdir import flatten
+from ktda_jax.figures.html import document
 from ktda_jax.figures.plots import LOSS_TERMS
 from ktda_jax.metrics.confusion import summarize
 from ktda_jax.reports import panels
@@ -19,8 +20,6 @@ SECTIONS = {  # id: heading
     "tiles": "Best and worst tiles",
     "features": "Teacher and student", "shares": "Class shares", "config": "Settings", "environment": "Environment",
 }  # fmt: skip
-# No resource but what stands in the file: a browser enforces it.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -41,15 +40,11 @@ def render(runs: Sequence[Run]) -> str:
         f'<section id="{name}"><h2>{SECTIONS[name]}</h2>{body}</section>' for name, body in bodies.items()
     )
     links = "".join(f'<a href="#{name}">{heading}</a>' for name, heading in SECTIONS.items())
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title>\n<style>\n{_file('page.css')}</style></head>\n<body>\n"
+    body = (
         f"<header><h1>{escape(title)}</h1><nav>{links}</nav></header>\n<main>\n{sections}\n</main>\n"
-        f"<footer>made by python -m ktda_jax.report, {time.strftime('%Y-%m-%d %H:%M')}</footer>\n"
-        f"<script>\n{_file('page.js')}</script>\n</body>\n</html>\n"
+        f"<footer>made by python -m ktda_jax.report, {time.strftime('%Y-%m-%d %H:%M')}</footer>"
     )
+    return document(title, body, style=_file("page.css"), script=_file("page.js"))
 
 
 def _file(name: str) -> str:

@@ -1,7 +1,6 @@
 """Arrays as data URIs, small enough for one page."""
 
 import base64
-import io
 import pathlib
 
 import numpy as np
@@ -9,6 +8,7 @@ from PIL import Image
 
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.figures import sheets
+from ktda_jax.figures.html import uri
 
 SIDE = 512  # pixels of a picture at most
 
@@ -19,12 +19,12 @@ def photo(image: np.ndarray, side: int = SIDE) -> str:
     picture = Image.fromarray(np.ascontiguousarray(image))
     if (height, width) != image.shape[:2]:
         picture = picture.resize((width, height), Image.Resampling.BOX)
-    return _uri(picture, "jpeg", quality=82, subsampling=0)
+    return uri(picture, "jpeg", quality=82, subsampling=0)
 
 
 def classes(ids: np.ndarray, palette: tuple, side: int = SIDE) -> str:
     """Class ids (H, W) in their colours -> PNG of at most `side` pixels; ignored ones striped."""
-    return _uri(Image.fromarray(sheets.paint(_nearest(ids, side), palette)), "png")
+    return uri(Image.fromarray(sheets.paint(_nearest(ids, side), palette)), "png")
 
 
 def errors(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, side: int = SIDE) -> str:
@@ -36,7 +36,7 @@ def errors(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, side: i
 
 def pixels(image: np.ndarray) -> str:
     """A small map, uint8 (h, w, 3), pixel by pixel."""
-    return _uri(Image.fromarray(image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, -1)), "png")
+    return uri(Image.fromarray(image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, -1)), "png")
 
 
 def file(path: pathlib.Path) -> str:
@@ -52,9 +52,3 @@ def _fitting(size: tuple[int, int], side: int) -> tuple[int, int]:
 def _nearest(x: np.ndarray, side: int) -> np.ndarray:
     (height, width), (h, w) = x.shape[:2], _fitting(x.shape[:2], side)
     return x if (h, w) == (height, width) else x[np.arange(h) * height // h][:, np.arange(w) * width // w]
-
-
-def _uri(picture: Image.Image, kind: str, **options) -> str:
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

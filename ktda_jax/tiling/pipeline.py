@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -60,7 +60,7 @@ class Row:
     grid: Grid
     index: int
     present: np.ndarray  # bool (end - top, W)
-    preview: np.ndarray | None  # uint8 (bands, h, w): every `every`-th pixel of these rows
+    previews: dict[int, np.ndarray]  # by longest side, uint8 (bands, h, w): every `every`-th pixel of these rows
     uniform: int | None  # 0 or 255, if all data of the scene down to here are that in all bands
 
     @property
@@ -122,16 +122,16 @@ class Batch:
 
 def finished(
     scenes: Iterable[Scene | Held], step: Step, *, classes: int, overlap: int, probabilities: bool | str = False,
-    confidence=False, temperature=1.0, preview=0, keep_going=False,
+    confidence=False, temperature=1.0, previews: Sequence[int] = (), keep_going=False,
 ) -> Iterator[Finished | Failed]:  # fmt: skip
     """The maps of `scenes` from top to bottom, one after the other. Close it to stop the threads.
 
     probabilities: True for 8 bits, 'float32' for all there are. temperature: of these, which leaves the map as it is.
-    preview: longest side of the subsampled scene that comes along; 0: none. keep_going: a scene that cannot be read is
+    previews: longest sides of the subsampled scenes that come along. keep_going: a scene that cannot be read is
     Failed, instead of an error that ends all.
     """
     with_probabilities = dict(probabilities=probabilities, confidence=confidence, temperature=temperature)
-    batches = ahead(_read(scenes, step, overlap, preview, keep_going), 2)
+    batches = ahead(_read(scenes, step, overlap, previews, keep_going), 2)
     return ahead(_blend(ahead(_compute(batches, step), 1), classes, **with_probabilities), 2)
 
 
@@ -140,9 +140,9 @@ def every(scene: Scene, preview: int) -> int:
     return max(-(-max(scene.height, scene.width) // preview), 1)
 
 
-def _read(scenes, step: Step, overlap: int, preview: int, keep_going=False) -> Iterator[Batch]:
+def _read(scenes, step: Step, overlap: int, previews: Sequence[int], keep_going=False) -> Iterator[Batch]:
     batch = Batch(step)
-    for item in _items(scenes, step.shape[2:], overlap, preview, keep_going):
+    for item in _items(scenes, step.shape[2:], overlap, previews, keep_going):
         if isinstance(item, (Row, Failed)):
             batch.order.append(item)
         else:
@@ -155,18 +155,20 @@ def _read(scenes, step: Step, overlap: int, preview: int, keep_going=False) -> I
 
 
 def _items(
-    scenes, tile: tuple[int, int], overlap: int, preview: int, keep_going: bool
+    scenes, tile: tuple[int, int], overlap: int, previews: Sequence[int], keep_going: bool
 ) -> Iterator[Row | Failed | tuple]:
     for scene in scenes:
         try:
-            yield from _rows_and_tiles(scene, tile, overlap, preview)
+            yield from _rows_and_tiles(scene, tile, overlap, previews)
         except UserError as error:
             if not keep_going:
                 raise
             yield Failed(scene, error)
 
 
-def _rows_and_tiles(scene: Scene, tile: tuple[int, int], overlap: int, preview: int) -> Iterator[Row | tuple]:
+def _rows_and_tiles(
+    scene: Scene, tile: tuple[int, int], overlap: int, previews: Sequence[int]
+) -> Iterator[Row | tuple]:  # fmt: skip
     """Each row, and behind it its tiles as `Batch.add` takes them, whose pixels are to be copied before the next."""
     height, width = tile
     tiles = grid(scene.height, scene.width, tile, overlap)
@@ -176,10 +178,8 @@ def _rows_and_tiles(scene: Scene, tile: tuple[int, int], overlap: int, preview: 
         for index, top in enumerate(tiles.rows.starts):
             pixels, present = reader.rows(top, min(top + height, scene.height))
             done = tiles.rows.done(index) - top
-            small = None
-            if preview:
-                side = every(scene, preview)
-                small = pixels[:, -top % side : done : side, ::side].copy()
+            steps = {preview: every(scene, preview) for preview in previews}
+            small = {preview: pixels[:, -top % k : done : k, ::k].copy() for preview, k in steps.items()}
             if uniform and present[:done].any():
                 data = pixels[:, :done][:, present[:done]]
                 uniform &= {int(data.min()), int(data.max())} if data.min() == data.max() else set()
