@@ -31,6 +31,7 @@ VERBS = {
     "extract": "compute the teacher's features once",
     "predict": "map images and whole scenes",
     "evaluate": "score a model on images or scenes with labels",
+    "areas": "hectares per class of maps, also by polygons, and how sure they are",
     "report": "a training as one HTML page",
     "export": "the model as one StableHLO or ONNX file",
     "convert": "weights from and to PyTorch",

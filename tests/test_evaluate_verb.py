@@ -13,7 +13,7 @@ from PIL import Image
 
 import ktda_jax
 from ktda_jax import UserError, evaluate, predict
-from ktda_jax.metrics import boundary
+from ktda_jax.metrics import boundary, by_tile
 from ktda_jax.metrics.confusion import count
 from ktda_jax.models.ktda import KTDAConfig
 from ktda_jax.prediction import scored, segmenter
@@ -99,6 +99,8 @@ def test_scores_are_those_of_mode_eval_at_native_scale(tiles, checkpoint, tmp_pa
         rows = list(csv.DictReader(ours))
         assert rows[0].keys() == csv.DictReader(other).__next__().keys()
     assert [row["class"] for row in rows] == [*"abcde", "mean"]
+    single = by_tile.from_csv((output / "scores_tiles.csv").read_text(), 5)
+    assert len(single) == 3 and single.sum(0).tolist() == saved["confusion"]
     maps = {f"t{k}{ending}" for k in range(3) for ending in (".png", "_overlay.png")}
     assert {path.name for path in output.iterdir()} == maps | set(scored.FILES)
 

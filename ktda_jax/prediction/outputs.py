@@ -107,7 +107,8 @@ class SceneWriter:
                     self._scene, self._layers("view"), self._tally, self._legend.classes, self._legend.palette,
                     self._tags.get("CHECKPOINT", ""),
                 )  # fmt: skip
-                self._temporary(outputs.view).write_text(view.render(seen), encoding="utf-8")
+                page = view.render(seen).encode(errors="replace")  # names of files may be no UTF-8
+                self._temporary(outputs.view).write_bytes(page)
             if outputs.polygons:
                 polygons.write(plain, self._temporary(outputs.polygons), self._scene.place, self._legend.classes)
             for path, writer in self._writers.items():

@@ -18,7 +18,7 @@ from ktda_jax.training.evaluate import Evaluation, write_scores
 from ktda_jax.training.trust import Sums
 
 NAME = "scores"
-FILES = (f"{NAME}.json", f"{NAME}.csv", "confusion.png", "reliability.png")
+FILES = (f"{NAME}.json", f"{NAME}.csv", "confusion.png", "reliability.png", f"{NAME}_tiles.csv")
 BLOCK = 1 << 24  # pixels of which edges are found at once
 
 

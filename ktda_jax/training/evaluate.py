@@ -18,6 +18,7 @@ from ktda_jax.data import buckets
 from ktda_jax.data.datasets import DatasetInfo
 from ktda_jax.figures import plots, sheets
 from ktda_jax.figures import trust as figures
+from ktda_jax.metrics import by_tile
 from ktda_jax.metrics.confusion import Metrics, best_constant, confusion_matrix, count, format_table, summarize
 from ktda_jax.models.flat import Arrays, merge
 from ktda_jax.models.ktda import full_size
@@ -161,7 +162,7 @@ def write_report(
 
 
 def write_scores(result: Evaluation, folder: pathlib.Path, name: str, classes: tuple[str, ...]) -> None:
-    """`<name>.json` and, as a table, `<name>.csv`."""
+    """`<name>.json`, as a table `<name>.csv`, and with trust `<name>_tiles.csv`: the confusion matrix of each tile."""
     per_class = {k: [None if np.isnan(x) else x for x in v] for k, v in result.metrics.per_class.items()}
     values = {
         "summary": {k: None if np.isnan(v) else v for k, v in result.metrics.summary.items()},
@@ -171,6 +172,8 @@ def write_scores(result: Evaluation, folder: pathlib.Path, name: str, classes: t
     }
     if result.trust is not None:
         values |= as_json(result.trust)
+        if result.trust.confusions is not None:
+            _write(folder / f"{name}_tiles.csv", by_tile.to_csv(result.trust.confusions))
     _write(folder / f"{name}.json", json.dumps(values, indent=1) + "\n")
     _write(folder / f"{name}.csv", as_csv(result, classes))
 

@@ -13,7 +13,7 @@ import numpy as np
 from ktda_jax import UserError, sharding
 from ktda_jax.config import workdir as records
 from ktda_jax.data import buckets
-from ktda_jax.metrics import bootstrap, boundary, calibration, curves
+from ktda_jax.metrics import bootstrap, boundary, by_tile, calibration, curves
 from ktda_jax.metrics.calibration import Reliability, expected_calibration_error
 from ktda_jax.training.predicted import Predicted
 
@@ -40,6 +40,7 @@ class Trust:
     precision: np.ndarray  # (C, 256) by threshold
     recall: np.ndarray
     average_precision: np.ndarray  # (C,)
+    confusions: np.ndarray | None = None  # int64 (tiles, C, C), rows are labels; None: they would be too many
 
     @property
     def errors(self) -> tuple[float, float]:
@@ -65,6 +66,8 @@ class Sums:
         """tiles: of all processes."""
         self._classes, self.each = classes, max(PIXELS // tiles, 1)  # pixels kept of a tile
         self._by_tile = np.zeros((tiles, 2, classes), np.int64)  # what IoU needs: C numbers more would be too many
+        kept = tiles if by_tile.suffice(tiles, classes) else 0
+        self._confusions = np.zeros((kept, classes, classes), np.int64)
         self._boundary = np.zeros((2, classes), np.int64)
         self._pixels: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
@@ -77,6 +80,8 @@ class Sums:
     def add_counts(self, index: int, confusion: np.ndarray, edges: np.ndarray) -> None:
         """edges: int64 (2, C), see `boundary.count`."""
         self._by_tile[index] += bootstrap.counts(confusion)
+        if len(self._confusions):
+            self._confusions[index] += confusion
         self._boundary += edges
 
     def add_pixels(self, index: int, name: str, label: np.ndarray, probabilities: np.ndarray, most: int) -> None:
@@ -88,7 +93,8 @@ class Sums:
 
     def result(self, temperature: float | None = None) -> Trust:
         """temperature: that which the probabilities have already; then none is fitted."""
-        by_tile = sharding.sum_of_processes(self._by_tile)
+        counts = sharding.sum_of_processes(self._by_tile)
+        confusions = sharding.sum_of_processes(self._confusions) if len(self._confusions) else None
         iou, mean = boundary.boundary_iou(sharding.sum_of_processes(self._boundary))
         nothing = np.zeros((0, self._classes), np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64)
         columns = zip(nothing, *self._pixels, strict=True)
@@ -99,10 +105,10 @@ class Sums:
             after, hit = None, values.argmax(1) == labels
             before = calibration.reliability(np.exp(values.max(1, initial=calibration.FLOOR)), hit)
         precision, recall, average = curves.precision_recall(curves.histograms(labels, np.exp(values.T)))
-        held = int(by_tile[:, 1].any(1).sum())
+        held = int(counts[:, 1].any(1).sum())
         return Trust(
-            held, bootstrap.interval(by_tile), bootstrap.class_intervals(by_tile), iou, mean, temperature, before,
-            after, precision, recall, 100 * average,
+            held, bootstrap.interval(counts), bootstrap.class_intervals(counts), iou, mean, temperature, before,
+            after, precision, recall, 100 * average, confusions,
         )  # fmt: skip
 
 
