@@ -1,4 +1,4 @@
-"""`python -m ktda_jax.areas`: pixels and hectares of maps, in all and within polygons, and what a sample makes of them."""
+"""`python -m ktda_jax.areas`: pixels and hectares of maps, in all and within polygons, and by a sample of errors."""
 
 import csv
 import json
@@ -93,40 +93,38 @@ def test_polygons_hold_the_pixels_whose_centres_they_hold(run, tmp_path, labels,
     monkeypatch.setattr(zones, "BLOCK", 50_000)
     corners = [
         [(10.3, 20.2), (420.7, 90.1), (380.2, 560.9), (30.4, 480.6)],
-        [(100.5, 100.5), (200.5, 100.5), (200.5, 200.5), (100.5, 200.5)],  # through centres
+        [(100.4, 100.4), (200.6, 100.4), (200.6, 200.6), (100.4, 200.6)],
         [(-500, 450), (250, 450), (250, 900), (-500, 900)],
         [(7.6, 7.6), (7.9, 7.6), (7.9, 7.9), (7.6, 7.9)],  # holds no centre
     ]
     hole = shapely.Polygon(corners[0], [[(200, 200), (300, 200), (300, 300), (200, 300)]])
     pixels = [hole, *map(shapely.Polygon, corners[1:])]
     shapes = [shapely.transform(shape, lambda xy: np.column_stack(sf.UTM @ xy.T)) for shape in pixels]
-    path = write_polygons(tmp_path / "p.gpkg", shapes, names=["hole", "edge", "beyond", "none"])
+    path = write_polygons(tmp_path / "p.gpkg", shapes, names=["hole", "square", "beyond", "none"])
     rows, said = run(polygons=path, id_field="name")
     assert "1 of 4 polygons hold no pixel: none; left out" in said
-    for name, shape in zip(("hole", "edge", "beyond"), pixels, strict=False):
+    for name, shape in zip(("hole", "square", "beyond"), pixels, strict=False):
         found = {row["class"]: int(row["pixels"]) for row in rows if row["polygon"] == name}
         expected = within(labels, shape)
-        if name == "edge":  # whose edges belong to one side or the other: as many as it has area
-            assert found["all classes"] == 10_000
-            continue
         assert [found[c] for c in NAMES] == expected[:3].tolist() and found.get("no data", 0) == expected[255]
     rows, _ = run(polygons=path)
     assert {row["polygon"] for row in rows} == {"", "1", "2", "3"}
 
 
 def test_polygons_of_another_crs_are_reprojected(run, tmp_path, labels):
-    """Long edges too: straight in degrees, they are bent in UTM."""
-    shape = ground((20, 30), (480, 60), (450, 560), (60, 480))
-    degrees = shapely.transform(
-        shapely.segmentize(shape, 100),
-        lambda xy: np.column_stack(rasterio.warp.transform("EPSG:32633", "EPSG:4326", xy[:, 0], xy[:, 1])),
-    )
-    here = write_polygons(tmp_path / "p.gpkg", [shape])
-    there = write_polygons(tmp_path / "p.geojson", [degrees], crs="EPSG:4326")
-    (ours, _), (theirs, _) = run(polygons=here), run(polygons=there)
-    assert len(ours) == len(theirs) and int(ours[-1]["pixels"]) > 150_000
-    for a, b in zip(ours, theirs, strict=True):
-        assert int(a["pixels"]) == pytest.approx(int(b["pixels"]), abs=30)
+    """Two degrees of latitude, whose parallels are bent in UTM by several of these pixels of a kilometre."""
+    place = rasterio.Affine(1000, 0, 300_000, 0, -1000, 5_700_000)
+    path = write_map(tmp_path / "m.tif", labels, transform=place)
+    box = write_polygons(tmp_path / "p.geojson", [shapely.box(13, 48, 18, 50)], crs="EPSG:4326")
+    rows, _ = run(path, polygons=box)
+    found = {row["class"]: int(row["pixels"]) for row in rows if row["polygon"]}
+    down, across = np.indices(labels.shape)
+    x, y = place @ (across.ravel() + 0.5, down.ravel() + 0.5)
+    east, north = (np.array(v) for v in rasterio.warp.transform("EPSG:32633", "EPSG:4326", x, y))
+    inside = (13 < east) & (east < 18) & (48 < north) & (north < 50)
+    expected = np.bincount(labels.ravel()[inside], minlength=256)
+    assert inside.sum() > 70_000 and sum(found[name] for name in NAMES) == found["all classes"]
+    assert [found[name] for name in NAMES] == pytest.approx(expected[:3].tolist(), abs=15)
 
 
 def test_degrees_are_areas_row_by_row(run, tmp_path):
@@ -314,3 +312,11 @@ def test_the_command(folder, tmp_path):
     process = runs.start("--map=/none.tif", f"--output={target}", verb="areas")
     out, err = process.communicate()
     assert (process.returncode, out, err) == (1, "", "error: there is no file --map=/none.tif\n")
+
+
+def test_matrices_of_tiles_as_text():
+    single = np.random.default_rng(0).integers(0, 2, (5, 3, 3)) * 2**40
+    np.testing.assert_array_equal(by_tile.from_csv(by_tile.to_csv(single), 3), single)
+    for text in ("", "tile,label\n1,2\n", "tile,label,prediction,pixels\n0,3,0,1\n"):
+        with pytest.raises(ValueError, match="its columns|of no class below 3"):
+            by_tile.from_csv(text, 3)
