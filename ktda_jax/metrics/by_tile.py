@@ -25,7 +25,7 @@ def to_csv(confusions: np.ndarray) -> str:
 
 
 def from_csv(text: str, classes: int) -> np.ndarray:
-    """int64 (tiles, C, C). ValueError for what `to_csv` has not written."""
+    """int64 (tiles, C, C), of the tiles with pixels. ValueError for what `to_csv` has not written."""
     rows = list(csv.reader(io.StringIO(text)))
     if not rows or tuple(rows[0]) != COLUMNS:
         raise ValueError(f"its columns are not {', '.join(COLUMNS)}")

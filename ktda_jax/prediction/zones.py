@@ -16,7 +16,7 @@ from ktda_jax.prediction.tally import Tally
 from ktda_jax.tiling.blend import NODATA
 
 BLOCK = 1 << 24  # pixels of a map in memory at once
-EDGE = 1 / 50  # of a polygon's longer side: parts of its edges, before another CRS bends them
+EDGE = 1 / 200  # of a polygon's longer side: parts of its edges, before another CRS bends them
 SHOWN = 5  # names in one line
 
 
