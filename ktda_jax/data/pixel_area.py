@@ -72,11 +72,16 @@ def name_of(crs) -> str:
     return text if len(text) < 40 else text.split('"')[1] if '"' in text else f"{text[:40]}..."
 
 
+def applied(transform, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of arrays; affine's own operator is another one in its version 3."""
+    return transform.a * x + transform.b * y + transform.c, transform.d * x + transform.e * y + transform.f
+
+
 def _degrees(crs, transform, columns, rows) -> tuple[np.ndarray, np.ndarray]:
     """Longitudes and latitudes of pixel corners; not finite where the projection has none."""
     import rasterio.warp
 
-    x, y = transform @ (np.asarray(columns, float), np.asarray(rows, float))
+    x, y = applied(transform, np.asarray(columns, float), np.asarray(rows, float))
     try:
         found = rasterio.warp.transform(crs, "EPSG:4326", np.atleast_1d(x), np.atleast_1d(y))
     except Exception:  # GDAL's are of no base of rasterio's

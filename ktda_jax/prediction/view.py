@@ -95,7 +95,9 @@ def _legend(view: View) -> str:
     numbers = pixels if squares is None else squares / HECTARE
     rows = []
     for k, (name, colour) in enumerate(zip(view.classes, view.palette, strict=True)):
-        share = f"{100 * numbers[k] / numbers[: len(view.classes)].sum():.1f}" if mapped else "–"
+        share = "–"
+        if mapped:
+            share = f"{100 * numbers[k] / numbers[: len(view.classes)].sum():.1f}" if numbers[k] else "0"
         chip = f'<span class="chip" style="background:rgb{tuple(map(int, colour))}"></span>'
         rows.append(_row(f"{chip}{escape(name)}", _amount(numbers[k], squares), share))
     total = numbers[: len(view.classes)].sum()
@@ -123,9 +125,9 @@ def _row(name: str, amount: str, share: str) -> str:
 
 
 def _amount(value: float, squares) -> str:
-    if squares is None or value >= 1000:
+    if squares is None or value >= 1000 or not value:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.01 or not value else f"{value:.1g}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
 
 
 def _areas(view: View) -> str:

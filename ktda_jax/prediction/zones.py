@@ -114,10 +114,10 @@ def within(path: pathlib.Path, zones: Zones) -> list[Tally | None]:
             raise UserError(f"{lacking} has no CRS, so where the polygons lie on the map is not known; give it one")
         area = pixel_area.of_place(place, file.height, file.width)
         shapes, inverse = _reprojected(zones, place["crs"]), ~file.transform
-        corners = shapely.bounds(shapes)
         found = []
-        for shape, (west, south, east, north) in zip(shapes, corners, strict=True):
-            columns, rows = inverse @ (np.array([west, east, east, west]), np.array([south, south, north, north]))
+        for shape, (west, south, east, north) in zip(shapes, shapely.bounds(shapes), strict=True):
+            corners = np.array([west, east, east, west]), np.array([south, south, north, north])
+            columns, rows = pixel_area.applied(inverse, *corners)
             if not np.isfinite(columns).all() or not np.isfinite(rows).all():
                 found.append(None)
                 continue
