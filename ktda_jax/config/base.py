@@ -39,6 +39,7 @@ def base() -> ConfigDict:
     config.patience = config_dict.placeholder(int)  # evaluations without a better score before it stops early
     config.checkpoint_every = config_dict.placeholder(int)  # besides every evaluation
     config.keep_checkpoints = 2  # the latest ones, besides the best: one to go on from should the last be damaged
+    config.tracker = config_dict.placeholder(str)  # wandb or mlflow, beside TensorBoard
     config.mesh = dict(data=-1, fsdp=1)  # -1: all devices; fsdp > 1 also splits the parameters
 
     config.data = dict(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ktda_jax import UserError
-from ktda_jax.config.settings import DISTANCES, KL_AXES, Settings
+from ktda_jax.config.settings import DISTANCES, KL_AXES, TRACKERS, Settings
 from ktda_jax.data import reading
 from ktda_jax.data.paths import expand
 
@@ -33,6 +33,8 @@ def check(settings: Settings) -> None:
             "config.loss.cross_entropy, dice, focal and lovasz are all 0, which leaves nothing to learn from labels; "
             "give one of them weight, or set config.supervised=False"
         )
+    if settings.tracker is not None:
+        _choose("tracker", settings.tracker, TRACKERS)
     _choose("data.source", data.source, ("tfds", "folder"))
     _choose("data.on_corrupt", data.on_corrupt, ("stop", "skip"))
     if data.rotate and data.crop[0] != data.crop[1]:

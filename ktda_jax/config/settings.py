@@ -16,6 +16,7 @@ from ktda_jax.config.fields import NOT_NEGATIVE, POSITIVE, SHARE, SIZE, SIZES, b
 
 VERSION = 1  # of config.json; raised when an old one needs more than `absent` to be understood
 DISTANCES = ("published", "mse", "cosine")  # of the FAM's outputs from the teacher's taps
+TRACKERS = ("wandb", "mlflow")
 KL_AXES = ("width", "channel", "position")  # that the softmax of the distillation may run along
 
 
@@ -235,6 +236,9 @@ class Settings:
     )
     keep_checkpoints: int = setting(
         "how many of the latest checkpoints stay, besides the best", fits=SIZE, absent=1, runtime=True
+    )
+    tracker: str | None = setting(
+        "wandb or mlflow, where the run is reported too; None: in the workdir alone", absent=None, runtime=True
     )
     distill: bool = setting("whether the student learns from the teacher", source=PUBLISHED)
     supervised: bool = setting("False: student and FAM learn from the teacher alone, without labels", absent=True)

@@ -26,6 +26,7 @@ from ktda_jax.training.reported import Losses
 from ktda_jax.training.scoring import Scored, evaluate_workdir, validate
 from ktda_jax.training.state import TrainState
 from ktda_jax.training.stop import Patience, StopSignal
+from ktda_jax.training.trackers import Tracker
 from ktda_jax.training.writers import Writer
 
 
@@ -47,8 +48,12 @@ def train_and_evaluate(
     with alone as still_alone, stop or StopSignal() as stop:
         settings, newer = records.as_begun(workdir, settings)
         known = checks_of(workdir)
-        finished, program = _to_the_end(settings, newer, workdir, still_alone, stop, extend, profile, known)
-        return evaluate_workdir(settings, workdir, program=program, known=known) if finished else None
+        with Tracker(settings, workdir) as tracker:
+            options = extend, profile, known, tracker
+            finished, program = _to_the_end(settings, newer, workdir, still_alone, stop, *options)
+            if not finished:
+                return None
+            return evaluate_workdir(settings, workdir, program=program, known=known, tracker=tracker)
 
 
 def _to_the_end(
@@ -60,6 +65,7 @@ def _to_the_end(
     extend: bool,
     profile: tuple[int, int] | None,
     known: Checks,
+    tracker: Tracker,
 ) -> tuple[bool, Program]:
     """Trains what is left of it; whether that was finished, and what it was made with."""
     if workdir.is_dir():
@@ -67,6 +73,7 @@ def _to_the_end(
     whole.check(workdir / "checkpoints")
     changed = records.compare(workdir, settings, extend=extend)
     extended = extension.recorded(workdir, _latest(workdir), changed)
+    tracked = tracker.begin(_latest(workdir))
     program = build(settings)
     patience = Patience.of(settings, workdir)
     ahead = _latest(workdir) < settings.total_steps and not patience.exhausted()
@@ -76,7 +83,7 @@ def _to_the_end(
         _make(workdir)
         first = jax.process_index() == 0
         known.save(enabled=first)
-        writer = Writer(workdir, total_steps=settings.total_steps, enabled=first)
+        writer = Writer(workdir, total_steps=settings.total_steps, enabled=first, tracker=tracker)
         still_alone()
         checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints)
         traced = Profile(profile, workdir / "profile", writer.message, enabled=first)
@@ -84,6 +91,8 @@ def _to_the_end(
             start, current = _begin(workdir, settings, newer, program, data, checkpoints, extended, writer)
             writer.resume(start)
             _tell(writer, settings, program, data, start)
+            if tracked:
+                writer.message(tracked)
             if newer:
                 values = ", ".join(f"config.{key}={getattr(settings.data, key.removeprefix('data.'))}" for key in newer)
                 writer.message(f"this training is older than some settings and goes on as it was begun: {values}")

@@ -25,6 +25,7 @@ from ktda_jax.training.inputs import Inputs, checks_of, eval_source, held_out_ba
 from ktda_jax.training.predicted import how
 from ktda_jax.training.program import Program, build
 from ktda_jax.training.state import TrainState
+from ktda_jax.training.trackers import Tracker
 from ktda_jax.training.trust import has_temperature, write_temperature
 from ktda_jax.training.writers import Writer
 
@@ -62,13 +63,16 @@ def explain(
 
 def evaluate_workdir(
     config: Mapping[str, Any] | Settings, workdir: str | pathlib.Path, *, program: Program | None = None,
-    known: Checks | None = None,
+    known: Checks | None = None, tracker: Tracker | None = None,
 ) -> Scored:  # fmt: skip
     """Evaluates the best checkpoint on the test split, or on validation without one; writes the figures.
 
     A distillation without labels is evaluated on its held-out images. `known`: the checks of tiles made so far.
     """
     workdir, settings = place(workdir), config if isinstance(config, Settings) else checks.resolve(config)
+    if tracker is None:
+        with Tracker(settings, workdir) as tracker:
+            return evaluate_workdir(settings, workdir, program=program, known=known, tracker=tracker)
     known = known or checks_of(workdir)
     split = settings.data.test_split or settings.data.validation
     trained = (workdir / "checkpoints").is_dir()
@@ -95,6 +99,8 @@ def evaluate_workdir(
     said = program is not None  # training has warned already
     program = program or build(settings, teacher=not settings.supervised, initial=not trained)
     obstacle = None if said or jax.process_index() else records.obstacle(workdir)
+    if not obstacle and (tracked := tracker.begin(max(records.steps(workdir), default=0))):
+        print(tracked, flush=True)
     if settings.supervised:
         batches, summary_of_split, doubtful = eval_source(settings.data, split, settings.eval_batch_size, known)
     else:
@@ -132,6 +138,7 @@ def evaluate_workdir(
                 plots.save_curves(workdir / "figures" / "curves.png", workdir / "metrics.jsonl")
         with records.writing(workdir / "metrics.jsonl"):
             _append_final(workdir, step, split, summary)
+        tracker.final(step, split, summary)
         print(f"figures in {workdir / 'figures'}", flush=True)
     if trained and settings.supervised:
         again = functools.partial(_evaluate, settings, program, current=current, teacher=teacher, trust=True)

@@ -16,6 +16,7 @@ from typing import Self, TextIO
 from ktda_jax.config.workdir import writing
 from ktda_jax.data import buckets
 from ktda_jax.data.paths import place
+from ktda_jax.training.trackers import Tracker
 from ktda_jax.training.uploads import Uploads
 
 REDRAW_SECONDS = 0.1  # a terminal is redrawn at most this often
@@ -37,8 +38,9 @@ class Writer:
         total_steps: int,
         enabled: bool = True,
         stream: TextIO | None = None,
+        tracker: Tracker | None = None,
     ):
-        self.enabled = enabled
+        self.enabled, self._tracker = enabled, tracker
         self._uploads = Uploads(place(workdir)) if enabled and buckets.is_remote(workdir) else None
         self._workdir = pathlib.Path(workdir) if self._uploads is None else self._uploads.folder
         self._rows_path = self._workdir / "metrics.jsonl"
@@ -105,11 +107,17 @@ class Writer:
         for name, value in values.items():
             if math.isfinite(value):  # tensorboardX logs a warning into the progress bar otherwise
                 self._events.add_scalar(name, value, int(step))
+        if self._tracker is not None:
+            self._tracker.write(int(step), {k: v for k, v in values.items() if math.isfinite(v)})
+            for line in self._tracker.news():
+                self.message(f"warning: {line}")
         if self._uploads is not None and self._uploads.due():
             self.upload()
 
     def upload(self) -> None:
-        """Brings to a bucket what is not there yet; elsewhere there is nothing to do."""
+        """Brings to a bucket what is not there yet, and to a tracker the scalars of the last step."""
+        if self._tracker is not None:
+            self._tracker.complete()
         if self._uploads is not None:
             with writing(self._uploads.workdir):
                 if self._events is not None:
