@@ -4,12 +4,14 @@ MLflow is real, with its database in a file, and W&B is real and offline; each i
 """
 
 import csv
+import functools
 import importlib.util
 import json
 import pathlib
 import struct
 import sys
 import threading
+import time
 
 import pytest
 import runs
@@ -173,7 +175,7 @@ def test_a_stopped_training_goes_on_in_its_run_and_computes_the_same(toy, tiles,
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     toy()
     loop.train_and_evaluate(runs.config(tiles, given | {"tracker": None}), whole)
-    toy(at={8: interrupt})  # after the row of step 5, which is done again from the checkpoint of step 4
+    toy(at={8: functools.partial(interrupt_once_arrived, 4, cut, kind)})  # step 5 is reported, and done again
     with pytest.raises(KeyboardInterrupt):
         loop.train_and_evaluate(runs.config(tiles, given), cut)
     first = Arrived(cut, kind)
@@ -189,6 +191,15 @@ def test_a_stopped_training_goes_on_in_its_run_and_computes_the_same(toy, tiles,
 
 def interrupt():
     raise KeyboardInterrupt
+
+
+def interrupt_once_arrived(step: int, workdir, kind):
+    """As soon as it has arrived where it stays whatever becomes of this process."""
+    end = time.monotonic() + 30
+    while step not in {step for step, _ in Arrived(workdir, kind).rows}:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    interrupt()
 
 
 @needs("mlflow")

@@ -68,6 +68,8 @@ class WandbRun:
 
     def __init__(self, workdir: pathlib.PurePath, settings: Settings, known: str | None, start: int):
         """known: the id of a run to go on with. UserError in a line."""
+        # Of a process that is killed its file lacks what came since: 15 s by default. Other versions ignore this.
+        os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")
         self._wandb = _imported("wandb", "init")
         local = None if buckets.is_remote(workdir) or "WANDB_DIR" in os.environ else str(workdir)
         name = None if "WANDB_NAME" in os.environ else absolute(workdir).name
