@@ -72,7 +72,7 @@ def _read(path: str, source: str):
         teacher = "" if found.config.encoder == "teacher" else ", without its teacher, which a workdir does not hold"
         print(f"the checkpoint of step {found.source['step']}{teacher}")
     elif folder.is_folder(weights := loading.local(path)):
-        found = folder.read(weights)
+        found = loading.of_folder(path, weights)
     else:
         found = sources.load(path, source, **heads)
     loading.check_heads(path, found, **heads)

@@ -1,11 +1,14 @@
-"""`python -m ktda_jax.export --checkpoint=... --format=stablehlo|onnx --output=FILE`: a model without this project.
+"""`python -m ktda_jax.export --checkpoint=... --format=stablehlo|onnx|hub --output=...`: a model to hand on.
 
     python -m ktda_jax.export --checkpoint=runs/grass --format=stablehlo --output=grass.stablehlo
     python -m ktda_jax.export --checkpoint=weights/grass --size=256 --format=onnx --output=grass.onnx
+    python -m ktda_jax.export --checkpoint=runs/grass --format=hub --license=apache-2.0 --output=grass
 
-The file holds the weights, the normalisation and the argmax; no auxiliary head, and a teacher only where that is the
-encoder. FILE.json beside it says what goes in and what comes out. StableHLO runs on CPU, CUDA and TPU with nothing but
-jax and flatbuffers:
+The last one writes a folder with a model card, which `hf upload ORG/NAME grass` takes as it is and
+`ktda_jax.load_pretrained("hf://ORG/NAME")` reads back. The others are for use without this project: their file holds
+the weights, the normalisation and the argmax; no auxiliary head, and a teacher only where that is the encoder.
+FILE.json beside it says what goes in and what comes out. StableHLO runs on CPU, CUDA and TPU with nothing but jax and
+flatbuffers:
 
     import numpy as np
     from jax import export, jit
@@ -35,8 +38,9 @@ from ktda_jax import UserError, cli
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
     flags.DEFINE_string("checkpoint", None, "The workdir of a training, a folder of ktda_jax.convert, or a .pth file.")
-    flags.DEFINE_string("format", None, "stablehlo (for JAX on any device) or onnx.")
-    flags.DEFINE_string("output", None, "The file to write.")
+    flags.DEFINE_string("format", None, "stablehlo (for JAX on any device), onnx, or hub (for Hugging Face's).")
+    flags.DEFINE_string("output", None, "The file to write; of hub the folder.")
+    flags.DEFINE_string("license", None, "Of hub: the weights' licence as the hub names it, apache-2.0 or cc-by-4.0.")
     flags.DEFINE_string("size", None, "Height and width in pixels: 256, or 256x512; default the crop of the training.")
     flags.DEFINE_string("dtype", "float32", "What it computes in: float32, or, for stablehlo, bfloat16.")
     cli.define_heads()
@@ -71,9 +75,10 @@ from ktda_jax.models.convnext import Block
 from ktda_jax.models.ktda import KTDA
 from ktda_jax.models.vit import Attention
 from ktda_jax.prediction import segmenter
+from ktda_jax.reports import hub
 from ktda_jax.weights.folder import Weights, check_free
 
-FORMATS = ("stablehlo", "onnx")
+FORMATS = ("stablehlo", "onnx")  # of one file
 DTYPES = ("float32", "bfloat16")
 PLATFORMS = ("cpu", "cuda", "tpu")
 LARGEST_FILE = 2**31 - 2**24  # both formats address 2 GiB; the program besides the weights is a few MB
@@ -88,7 +93,7 @@ def run(
     size: (height, width) in pixels; None: the crop of the training.
     """
     if format not in FORMATS:
-        raise UserError(f"--format is {format!r}; choose {' or '.join(FORMATS)}")
+        raise UserError(f"--format is {format!r}; choose {', '.join(FORMATS)} or hub")
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; choose {' or '.join(DTYPES)}")
     if (format, dtype) == ("onnx", "bfloat16"):
@@ -98,12 +103,7 @@ def run(
     check_free(output)
     check_free(beside)
     convert = _importable(format)
-    try:
-        found = segmenter.find(checkpoint, teacher_heads=teacher_heads, fmm_heads=fmm_heads)
-    except OSError as error:
-        raise UserError(f"cannot read --checkpoint={checkpoint}: {error}") from error
-    if found.kind != "ktda":
-        raise UserError(f"{checkpoint} holds a {found.kind}; an export needs a whole KTDA model")
+    found = hub.whole_model(checkpoint, teacher_heads=teacher_heads, fmm_heads=fmm_heads)
     if found.config.num_classes > IGNORE:
         raise UserError(f"{checkpoint} has {found.config.num_classes} classes; 8-bit labels hold at most {IGNORE}")
     height, width = size = _size(found, size)
@@ -263,8 +263,20 @@ def main(_: list[str]) -> None:
         sys.exit(f"error: --size is {given.size!r}; give 256, or 256x512 for height and width")
     absl_logging.set_verbosity(absl_logging.WARNING)
     cli.stop_cleanly()
+    if given.format == "hub" and (given.size or given.dtype != "float32"):
+        sys.exit("error: --size and --dtype are for stablehlo and onnx; the hub's folder has the weights as they are")
+    if given.format != "hub" and given.license:
+        sys.exit("error: --license is for --format=hub, which writes a model card")
     sides = [int(side) for side in given.size.split("x")] if given.size else []
     try:
+        if given.format == "hub":
+            heads = dict(teacher_heads=given.teacher_heads, fmm_heads=given.fmm_heads)
+            found = hub.publish(given.checkpoint, given.output, licence=given.license, **heads)
+            print(
+                f"{given.output}: {flat.count(found.arrays) / 1e6:.1f} M values and README.md, the card to read and to "
+                f"fill in; `hf upload ORG/NAME {given.output}` publishes it"
+            )
+            return
         made = run(
             given.checkpoint, given.output, format=given.format, dtype=given.dtype,
             size=(sides[0], sides[-1]) if sides else None, teacher_heads=given.teacher_heads, fmm_heads=given.fmm_heads,

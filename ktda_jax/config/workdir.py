@@ -207,9 +207,13 @@ def obstacle(workdir: pathlib.Path) -> str | None:
 
 
 def write_run(
-    workdir: pathlib.Path, settings: Settings, fingerprints: Mapping[str, str], extended: Sequence[Mapping] = ()
-) -> None:
-    """What a later reader needs to know about how the numbers came about. `extended`: see extension.py."""
+    workdir: pathlib.Path, settings: Settings, fingerprints: Mapping[str, str], extended: Sequence[Mapping] = (),
+    tiles: Mapping[str, int] | None = None,
+) -> None:  # fmt: skip
+    """What a later reader needs to know about how the numbers came about. `extended`: see extension.py.
+
+    tiles: how many there are, by the names of `fingerprints`.
+    """
     import jax
 
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "rasterio", "ktda-jax")
@@ -226,6 +230,7 @@ def write_run(
             "weights": {name: getattr(weights, name) for name in ("student", "teacher", "model", "new_classifier")},
             "reading": READING,
             "data": dict(fingerprints),
+            "tiles": dict(tiles or {}),
             **({"extended": list(extended)} if extended else {}),
         },
     )

@@ -5,7 +5,8 @@ import dataclasses
 import io
 import json
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,12 +133,13 @@ def table(result: Evaluation, classes: tuple[str, ...], tiles: str = "tiles") ->
 
 
 def write_report(
-    result: Evaluation, workdir: pathlib.Path, name: str, info: DatasetInfo, rgb: tuple[int, int, int] = (0, 1, 2)
-) -> None:
+    result: Evaluation, workdir: pathlib.Path, name: str, info: DatasetInfo, rgb: tuple[int, int, int] = (0, 1, 2),
+    about: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Writes `figures/<name>_{confusion,samples}.png`, `figures/<name>.json` and, as a table, `figures/<name>.csv`;
     and where trust was asked for, `<name>_{reliability,precision_recall}.png`.
 
-    `rgb`: the bands of the images that are shown.
+    `rgb`: the bands of the images that are shown. `about`: what the .json says besides.
     """
     folder = workdir / "figures"
     plots.save_confusion(folder / f"{name}_confusion.png", result.confusion, info.classes)
@@ -158,13 +160,20 @@ def write_report(
         if len(info.classes) <= CURVES:
             curves = result.trust.precision, result.trust.recall, result.trust.average_precision / 100
             figures.save_precision_recall(folder / f"{name}_precision_recall.png", *curves, info.classes, info.palette)
-    write_scores(result, folder, name, info.classes)
+    write_scores(result, folder, name, info.classes, about)
 
 
-def write_scores(result: Evaluation, folder: pathlib.Path, name: str, classes: tuple[str, ...]) -> None:
-    """`<name>.json`, as a table `<name>.csv`, and with trust `<name>_tiles.csv`: the confusion matrix of each tile."""
+def write_scores(
+    result: Evaluation, folder: pathlib.Path, name: str, classes: tuple[str, ...],
+    about: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """`<name>.json`, as a table `<name>.csv`, and with trust `<name>_tiles.csv`: the confusion matrix of each tile.
+
+    `about`: what the first says besides.
+    """
     per_class = {k: [None if np.isnan(x) else x for x in v] for k, v in result.metrics.per_class.items()}
     values = {
+        **(about or {}),
         "summary": {k: None if np.isnan(v) else v for k, v in result.metrics.summary.items()},
         "per_class": per_class,
         "classes": list(classes),

@@ -208,6 +208,7 @@ class Inputs(NamedTuple):
     what: str  # is trained on, in words
     val_batches: Any  # to go through from the start each time
     fingerprints: dict[str, str]  # of the splits and of precomputed features
+    counts: dict[str, int]  # tiles, or windows, of the splits
     features: TeacherFeatures | None
     doubtful: list[str]  # what may be wrong with the tiles
     jpeg: bool  # whether they are JPEGs
@@ -221,25 +222,27 @@ def open_inputs(settings: Settings, mixture: Mixture | None, first_row: int = 0,
     """
     data, size, known = settings.data, settings.eval_batch_size, known or Checks()
     source = windows = features = window_features = None
-    fingerprints, doubtful, what = {}, [], []
+    fingerprints, counts, doubtful, what = {}, {}, [], []
     if settings.supervised:
         source = open_source(data, data.train_split)
         summary = known.split(source, crop=data.crop, on_corrupt=data.on_corrupt, num_threads=data.num_threads)
         doubtful += doubts(data, source, data.train_split, summary)
         val_batches, val, found = eval_source(data, data.validation, size, known)
         fingerprints |= {"train": summary.fingerprint, "val": val.fingerprint}
+        counts |= {"train": len(source), "val": val.tiles}
         doubtful += found
         what.append(f"{len(source)} training tiles" + (f" ({source.fold})" if source.fold else ""))
         if data.test_split not in (None, data.validation):  # what is wrong with it must not wait for the end
             _, test, found = eval_source(data, data.test_split, size, known)
-            fingerprints["test"], doubtful = test.fingerprint, doubtful + found
+            fingerprints["test"], counts["test"], doubtful = test.fingerprint, test.tiles, doubtful + found
     if data.unlabelled:
         windows, seen, doubtful_images = open_windows(data, source, held_out=None if settings.supervised else False)
         fingerprints["unlabelled"], doubtful = seen.fingerprint, doubtful + doubtful_images
+        counts["unlabelled"] = seen.windows
         what.append(f"{seen.windows:,} windows of {seen.files:,} unlabelled images")
     if not settings.supervised:
         val_batches, held_out = held_out_batches(data, size)
-        fingerprints["held out"] = held_out.fingerprint
+        fingerprints["held out"], counts["held out"] = held_out.fingerprint, held_out.windows
         what.append(f"{held_out.windows:,} windows held out")
     if settings.distill and settings.teacher.mode == "precomputed":
         identity = teacher_identity(settings.weights.teacher, settings.seed, model_of(settings))
@@ -266,6 +269,6 @@ def open_inputs(settings: Settings, mixture: Mixture | None, first_row: int = 0,
     )  # fmt: skip
     jpeg = any(holds_jpeg(tiles) for tiles in (source, windows) if tiles is not None)
     return Inputs(
-        batches, ", ".join(what), val_batches, fingerprints, features or window_features,
+        batches, ", ".join(what), val_batches, fingerprints, counts, features or window_features,
         list(dict.fromkeys(doubtful)), jpeg, functools.partial(may_hide, source),
     )  # fmt: skip

@@ -142,7 +142,8 @@ def _begin(
         if doubt := records.compare_data(workdir, data.fingerprints, jpeg=data.jpeg, may_hide=data.may_hide):
             data.doubtful.append(doubt)
     if jax.process_index() == 0:
-        records.write_run(workdir, settings, data.fingerprints, extended)  # first: a kill between them loses nothing
+        # First: a kill between them loses nothing.
+        records.write_run(workdir, settings, data.fingerprints, extended, data.counts)
         records.write(workdir, settings, without=newer)
     if not start:
         return 0, _initial(settings, program, data, writer)

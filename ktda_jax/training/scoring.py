@@ -123,7 +123,9 @@ def evaluate_workdir(
         result, info = _evaluate(settings, program, batches, current, teacher, trust=True), settings.data.info
         what, table = f"{split} split", f"tiles {how(settings.data)}\n{evaluate.table(result, info.classes)}"
         summary = result.metrics.summary | result.trust.summary
-        write = functools.partial(evaluate.write_report, result, workdir, split, info, settings.data.rgb_positions)
+        about = {"step": step, "scale": how(settings.data), "fingerprint": summary_of_split.fingerprint}
+        parts = workdir, split, info, settings.data.rgb_positions, about
+        write = functools.partial(evaluate.write_report, result, *parts)
     else:
         result = explain(settings, program, batches, current, teacher)
         split, summary, table = "held out", result.summary, explained.table(result)

@@ -40,8 +40,11 @@ class Weights:
     data: dict[str, Any] | None = None  # how the training read its images (READING of its config.data), where known
 
 
-def save(path: str | pathlib.Path, weights: Weights) -> None:
-    """Writes the folder `path` aside and renames it; UserError if there is something already."""
+def save(path: str | pathlib.Path, weights: Weights, beside: Mapping[str, str] | None = None) -> None:
+    """Writes the folder `path` aside and renames it; UserError if there is something already.
+
+    beside: further files, by name, of text.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -56,6 +59,8 @@ def save(path: str | pathlib.Path, weights: Weights) -> None:
         save_file({k: np.asarray(v, order="C") for k, v in weights.arrays.items()}, temporary / TENSORS)
         description = describe(weights) | {"sha256": _sha256(temporary / TENSORS)}
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+        for name, text in (beside or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         # safetensors writes for its owner alone, whatever the umask.
         (temporary / TENSORS).chmod((temporary / DESCRIPTION).stat().st_mode)
         temporary.replace(path)

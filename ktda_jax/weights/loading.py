@@ -17,7 +17,7 @@ from ktda_jax.models.flat import Arrays, check_shapes
 from ktda_jax.models.ktda import KTDAConfig
 from ktda_jax.models.layers import resize
 from ktda_jax.models.vit import ViTConfig
-from ktda_jax.weights import folder, sources
+from ktda_jax.weights import files, folder, sources
 from ktda_jax.weights.architecture import HEADS
 from ktda_jax.weights.convnext import new_norms
 from ktda_jax.weights.folder import ASSUMED, Weights
@@ -32,12 +32,22 @@ def read(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_head
     The numbers of heads are for sources alone, whose tensors do not tell them.
     """
     if folder.is_folder(found := local(path)):
-        return folder.read(found)
+        return of_folder(path, found)
     return sources.load(str(path), teacher_heads=teacher_heads, fmm_heads=fmm_heads)
 
 
+def of_folder(path: str | pathlib.Path, found: pathlib.Path) -> Weights:
+    """Those of our folder `found`, which `path` has brought here; of the hub's their origin says which revision."""
+    weights = folder.read(found)
+    if not str(path).startswith(files.HUB):
+        return weights
+    return dataclasses.replace(weights, source={**weights.source, "hub": str(path), "revision": found.name})
+
+
 def local(path: str | pathlib.Path) -> pathlib.Path:
-    """Where weights are that are no workdir's; those of a bucket are brought here."""
+    """Where weights are that are no workdir's; those of a bucket or of Hugging Face's hub are brought here."""
+    if str(path).startswith(files.HUB):
+        return files.locate(str(path))[0]
     return staging.staged(place(path)) if buckets.is_remote(path) else expand(path)
 
 
