@@ -33,7 +33,7 @@ VERBS = {
     "evaluate": "score a model on images or scenes with labels",
     "areas": "hectares per class of maps, also by polygons, and how sure they are",
     "report": "a training as one HTML page",
-    "export": "the model as one StableHLO or ONNX file",
+    "export": "the model as one StableHLO or ONNX file, or a folder for Hugging Face's hub",
     "convert": "weights from and to PyTorch",
     "benchmark": "time and memory of the training step and a forward pass",
     "plan": "does the training step fit on a TPU slice",

@@ -325,7 +325,7 @@ def test_the_workdir_holds_what_it_promises(toy, tiles, tmp_path):
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["seed"] == 42 and run["versions"]["jax"] == jax.__version__ and len(run["devices"]) == 8
     assert set(run["data"]) == {"train", "val"} and run["data"]["train"] != run["data"]["val"]
-    assert list(tmp_path.glob("events.*"))
+    assert run["tiles"] == {"train": 6, "val": 5} and list(tmp_path.glob("events.*"))
     figures = {p.name for p in (tmp_path / "figures").iterdir()}
     assert figures == {
         "val_confusion.png",
