@@ -105,10 +105,10 @@ def render(found: Weights, name: str, trained: Training | None, licence: str | N
 
 
 def _front_matter(found: Weights, name: str, trained: Training | None, licence: str | None) -> ModelCardData:
-    data = (found.data or {}).get("name")
+    data, page = (found.data or {}).get("name"), PUBLISHED.get(_base(found))
     results = [
         EvalResult(
-            task_type="image-segmentation", dataset_type=PUBLISHED.get(_base(data), data), dataset_name=data,
+            task_type="image-segmentation", dataset_type=page or data, dataset_name=data,
             dataset_split=scores.split, metric_type=kind, metric_name=f"{metric} (%)", metric_value=round(value, 4),
         )
         for scores in (trained.scores if trained else ())
@@ -121,15 +121,16 @@ def _front_matter(found: Weights, name: str, trained: Training | None, licence: 
         pipeline_tag="image-segmentation",
         library_name=LIBRARY,
         tags=["semantic-segmentation", "remote-sensing", "jax", "flax", "ktda", *networks],
-        datasets=[PUBLISHED[_base(data)]] if _base(data) in PUBLISHED else None,
+        datasets=page and [page],
         metrics=["mean_iou", "accuracy"] if results else None,
         **({"model_name": name, "eval_results": results} if results else {}),
     )
 
 
-def _base(data: str | None) -> str:
-    """l8_biome of l8_biome/scenes."""
-    return (data or "").split("/")[0]
+def _base(found: Weights) -> str | None:
+    """l8_biome of l8_biome/scenes; None for a set that only bears the name of one of ours: its classes are others."""
+    name = (found.data or {}).get("name", "").split("/")[0]
+    return name if name in DATASETS and DATASETS[name].classes == found.classes else None
 
 
 def _use(found: Weights) -> str:
@@ -188,7 +189,7 @@ def _data(found: Weights, trained: Training | None) -> str:
     name = (found.data or {}).get("name")
     if name is None:
         return "Not known: the weights came without a record of what they were trained on."
-    lines, known = [f"`{name}`"], DATASETS.get(_base(name))
+    lines, known = [f"`{name}`"], DATASETS.get(_base(found))
     if known is not None:
         lines[0] += f": {known.description}"
         lines += [f"Licence of the data: {known.license}"] if known.license else []

@@ -33,7 +33,7 @@ def publish(
     name, trained = str(checkpoint).removeprefix(files.HUB), None
     if not str(checkpoint).startswith(files.HUB):
         workdir = place(checkpoint)
-        name = absolute(workdir).name
+        name = absolute(workdir).name.removesuffix(".pth")
         trained = card.training(workdir, found.source["step"]) if is_workdir(workdir) else None
     folder.save(output, found, {"README.md": card.render(found, name, trained, licence)})
     return found
