@@ -107,7 +107,7 @@ def _legend(view: View) -> str:
     unit = "pixels" if squares is None else "hectares"
     scale = ""
     if view.layers.confidence is not None:
-        colours = ",".join(f"rgb{tuple(c)}" for c in pyramid.confidence_colours()[::4].tolist())
+        colours = ",".join(f"rgb{tuple(colour)}" for colour in pyramid.confidence_colours().tolist())
         scale = (
             '<div class="scale" hidden><p>probability of the mapped class</p>'
             f'<div style="background:linear-gradient(to right,{colours})"></div>'
