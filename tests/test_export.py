@@ -184,7 +184,7 @@ def test_no_attention_of_one_kind_of_gpu(workdir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(format="tflite"), "--format is 'tflite'; choose stablehlo or onnx"),
+        (dict(format="tflite"), "--format is 'tflite'; choose stablehlo, onnx or hub"),
         (dict(dtype="int8"), "--dtype is 'int8'; choose float32 or bfloat16"),
         (dict(format="onnx", dtype="bfloat16"), "--dtype=bfloat16 is for stablehlo"),
         (dict(size=(16, 64)), "--size is 16x64; give 32 to 2048 pixels a side"),

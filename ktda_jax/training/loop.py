@@ -48,7 +48,7 @@ def train_and_evaluate(
     with alone as still_alone, stop or StopSignal() as stop:
         settings, newer = records.as_begun(workdir, settings)
         known = checks_of(workdir)
-        with Tracker(settings, workdir) as tracker:
+        with Tracker(settings, workdir, enabled=jax.process_index() == 0) as tracker:
             options = extend, profile, known, tracker
             finished, program = _to_the_end(settings, newer, workdir, still_alone, stop, *options)
             if not finished:

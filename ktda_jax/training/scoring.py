@@ -71,7 +71,7 @@ def evaluate_workdir(
     """
     workdir, settings = place(workdir), config if isinstance(config, Settings) else checks.resolve(config)
     if tracker is None:
-        with Tracker(settings, workdir) as tracker:
+        with Tracker(settings, workdir, enabled=jax.process_index() == 0) as tracker:
             return evaluate_workdir(settings, workdir, program=program, known=known, tracker=tracker)
     known = known or checks_of(workdir)
     split = settings.data.test_split or settings.data.validation

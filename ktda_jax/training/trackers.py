@@ -18,8 +18,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Self
 
-import jax
-
 from ktda_jax.config import workdir as records
 from ktda_jax.config.settings import Settings
 from ktda_jax.data import buckets
@@ -33,10 +31,10 @@ RUNS = {"wandb": WandbRun, "mlflow": MLflowRun}
 
 
 class Tracker:
-    """One training's run there; without config.tracker, and in processes other than 0, it does nothing."""
+    """One training's run there; without config.tracker, or with `enabled=False` (processes other than 0), nothing."""
 
-    def __init__(self, settings: Settings, workdir: pathlib.PurePath):
-        self._kind = settings.tracker if jax.process_index() == 0 else None
+    def __init__(self, settings: Settings, workdir: pathlib.PurePath, *, enabled: bool = True):
+        self._kind = settings.tracker if enabled else None
         self._settings, self._workdir = settings, workdir
         self._run: WandbRun | MLflowRun | None = None
         self._pending: Row | None = None
