@@ -223,7 +223,7 @@ def _step(graphdef, model: KTDAConfig, dtype, stored: np.dtype, mesh, views: int
     """(teacher, images (B, H, W, bands)) -> taps of each view of the images, (B, n, h, w, C)."""
 
     def taps(teacher, images):
-        seen = teacher_images(images, model.rgb, model.teacher, dtype)
+        seen = teacher_images(images, model.seen, model.teacher, dtype)
         vit, tapped = flat.merge(graphdef, teacher, {}), model.teacher.tapped
         levels = [tapped.index(layer) for layer in stored_layers(tapped)]
         found = []

@@ -37,7 +37,7 @@ def torch_model(config: ViTConfig) -> torch.nn.Module:
     settings = dict(
         hidden_size=config.width, num_hidden_layers=config.depth, num_attention_heads=config.heads,
         image_size=config.grid[0] * config.patch, patch_size=config.patch, use_swiglu_ffn=config.swiglu,
-        mlp_ratio=int(config.mlp_ratio),
+        mlp_ratio=int(config.mlp_ratio), num_channels=config.bands,
     )  # fmt: skip
     if config.registers:
         settings = transformers.Dinov2WithRegistersConfig(num_register_tokens=config.registers, **settings)
@@ -99,12 +99,13 @@ BASE = dict(width=32, depth=4, heads=4, image_size=(56, 56))
         ViTConfig(**BASE, registers=4),
         ViTConfig(**BASE, swiglu=True),
         ViTConfig(**BASE, mlp_ratio=3, patch=7),
+        ViTConfig(**BASE, bands=6, mean=(0.0,) * 6, std=(1.0,) * 6),
     ],
-    ids=["plain", "registers", "swiglu", "other patch and ratio"],
+    ids=["plain", "registers", "swiglu", "other patch and ratio", "six bands"],
 )
 def test_equals_transformers(config):
     ours, theirs = models(config)
-    x = random(2, 56, 56, 3)
+    x = random(2, 56, 56, config.bands)
     expected = torch_taps(theirs, x, config.tapped, prefix=1 + config.registers)
     for a, b in zip(ours(jnp.asarray(x)), expected, strict=True):
         assert error(a, b) < 1e-10

@@ -96,6 +96,7 @@ def base() -> ConfigDict:
         mode="computed",  # in every training step; or precomputed, by python -m ktda_jax.extract
         features=config_dict.placeholder(str),  # folder of precomputed ones; None: features/<data.name>
         dtype="bfloat16",  # in which they are stored; or float16
+        bands=config_dict.placeholder(tuple),  # those of data.bands that the teacher sees; None: red, green, blue
     )
     config.weights = dict(  # folders of ktda_jax.convert, source files, hf://ORG/NAME, or workdirs
         student=config_dict.placeholder(str),

@@ -65,6 +65,7 @@ def check(settings: Settings) -> None:
         folds.check(data.folds, data.fold, records=data.source == "tfds")
     _choose("teacher.mode", settings.teacher.mode, ("computed", "precomputed"))
     _choose("teacher.dtype", settings.teacher.dtype, ("bfloat16", "float16"))
+    reading.positions_of(data, settings.teacher.bands or (), "config.teacher.bands")
     if settings.encodes and settings.distill:
         raise UserError("config.model.encoder='teacher' leaves nothing to distil; set config.distill=False")
     if settings.encodes and settings.weights.student is not None:

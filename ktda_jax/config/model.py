@@ -13,7 +13,8 @@ from flax import nnx
 from ktda_jax import UserError
 from ktda_jax.config.settings import Settings
 from ktda_jax.config.workdir import teacher_of
-from ktda_jax.models import flat
+from ktda_jax.data import reading
+from ktda_jax.models import flat, vit
 from ktda_jax.models.ktda import KTDAConfig
 from ktda_jax.models.vit import ViT
 from ktda_jax.weights import loading
@@ -34,9 +35,27 @@ def model_of(settings: Settings) -> KTDAConfig:
     student = {**parts["student"], "bands": data.num_bands}
     values = {**parts, "student": student, "num_classes": len(data.info.classes), "rgb": data.rgb_positions}
     values["decoder"] = settings.supervised
+    if settings.teacher.bands is not None:
+        seen = reading.positions_of(data, settings.teacher.bands, "config.teacher.bands")
+        values["teacher_bands"] = seen
+        values["teacher"] = {**_statistics(parts["teacher"], seen, data.rgb_positions), "bands": len(seen)}
     model = KTDAConfig.from_dict(values)
     _check_grid(settings, model)
     return model
+
+
+def _statistics(teacher: dict[str, Any], seen: tuple[int, ...], rgb: tuple[int, int, int]) -> dict[str, Any]:
+    """The teacher's settings with a mean and a deviation for each of the bands that it sees.
+
+    Where they are not given: those of its preset for red, green and blue, and for other bands their average.
+    """
+    preset = {"mean": vit.MEAN, "std": vit.STD} | vit.PRESETS.get(teacher["preset"], {})
+    found, colours = dict(teacher), rgb if len(set(rgb)) == 3 else ()
+    for name in ("mean", "std"):
+        if teacher[name] is None:
+            of_colour, other = dict(zip(colours, preset[name], strict=False)), sum(preset[name]) / 3
+            found[name] = tuple(of_colour.get(band, other) for band in seen)
+    return found
 
 
 def _check_grid(settings: Settings, model: KTDAConfig) -> None:
@@ -67,7 +86,7 @@ def _check_grid(settings: Settings, model: KTDAConfig) -> None:
 
 def teacher_arrays(path: str, expected: flat.Arrays, model: KTDAConfig) -> flat.Arrays:
     """What config.weights.teacher, `path`, gives. Of a workdir it is the teacher of that training: it holds no copy."""
-    return loading.load(teacher_of(path), expected, "teacher", model.teacher)
+    return loading.load(teacher_of(path), expected, "teacher", model.teacher, rgb=model.teacher_rgb)
 
 
 def teacher_identity(path: str | None, seed: int, model: KTDAConfig) -> dict[str, Any]:
@@ -87,7 +106,7 @@ def teacher_identity(path: str | None, seed: int, model: KTDAConfig) -> dict[str
         "teacher": path,
         "sha256": digest and digest.hexdigest(),
         "seed": None if arrays else seed,
-        "rgb": model.rgb,
+        "rgb": model.seen,
         **dataclasses.asdict(model.teacher),
         "taps": model.teacher.tapped,
     }

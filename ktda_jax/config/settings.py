@@ -71,7 +71,10 @@ class Teacher:
     mlp_ratio: float | None = setting("hidden width of the feed-forward over the width", fits=POSITIVE, absent=None)
     rope: bool | None = setting("rotary positions (DINOv3)", absent=None)
     antialias: bool | None = setting("resize the position embedding antialiased", absent=None)
-    mean: tuple[float, ...] | None = setting("of the images it was trained on", unit="0 to 255", absent=None)
+    mean: tuple[float, ...] | None = setting(
+        "of the images it was trained on, by band; None: the preset's, for other bands than red, green and blue the "
+        "average of these", unit="0 to 255", absent=None,
+    )  # fmt: skip
     std: tuple[float, ...] | None = setting(
         "their standard deviation",
         unit="0 to 255",
@@ -130,6 +133,10 @@ class StoredTaps:
     mode: str = setting("computed in every training step, or precomputed by ktda_jax.extract", absent="computed")
     features: str | None = setting("folder of precomputed ones; None: features/<data.name>", absent=None, runtime=True)
     dtype: str = setting("in which they are stored: bfloat16 or float16", absent="bfloat16", runtime=True)
+    bands: tuple[int, ...] | None = setting(
+        "which of config.data.bands the teacher sees, in the order of its own; None: red, green and blue", absent=None,
+        fits=(lambda x: len(x) > 0, "some of config.data.bands, or None"),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,14 @@ def bands_of(data) -> tuple[int, tuple[int, int, int]]:
     return len(bands), tuple(bands.index(band) for band in rgb)
 
 
+def positions_of(data, chosen, where: str) -> tuple[int, ...]:
+    """Of `chosen` bands among those of an image; UserError, which names them as `where`, for one that it lacks."""
+    bands = tuple(data.bands or (1, 2, 3))
+    if set(chosen) - set(bands):
+        raise UserError(f"{where} is {tuple(chosen)}; give some of config.data.bands {bands}")
+    return tuple(bands.index(band) for band in chosen)
+
+
 def label_map_of(data) -> dict | None:
     """{stored value or colour: class}."""
     return data.label_map and as_mapping(data.label_map)

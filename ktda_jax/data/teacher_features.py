@@ -135,7 +135,7 @@ _NAMED = {  # of `made_from`
 
 def check(folder: pathlib.Path, manifest: dict, wanted: dict) -> None:
     """UserError unless the features were made from what is wanted."""
-    made = {**manifest["made_from"], "taps": _tapped(manifest["made_from"])}
+    made = {"bands": 3, **manifest["made_from"], "taps": _tapped(manifest["made_from"])}
     for key, value in wanted.items():
         if value is None or made.get(key) == value:
             continue

@@ -50,7 +50,8 @@ class KTDAConfig:
     head_channels: int = 512
     aux_channels: int = 256  # 0: no auxiliary head
     dropout: float = 0.1
-    rgb: tuple[int, int, int] = (0, 1, 2)  # which of the image's bands are red, green and blue: the teacher's three
+    rgb: tuple[int, int, int] = (0, 1, 2)  # which of the image's bands are red, green and blue
+    teacher_bands: tuple[int, ...] | None = None  # which the teacher sees, in its order; None: `rgb`
 
     def __post_init__(self):
         if self.encoder not in ("student", "teacher"):
@@ -75,6 +76,24 @@ class KTDAConfig:
             raise UserError(f"config.model.tap_scales is {scales}; give four numbers above 0")
         if len(self.rgb) != 3 or not 0 <= min(self.rgb) <= max(self.rgb) < self.student.bands:
             raise UserError(f"rgb is {self.rgb}; give three positions among the {self.student.bands} bands")
+        if not all(0 <= band < self.student.bands for band in self.seen):
+            raise UserError(f"teacher_bands is {self.seen}; give positions among the {self.student.bands} bands")
+        if len(self.seen) != self.teacher.bands:
+            raise UserError(
+                f"the teacher takes {self.teacher.bands} band(s), and {len(self.seen)} are chosen for it; set "
+                "config.teacher.bands"
+            )
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """Which of the image's bands the teacher sees, in its order."""
+        return self.rgb if self.teacher_bands is None else self.teacher_bands
+
+    @property
+    def teacher_rgb(self) -> tuple[int, int, int]:
+        """Where red, green and blue stand among the bands that it sees; all 0 where it does not see all three."""
+        there = set(self.rgb) <= set(self.seen)
+        return tuple(self.seen.index(band) for band in self.rgb) if there else (0, 0, 0)
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -128,9 +147,9 @@ def normalize(images: jax.Array, dtype, mean=MEAN, std=STD) -> jax.Array:
     return ((images.astype(wide) - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)).astype(dtype)
 
 
-def teacher_images(images: jax.Array, rgb: tuple[int, int, int], teacher: ViTConfig, dtype) -> jax.Array:
-    """What a teacher sees of images (B, H, W, bands) 0..255: red, green and blue, normalised as in its training."""
-    seen = images if (images.shape[-1], rgb) == (3, (0, 1, 2)) else images[..., np.array(rgb)]
+def teacher_images(images: jax.Array, bands: tuple[int, ...], teacher: ViTConfig, dtype) -> jax.Array:
+    """What a teacher sees of images (B, H, W, all bands) 0..255: `bands` of them, normalised as in its training."""
+    seen = images if bands == tuple(range(images.shape[-1])) else images[..., np.array(bands)]
     return normalize(seen, dtype, teacher.mean, teacher.std)
 
 
@@ -205,7 +224,7 @@ class KTDA(nnx.Module):
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         taps, aligned, teacher = None, None, teacher or self.teacher
         if teacher is not None:
-            seen = teacher_images(images, rgb, teacher.config, self.dtype)
+            seen = teacher_images(images, self.config.seen, teacher.config, self.dtype)
             taps = self.scaled(jax.lax.stop_gradient(teacher(seen)))
         if self.student is not None:
             x = normalize(images, self.dtype, *band_statistics(bands, rgb))

@@ -51,11 +51,18 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     rope: bool = False  # DINOv3: rotary positions instead of an embedding
     antialias: bool = False  # how the position embedding is resized
+    bands: int = 3  # of the images it takes
     mean: tuple[float, ...] = MEAN  # of the images it was trained on
     std: tuple[float, ...] = STD
     taps: tuple[int | None, ...] | None = None  # layers to give out, from 1, by level; None: see `tapped`
 
     def __post_init__(self):
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.bands:
+                raise UserError(
+                    f"config.model.teacher.{name} has {len(getattr(self, name))} number(s), and the teacher sees "
+                    f"{self.bands} band(s); give one for each of config.teacher.bands"
+                )
         taps = self.taps
         if taps is not None and not (len(taps) == 4 and any(taps) and all(self._is_layer(t) for t in taps)):
             raise UserError(
@@ -184,7 +191,7 @@ class ViT(nnx.Module):
         common = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width, patch = config.width, config.patch
         self.patch_embed = nnx.Conv(
-            3, width, (patch, patch), strides=patch, padding="VALID", kernel_init=trunc_normal, **common
+            config.bands, width, (patch, patch), strides=patch, padding="VALID", kernel_init=trunc_normal, **common
         )
         key = rngs.params
         self.cls_token = nnx.Param(trunc_normal(key(), (1, 1, width), param_dtype))
@@ -199,7 +206,7 @@ class ViT(nnx.Module):
         self.config, self.dtype = config, dtype
 
     def __call__(self, x: jax.Array) -> list[jax.Array | None]:
-        """x: (B, H, W, 3) normalised -> four (B, h, w, C), h = ceil(H / patch); None where `taps` says so."""
+        """x: (B, H, W, bands) normalised -> four (B, h, w, C), h = ceil(H / patch); None where `taps` says so."""
         config = self.config
         batch, height, width, _ = x.shape
         grid = config.grid_of(height, width)

@@ -126,7 +126,7 @@ def of_model(model: KTDAConfig, size: tuple[int, int], *, distill: bool = True) 
 
     teacher = 0
     if distill or encodes:
-        seen = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+        seen = jax.ShapeDtypeStruct((1, *size, model.teacher.bands), jnp.float32)
         teacher = count(lambda arrays, x: flat.merge(vit, arrays, {})(x), arrays, seen)
     trained = forward(True) - (teacher if encodes else 0)
     return {"inference": forward(False), "teacher": teacher, "training": 3 * trained + teacher}

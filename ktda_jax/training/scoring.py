@@ -84,7 +84,7 @@ def evaluate_workdir(
             *(f"data.{key}" for key in "name classes palette bands rgb scale nodata".split()),
         )
         if settings.encodes or not settings.supervised:
-            decides += ("weights.teacher",)
+            decides += ("weights.teacher", "teacher.bands")
         if settings.data.folds is not None and split == settings.data.validation:
             decides += ("data.fold", "data.train_split")  # of any other fold the model has seen the tiles
         if not settings.supervised:

@@ -45,7 +45,7 @@ def _moments(program: Program, settings: Settings):
     def moments(rows, teacher):
         taps = rows.get("taps")
         if taps is None:
-            seen = teacher_images(rows["image"], model.rgb, model.teacher, dtype)
+            seen = teacher_images(rows["image"], model.seen, model.teacher, dtype)
             taps = flat.merge(program.teacher_graphdef, teacher, {})(seen)
         taps = [None if tap is None else at_least_float32(tap) for tap in taps]
         width = model.teacher.width

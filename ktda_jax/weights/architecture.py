@@ -8,7 +8,7 @@ from ktda_jax import UserError
 from ktda_jax.models.convnext import ConvNeXtConfig
 from ktda_jax.models.fmm import FMMConfig
 from ktda_jax.models.ktda import KTDAConfig
-from ktda_jax.models.vit import PRESETS, ViTConfig
+from ktda_jax.models.vit import MEAN, PRESETS, STD, ViTConfig
 
 Arrays = Mapping[str, np.ndarray]
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 20, 1536: 24, 4096: 32}  # published widths; no tensor tells
@@ -59,7 +59,7 @@ def vit(
 ) -> ViTConfig:
     """`rope`: DINOv3. `beside`: Hugging Face's settings. `images`: mean and standard deviation of its images."""
     beside = beside or {}
-    patch, _, _, width = _shape(arrays, "patch_embed/kernel")
+    patch, _, bands, width = _shape(arrays, "patch_embed/kernel")
     hidden = _shape(arrays, "layers/0/mlp/fc2/kernel")[0]
     swiglu = _shape(arrays, "layers/0/mlp/fc1/kernel")[1] == 2 * hidden
     registers = arrays["register_tokens"].shape[1] if "register_tokens" in arrays else 0
@@ -79,23 +79,26 @@ def vit(
         if beside.get(name, value) != value:
             raise UserError(f"{name} {beside[name]} is not what DINOv2 and DINOv3 were published with ({value})")
     options = dict(images or {})
+    if images is None and bands != 3:  # to be given by the config
+        options = {"mean": (sum(MEAN) / 3,) * bands, "std": (sum(STD) / 3,) * bands}
     if not rope:
         options["image_size"] = tuple(side * patch for side in _shape(arrays, "pos_embed")[1:3])
     return ViTConfig(
         width=width, depth=_count(arrays, "layers/"), heads=heads, patch=patch, registers=registers, swiglu=swiglu,
         mlp_ratio=_mlp_ratio(width, hidden, swiglu and not rope), rope=rope, antialias=registers > 0 and not rope,
+        bands=bands,
         **options,
     )  # fmt: skip
 
 
 def statistics(beside: Mapping) -> dict[str, tuple[float, ...]] | None:
-    """Mean and standard deviation of uint8 images, if a preprocessor's settings or timm's give them for three bands."""
+    """Mean and standard deviation of uint8 images, by band, if a preprocessor's settings or timm's give them."""
     inner = beside.get("pretrained_cfg")
     timm = inner if isinstance(inner, Mapping) else {}
     found = {}
     for name in ("mean", "std"):
         values = beside.get(f"image_{name}", timm.get(name))
-        if not (isinstance(values, list) and len(values) == 3 and all(isinstance(x, int | float) for x in values)):
+        if not (isinstance(values, list) and values and all(isinstance(x, int | float) for x in values)):
             return None
         found[name] = tuple(round(255 * x, 3) for x in values)
     return found

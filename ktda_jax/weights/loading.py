@@ -1,6 +1,7 @@
 """Weights of any form, and those that a config names: checked against its model, and made to fit its bands."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ from ktda_jax.weights.convnext import new_norms
 from ktda_jax.weights.folder import ASSUMED, Weights
 
 # Settings of training and of one input size; all others decide what the weights compute.
-_FREE = ("image_size", "taps", "drop_path", "layer_scale", "remat")
+_FREE = ("image_size", "taps", "drop_path", "layer_scale", "remat", "teacher_bands")
 
 
 def read(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_heads: int | None = None) -> Weights:
@@ -109,18 +110,18 @@ def load(
         found = getattr(found, what)
         if not arrays:
             raise UserError(f"{where}: the model in {path} came without its {what}")
-    if what == "model":  # of its teacher only what shapes the model counts; the teacher itself is another setting
-        teacher = dataclasses.replace(config.teacher, width=found.teacher.width, patch=found.teacher.patch)
-        found = dataclasses.replace(found, teacher=teacher)
     if new_classifier:
         arrays = {k: v for k, v in arrays.items() if "/conv_seg/" not in k}
         found = dataclasses.replace(found, num_classes=config.num_classes)
-    if weights.source.get("statistics") == ASSUMED and isinstance(found, ViTConfig):
-        found = dataclasses.replace(found, mean=config.mean, std=config.std)
     if weights.kind == "student":
         arrays, found = _first_norms(arrays, found, config, weights.source)
-    theirs = weights.config.rgb if weights.kind == "ktda" else (0, 1, 2)
-    arrays, found = _other_bands(arrays, found, config, theirs, rgb)
+    if what == "teacher":
+        arrays, found = _other_teacher_bands(path, arrays, found, config, rgb)
+    else:
+        theirs = weights.config.rgb if weights.kind == "ktda" else (0, 1, 2)
+        arrays, found = _other_bands(arrays, found, config, theirs, rgb)
+    if weights.source.get("statistics") == ASSUMED and isinstance(found, ViTConfig) and found.bands == config.bands:
+        found = dataclasses.replace(found, mean=config.mean, std=config.std)
     _compare(where, path, found, config)
     arrays = {k: v for k, v in arrays.items() if not k.endswith("num_batches_tracked")}
     if what == "model":
@@ -165,8 +166,6 @@ def _first_norms(arrays: Arrays, found, wanted, source: dict[str, Any]):
 def _other_bands(arrays: Arrays, found, wanted, theirs: tuple[int, int, int], rgb: tuple[int, int, int]):
     """Weights for three bands, of which `theirs` are red, green and blue, made to fit another number or order of bands;
     all others as they are."""
-    if isinstance(found, ViTConfig):
-        return arrays, found
     whole = isinstance(found, KTDAConfig)
     student, bands = (found.student if whole else found), (wanted.student if whole else wanted).bands
     if student.bands != 3 or len(set(theirs)) < 3 or (bands, rgb) == (3, theirs):
@@ -176,6 +175,31 @@ def _other_bands(arrays: Arrays, found, wanted, theirs: tuple[int, int, int], rg
     found = dataclasses.replace(found, student=student, rgb=wanted.rgb) if whole else student
     logging.info("%s: from RGB to %d bands, of which %s are red, green, blue", stem, bands, rgb)
     return {**arrays, stem: inflate(arrays[stem][:, :, list(theirs)], bands, rgb)}, found
+
+
+def _other_teacher_bands(path: str, arrays: Arrays, found: ViTConfig, wanted: ViTConfig, rgb: tuple[int, int, int]):
+    """A teacher of RGB images, made to see another number of bands; one of as many bands sees them in its own order."""
+    bands = wanted.bands
+    if found.bands != 3 or bands == 3:
+        return arrays, found
+    statistics = {}
+    for name in ("mean", "std"):  # where it has seen a band, its own must agree
+        values, colours = list(getattr(wanted, name)), rgb if len(set(rgb)) == 3 else ()
+        for band, value in zip(colours, getattr(found, name), strict=False):
+            values[band] = value
+        statistics[name] = tuple(values)
+    _say_inflated(path, bands, len(set(rgb)) == 3)
+    kernel = inflate(arrays["patch_embed/kernel"], bands, rgb)
+    return {**arrays, "patch_embed/kernel": kernel}, dataclasses.replace(found, bands=bands, **statistics)
+
+
+@functools.cache  # once, though it is read for its identity, too
+def _say_inflated(path: str, bands: int, with_rgb: bool) -> None:
+    others = "the other bands start" if with_rgb else "every band starts"
+    logging.warning(
+        "the teacher %s has seen RGB alone; its patch embedding is made for %d bands: %s as the average of the three",
+        path, bands, others,
+    )  # fmt: skip
 
 
 def _compare(where: str, path: str, found, wanted) -> None:
@@ -208,11 +232,18 @@ def _differences(found, wanted, prefix: str) -> list[tuple[str, Any, Any]]:
     differ, free = [], (*_FREE, "grid", "dropout")
     if getattr(found, "encoder", None) == "student":
         free += ("tap_scales",)  # of the loss alone
+    if isinstance(found, ViTConfig) and found.bands != wanted.bands:
+        free += ("mean", "std")  # of as many numbers
     for field in dataclasses.fields(found):
         theirs, ours = getattr(found, field.name), getattr(wanted, field.name)
         name = ".".join(filter(None, (prefix, field.name)))
         if dataclasses.is_dataclass(theirs) and dataclasses.is_dataclass(ours):
-            differ += _differences(theirs, ours, name)
+            inner = _differences(theirs, ours, name)
+            if field.name == "teacher":  # another setting; here it is what shapes the model
+                inner = [each for each in inner if each[0].endswith((".width", ".patch"))]
+            differ += inner
         elif field.name not in free and theirs != ours:
-            differ.append((_ELSEWHERE.get(name, name), theirs, ours))
+            of_teacher = isinstance(found, ViTConfig) and field.name == "bands"
+            name = "number of config.teacher.bands" if of_teacher else _ELSEWHERE.get(name, name)
+            differ.append((name, theirs, ours))
     return differ

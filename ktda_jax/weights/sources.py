@@ -49,8 +49,10 @@ def load(
             assumed = architecture.assumed(arrays, config, teacher_heads, fmm_heads)
         elif kind == "teacher":
             arrays, unknown = vit.from_source(tensors, layout)
-            dinov3 = "dinov3" in layout
+            dinov3, bands = "dinov3" in layout, np.shape(arrays.get("patch_embed/kernel"))[2:3]
             images, said = _images(beside, (path, str(found.absolute())) if dinov3 else ())
+            if images and {len(values) for values in images.values()} != set(bands):
+                images, said = None, ASSUMED  # of other bands
             config = architecture.vit(
                 arrays,
                 rope=dinov3,
@@ -59,7 +61,7 @@ def load(
                 images=images,
             )
             origin |= {"statistics": said} if said else {}
-            if dinov3 and images is None:
+            if dinov3 and images is None and config.bands == 3:
                 assumed = {"image statistics": "of web images (of satellites: keep the published name)"}
         else:
             arrays, unknown, new = convnext.from_source(tensors, layout)
