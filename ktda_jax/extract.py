@@ -34,7 +34,7 @@ from ktda_jax.config import checks
 from ktda_jax.config.model import compute_dtype, model_of, teacher_identity
 from ktda_jax.config.settings import Settings
 from ktda_jax.config.workdir import write_json
-from ktda_jax.data import pipeline
+from ktda_jax.data import foreign_features, pipeline
 from ktda_jax.data.check import check_split
 from ktda_jax.data.geometry import VIEWS
 from ktda_jax.data.teacher_features import (
@@ -66,6 +66,11 @@ def run(config: ConfigDict) -> pathlib.Path:
     """
     settings = checks.resolve(config)
     data, stored, chosen = settings.data, settings.teacher, settings.weights.teacher
+    if settings.model.teacher.foreign is not None or foreign_features.are_there(features_folder(stored, data)):
+        raise UserError(
+            f"{features_folder(stored, data)} holds features of a teacher that is not ours; choose another "
+            "config.teacher.features"
+        )
     model, dtype = model_of(settings), compute_dtype(settings.dtype)
     mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
     sharding.check_batch_size(mesh, settings.eval_batch_size, "config.eval_batch_size")

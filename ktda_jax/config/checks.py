@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ktda_jax import UserError
+from ktda_jax.config import foreign
 from ktda_jax.config.settings import DISTANCES, KL_AXES, TRACKERS, Settings
 from ktda_jax.data import reading
 from ktda_jax.data.paths import expand
@@ -13,7 +14,7 @@ from ktda_jax.data.paths import expand
 
 def resolve(config: Mapping[str, Any]) -> Settings:
     """The settings of a config, which fit together; UserError names the one that does not."""
-    settings = Settings.of(config)
+    settings = foreign.resolved(Settings.of(config))
     check(settings)
     return settings
 
@@ -64,7 +65,13 @@ def check(settings: Settings) -> None:
 
         folds.check(data.folds, data.fold, records=data.source == "tfds")
     _choose("teacher.mode", settings.teacher.mode, ("computed", "precomputed"))
-    _choose("teacher.dtype", settings.teacher.dtype, ("bfloat16", "float16"))
+    others = () if model.teacher.foreign is None else ("float32",)
+    _choose("teacher.dtype", settings.teacher.dtype, ("bfloat16", "float16"), also=others)
+    if model.teacher.foreign is None and (model.teacher.depth or 4) < 4:
+        raise UserError(
+            f"config.model.teacher.depth is {model.teacher.depth}; give at least 4, one for each level of the student"
+        )
+    foreign.check(settings)
     reading.positions_of(data, settings.teacher.bands or (), "config.teacher.bands")
     if settings.encodes and settings.distill:
         raise UserError("config.model.encoder='teacher' leaves nothing to distil; set config.distill=False")

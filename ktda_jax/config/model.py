@@ -62,7 +62,8 @@ def _check_grid(settings: Settings, model: KTDAConfig) -> None:
     """The FAM's output must have the teacher's grid to be compared with it."""
     crop = settings.data.crop
     teacher_grid = model.teacher.grid_of(*crop)
-    if settings.distill and model.grid is not None and model.grid != teacher_grid:
+    of_tile = model.teacher.foreign is not None and settings.model.teacher.patch is None  # the grid itself
+    if settings.distill and not of_tile and model.grid is not None and model.grid != teacher_grid:
         raise UserError(
             f"config.model.grid is {model.grid}, but the teacher sees a {crop[0]}x{crop[1]} crop as "
             f"{teacher_grid[0]}x{teacher_grid[1]} patches; set it to {teacher_grid}, or to None"

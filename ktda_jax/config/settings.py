@@ -54,9 +54,7 @@ class Teacher:
 
     preset: str | None = setting("laptop, small, base, base_reg, dinov3_base, ...", source=PUBLISHED, absent=None)
     width: int | None = setting("channels", fits=SIZE, absent=None)
-    depth: int | None = setting(
-        "layers", fits=(lambda x: x >= 4, "at least 4, one for each level of the student"), absent=None
-    )
+    depth: int | None = setting("layers, at least 4; of a foreign one its taps", fits=SIZE, absent=None)
     heads: int | None = setting("attention heads", fits=SIZE, absent=None)
     image_size: tuple[int, int] | None = setting(
         "for which the position embedding is stored", unit="px", fits=SIZES, absent=None
@@ -81,6 +79,10 @@ class Teacher:
         fits=(lambda x: bool(x) and min(x) > 0, "numbers above 0"),
         absent=None,
     )
+    foreign: str | None = setting(
+        "name of a teacher that is not ours; training writes it with all of the above that its features say "
+        "(config/foreign.py)", absent=None,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,7 @@ class StoredTaps:
 
     mode: str = setting("computed in every training step, or precomputed by ktda_jax.extract", absent="computed")
     features: str | None = setting("folder of precomputed ones; None: features/<data.name>", absent=None, runtime=True)
-    dtype: str = setting("in which they are stored: bfloat16 or float16", absent="bfloat16", runtime=True)
+    dtype: str = setting("in which ours are stored: bfloat16 or float16", absent="bfloat16", runtime=True)
     bands: tuple[int, ...] | None = setting(
         "which of config.data.bands the teacher sees, in the order of its own; None: red, green and blue", absent=None,
         fits=(lambda x: len(x) > 0, "some of config.data.bands, or None"),

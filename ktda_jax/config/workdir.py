@@ -75,7 +75,13 @@ def teacher_of(path: str) -> str:
     """config.weights.teacher, or, where that is a workdir, the teacher that was frozen in its training."""
     seen = []
     while is_workdir(folder := place(path)):
-        chosen = read(folder).weights.teacher
+        saved = read(folder)
+        chosen = saved.weights.teacher
+        if chosen is None and saved.model.teacher.foreign is not None:
+            raise UserError(
+                f"config.weights.teacher: {path} is a training with features of {saved.model.teacher.foreign}, whose "
+                "weights are not known; give those of another teacher"
+            )
         if chosen is None or folder in seen:
             raise UserError(
                 f"config.weights.teacher: {path} is a training with a random teacher (its config.weights.teacher is "

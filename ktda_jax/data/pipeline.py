@@ -16,6 +16,7 @@ from ktda_jax import UserError
 from ktda_jax.data import libc
 from ktda_jax.data.augment import Augmentation
 from ktda_jax.data.datasets import IGNORE
+from ktda_jax.data.foreign_features import ForeignFeatures
 from ktda_jax.data.geometry import VIEWS, Rare
 from ktda_jax.data.mixture import Mixture
 from ktda_jax.data.rows import Shuffled, TrainRows
@@ -50,7 +51,7 @@ def train_iterator(
     process_count: int = 1,
     on_corrupt: str = "stop",
     num_threads: int | None = None,
-    features: TeacherFeatures | None = None,
+    features: TeacherFeatures | ForeignFeatures | None = None,
     first_row: int = 0,
     unlabelled: UnlabelledSource | None = None,
     unlabelled_features: TeacherFeatures | None = None,

@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -53,6 +53,20 @@ class Checks:
         if key and not summary.unreadable and key[1] < begun - YOUNG and key == self._key(source, options, num_threads):
             self._found[key[0]], self._new = _entry(summary), True
         return summary
+
+    def features(
+        self, folder: pathlib.Path, of: str, examine: Callable[[], None], num_threads: int | None = None
+    ) -> None:
+        """`examine`s the files of a folder, unless that was done. of: what else decides on the outcome."""
+        begun = time.time_ns()
+        stamps = _stamps((folder,), num_threads or cpu_threads())
+        key = hashlib.sha256(repr((FORMAT, "features", of, stamps)).encode("utf-8", "surrogateescape")).hexdigest()
+        if key in self._found:
+            self._found[key] = self._found.pop(key)
+            return
+        examine()
+        if max((max(stamp[2:]) for _, stamp in stamps if stamp), default=0) < begun - YOUNG:
+            self._found[key], self._new = {"features": of}, True
 
     def save(self, *, enabled: bool = True) -> None:
         """What is new, to the file; where that cannot be written, the next command reads the tiles again."""

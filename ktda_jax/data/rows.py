@@ -10,10 +10,13 @@ from absl import logging
 from ktda_jax import UserError
 from ktda_jax.data import augment, geometry
 from ktda_jax.data.augment import Augmentation
+from ktda_jax.data.foreign_features import ForeignFeatures
 from ktda_jax.data.geometry import Rare
 from ktda_jax.data.mixture import Mixture
 from ktda_jax.data.sources import Source, Tile, read_tile, tile_name
 from ktda_jax.data.teacher_features import TeacherFeatures
+
+Features = TeacherFeatures | ForeignFeatures
 
 
 class Shuffled:
@@ -23,7 +26,7 @@ class Shuffled:
     times what reading and augmenting one takes.
     """
 
-    def __init__(self, source, features: TeacherFeatures | None, seed: int, skip: bool, order: tuple[int, ...] = ()):
+    def __init__(self, source, features: Features | None, seed: int, skip: bool, order: tuple[int, ...] = ()):
         self.source, self.features, self._skip = source, features, skip
         self._key = [seed, *order]
         self._order = functools.lru_cache(maxsize=4)(self._permutation)  # neighbouring epochs overlap in a batch
@@ -149,15 +152,16 @@ class TrainRows:
         return {"image": image, "label": label}
 
     def _aligned(
-        self, features: TeacherFeatures, tile: dict, index: int, rng: np.random.Generator, chosen: int | None = None
+        self, features: Features, tile: dict, index: int, rng: np.random.Generator, chosen: int | None = None
     ) -> dict:
         """The same at the teacher's patches, with the tap (h, w, C) of each level, or None.
 
         The teacher has seen each view of the whole tile, whose patches begin at its own upper left corner: so the tile
         is turned before it is cut.
         """
-        how, patch, turns = self._augmentation, features.patch, self._turns(rng)
+        how, turns = self._augmentation, self._turns(rng)
         size = tile["label"].shape[::-1] if geometry.turned(turns) else tile["label"].shape
+        patch = features.patch or max(size)  # None: a foreign teacher's features of whole tiles, which are never cut
         corner = [patch * int(rng.integers((a - b) // patch + 1)) for a, b in zip(size, how.crop, strict=True)]
         number = turns + (rng.random() < how.flip)
         image, label = tile["image"], tile["label"]
@@ -167,7 +171,9 @@ class TrainRows:
             corner = [patch * (first // patch) for first in place]
         window = tuple(slice(first, first + side) for first, side in zip(corner, how.crop, strict=True))
         cells = tuple(slice(w.start // patch, -(-w.stop // patch)) for w in window)  # corners are at whole patches
-        taps = features.read(index, number)[(slice(None), *cells)]
+        taps = features.read(index, number)
+        if features.patch is not None:
+            taps = taps[(slice(None), *cells)]
         levels = [None if k is None else taps[k] for k in features.levels]
         return {"image": image[window], "label": label[window], "taps": levels}
 

@@ -85,7 +85,9 @@ class TfdsSource:
         found = []
         for index in range(len(self)):
             if "name" not in (example := self._record(index)):
-                raise UserError(f"{self.describe(index)} holds no name to make areas by; leave config.data.folds out")
+                raise UserError(
+                    f"{self.describe(index)} holds no name to make areas (config.data.folds) or find features by"
+                )
             found.append(example["name"].decode())
         return tuple(found)
 

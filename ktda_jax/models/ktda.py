@@ -84,6 +84,10 @@ class KTDAConfig:
                 "config.teacher.bands"
             )
 
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the FAM's output for an image."""
+        return self.grid or self.teacher.grid_of(height, width)
+
     @property
     def seen(self) -> tuple[int, ...]:
         """Which of the image's bands the teacher sees, in its order."""
@@ -236,8 +240,7 @@ class KTDA(nnx.Module):
         else:
             features, taps = taps, None
         if self.fam is not None:
-            grid = self.config.grid or self.config.teacher.grid_of(*images.shape[1:3])
-            features = aligned = self.fam(features, grid)
+            features = aligned = self.fam(features, self.config.grid_of(*images.shape[1:3]))
         if self.decode_head is None:
             return Outputs(None, None, aligned, taps)
         if decoded is not None:

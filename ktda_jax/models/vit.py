@@ -52,6 +52,7 @@ class ViTConfig:
     rope: bool = False  # DINOv3: rotary positions instead of an embedding
     antialias: bool = False  # how the position embedding is resized
     bands: int = 3  # of the images it takes
+    foreign: str | None = None  # name of a teacher that is not ours: width, patch and taps are its features', no more
     mean: tuple[float, ...] = MEAN  # of the images it was trained on
     std: tuple[float, ...] = STD
     taps: tuple[int | None, ...] | None = None  # layers to give out, from 1, by level; None: see `tapped`

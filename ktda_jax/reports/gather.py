@@ -13,6 +13,7 @@ from ktda_jax.data.check import SplitSummary, check_split
 from ktda_jax.data.paths import absolute
 from ktda_jax.reports import features, tiles, trained, workdir
 from ktda_jax.reports.workdir import Run
+from ktda_jax.training import foreign
 from ktda_jax.training.inputs import features_folder, open_features, open_source
 from ktda_jax.training.predicted import how
 
@@ -138,6 +139,10 @@ def _compare_features(run: Run, model, opened: dict, say) -> None:
     try:
         if stored:
             source, summary = opened[train]
+            if settings.model.teacher.foreign is not None:
+                found, _ = foreign.features_of(settings, source, summary)
+                run.features = features.precomputed(model, found, source, FEATURE_TILES)
+                return
             identity = teacher_identity(None, settings.seed, model.model)
             folder = features_folder(settings.teacher, settings.data)
             found = open_features(folder, identity, train, summary.fingerprint)

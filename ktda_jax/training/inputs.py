@@ -13,24 +13,26 @@ from jax.experimental import multihost_utils
 from ktda_jax import UserError
 from ktda_jax.config.checks import TEACHERS
 from ktda_jax.config.data import Data, listed
+from ktda_jax.config.foreign import UNLABELLED, features_folder
 from ktda_jax.config.model import model_of, teacher_identity
-from ktda_jax.config.settings import Settings, StoredTaps
+from ktda_jax.config.settings import Settings
 from ktda_jax.config.workdir import READING
 from ktda_jax.data import buckets, classes, folds, images, pipeline, reading, staging, unlabelled
 from ktda_jax.data.augment import Augmentation
 from ktda_jax.data.check import SplitSummary
+from ktda_jax.data.foreign_features import ForeignFeatures
 from ktda_jax.data.geometry import Rare
 from ktda_jax.data.mixture import Mixture
-from ktda_jax.data.paths import expand, place
+from ktda_jax.data.paths import place
 from ktda_jax.data.remembered import Checks
 from ktda_jax.data.sources import IMAGE_DIR, LABEL_DIR, FolderSource, Source, labels_are, read_tile
 from ktda_jax.data.teacher_features import TeacherFeatures
 from ktda_jax.data.unlabelled import UnlabelledSource, UnlabelledSummary
+from ktda_jax.training import foreign
 
 CAPTURED = 0.9  # of the rare crops, by one class
 SAMPLED = 64  # tiles whose values are compared with those of images without labels
 HELD_OUT = 512  # windows; of many scenes a tenth would take longer to score than to train on the rest
-UNLABELLED = "unlabelled"  # the split that these images stand for
 
 
 def open_source(data: Data, split: str, *, build: bool = True) -> Source:
@@ -182,12 +184,6 @@ def augmentation(data: Data) -> Augmentation:
     return Augmentation(**{field.name: getattr(data, field.name) for field in dataclasses.fields(Augmentation)})
 
 
-def features_folder(stored: StoredTaps, data: Data, *, of_windows: bool = False) -> pathlib.Path:
-    """Where the teacher's precomputed features of the training split are; or those `of_windows` without labels."""
-    folder = expand(stored.features or f"features/{data.name.replace('/', '_')}")
-    return folder.with_name(f"{folder.name}_{UNLABELLED}") if of_windows else folder
-
-
 def open_features(folder: pathlib.Path, identity: dict[str, Any], split: str, fingerprint: str) -> TeacherFeatures:
     """A split's teacher features, checked against teacher (`config.model.teacher_identity`) and tiles."""
     if identity["sha256"] is None:  # not named: then it is the one that made the features
@@ -209,7 +205,7 @@ class Inputs(NamedTuple):
     val_batches: Any  # to go through from the start each time
     fingerprints: dict[str, str]  # of the splits and of precomputed features
     counts: dict[str, int]  # tiles, or windows, of the splits
-    features: TeacherFeatures | None
+    features: TeacherFeatures | ForeignFeatures | None
     doubtful: list[str]  # what may be wrong with the tiles
     jpeg: bool  # whether they are JPEGs
     may_hide: Callable[[], bool]  # see the function
@@ -244,7 +240,10 @@ def open_inputs(settings: Settings, mixture: Mixture | None, first_row: int = 0,
         val_batches, held_out = held_out_batches(data, size)
         fingerprints["held out"], counts["held out"] = held_out.fingerprint, held_out.windows
         what.append(f"{held_out.windows:,} windows held out")
-    if settings.distill and settings.teacher.mode == "precomputed":
+    if settings.distill and settings.model.teacher.foreign is not None:
+        features, digest, found = foreign.open_features(settings, source, summary, known)
+        fingerprints["teacher features"], doubtful = digest, doubtful + found
+    elif settings.distill and settings.teacher.mode == "precomputed":
         identity = teacher_identity(settings.weights.teacher, settings.seed, model_of(settings))
         if source is not None:
             folder = features_folder(settings.teacher, data)

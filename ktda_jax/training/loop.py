@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from ktda_jax import UserError, sharding
-from ktda_jax.config import checks, extension
+from ktda_jax.config import checks, extension, foreign
 from ktda_jax.config import workdir as records
 from ktda_jax.config.model import compute_dtype
 from ktda_jax.config.settings import Settings
@@ -40,7 +40,8 @@ def train_and_evaluate(
     extend: goes on although total_steps or batch_size are others than those that the workdir has.
     profile: first and last of the steps whose trace is left in WORKDIR/profile, by process 0.
     """
-    workdir, settings = place(workdir), checks.resolve(config)
+    workdir = place(workdir)
+    settings = foreign.as_begun(workdir, checks.resolve(config))
     alone = contextlib.nullcontext(lambda: None)
     if jax.process_index() == 0:
         claim, remedy = f"workdir {workdir} is being trained", "use another --workdir or stop it"

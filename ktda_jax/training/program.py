@@ -147,7 +147,7 @@ def batch_shapes(settings: Settings, model: KTDAConfig) -> dict:
     if settings.supervised:
         shapes["label"] = jax.ShapeDtypeStruct((rows, *crop), jnp.uint8)
     if settings.distill and settings.teacher.mode == "precomputed":
-        taps = (rows, *model.teacher.grid_of(*crop), model.teacher.width)
+        taps = (rows, *model.grid_of(*crop), model.teacher.width)
         tap = jax.ShapeDtypeStruct(taps, jnp.dtype(settings.teacher.dtype))
         shapes["taps"] = tuple(None if index is None else tap for index in model.teacher.tapped)
     return shapes

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ktda_jax import UserError, sharding
-from ktda_jax.config import checks
+from ktda_jax.config import checks, foreign
 from ktda_jax.config import workdir as records
 from ktda_jax.config.model import model_of
 from ktda_jax.config.settings import Settings
@@ -69,7 +69,8 @@ def evaluate_workdir(
 
     A distillation without labels is evaluated on its held-out images. `known`: the checks of tiles made so far.
     """
-    workdir, settings = place(workdir), config if isinstance(config, Settings) else checks.resolve(config)
+    workdir = place(workdir)
+    settings = config if isinstance(config, Settings) else foreign.as_begun(workdir, checks.resolve(config))
     if tracker is None:
         with Tracker(settings, workdir, enabled=jax.process_index() == 0) as tracker:
             return evaluate_workdir(settings, workdir, program=program, known=known, tracker=tracker)
