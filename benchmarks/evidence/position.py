@@ -37,7 +37,7 @@ def shares(settings: Settings, stored: pathlib.Path, held_out: Iterable[dict]) -
 
     @jax.jit
     def run(arrays, images):
-        taps = flat.merge(graphdef, arrays, {})(teacher_images(images, model.rgb, model.teacher, jnp.float32))
+        taps = flat.merge(graphdef, arrays, {})(teacher_images(images, model.seen, model.teacher, jnp.float32))
         return [taps[model.teacher.tapped.index(layer)] for layer in layers]
 
     found = [[] for _ in layers]

@@ -57,7 +57,7 @@ def _same_teacher(found: Weights, settings: Settings, model: KTDAConfig) -> list
         ("config.model.teacher.taps", theirs.teacher.tapped, model.teacher.tapped),
         ("config.model.standardize_taps", theirs.standardize_taps, model.standardize_taps),
         ("config.model.tap_scales", theirs.tap_scales, model.tap_scales),
-        ("a teacher that is not ours, named", theirs.teacher.foreign, model.teacher.foreign),
+        ("config.model.teacher.foreign", theirs.teacher.foreign, model.teacher.foreign),
         ("config.teacher.bands (their positions)", theirs.teacher_bands, model.teacher_bands),
     ):
         if was != now:
