@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
+from ktda_jax.config import checks
 from ktda_jax.config import workdir as records
 from ktda_jax.config.settings import Settings
 from ktda_jax.data.check import check_split
@@ -218,7 +219,7 @@ def read(path: pathlib.Path, default: str = "") -> str:
 
 def saved_state(workdir: pathlib.Path, tiles: pathlib.Path, settings: dict) -> tuple[int, dict, dict]:
     """The latest checkpoint: step, all arrays by path, data position."""
-    program = build(Settings.of(config(tiles, settings)))
+    program = build(checks.resolve(config(tiles, settings)))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step = checkpoints.latest_step()
         current, position = checkpoints.restore(step, program.abstract, program.shardings)

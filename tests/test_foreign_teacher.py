@@ -17,6 +17,7 @@ import scene_files
 import ktda_jax
 from ktda_jax import UserError, extract, sharding
 from ktda_jax.config import checks, workdir
+from ktda_jax.config import foreign as followed
 from ktda_jax.config.model import model_of
 from ktda_jax.config.settings import Settings
 from ktda_jax.data import foreign_features
@@ -113,6 +114,15 @@ def test_the_settings_follow_the_features(config, tmp_path):
     assert workdir.read(tmp_path / "run") == settings
     assert checks.resolve(json.loads((tmp_path / "run" / "config.json").read_text())) == settings
     assert checks.resolve(config(distill=False)).model.teacher.foreign is None
+    (tmp_path / "features").rename(tmp_path / "gone")  # evaluated without them, but not trained
+    unknown = checks.resolve(config())
+    assert unknown.model.teacher.foreign is None and followed.as_begun(tmp_path / "other", unknown) == unknown
+    assert followed.as_begun(tmp_path / "run", unknown) == settings
+    with pytest.raises(UserError, match=r"no teacher features in .*features \(no manifest.json\): write them again"):
+        inputs.open_inputs(settings, None)
+    (tmp_path / "run" / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="a training with features of other, whose weights are not known"):
+        workdir.teacher_of(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("count, taps", [(1, (1, 1, 1, 1)), (2, (1, 1, 2, 2)), (3, (1, 2, 3, 3)), (12, (3, 6, 9, 12))])
@@ -123,9 +133,12 @@ def test_taps_are_spread_evenly(config, tmp_path, count, taps):
 
 def test_tokens_of_whole_tiles_without_a_patch(config, tmp_path):
     write(tmp_path / "features", patch=None, shape=(7, 7, 24), dtype="float32", views=8)
-    terms, settings = first_terms(config(data__rotate=True, model__standardize_taps=True))
+    settings = checks.resolve(config(data__rotate=True, model__standardize_taps=True))
     assert model_of(settings).grid_of(48, 48) == (7, 7) and settings.teacher.dtype == "float32"
-    assert np.isfinite(terms["distill"]) and terms["distill"] > 0.1
+    program, batch = build(settings), next(inputs.open_inputs(settings, None).batches)
+    assert [tap.shape for tap in batch["taps"]] == [tap.shape for tap in program.arguments[1]["taps"]]
+    _, terms = jax.eval_shape(program.train_step, *program.arguments)  # student and teacher are of one shape
+    assert {"distill", "explained"} <= terms.keys()
     for overrides, message in (
         (dict(data__cutmix=0.5), "config.data.cutmix pastes whole patches; set it to 0"),
         (dict(model__align_grid=True), "config.model.align_grid cannot put the student's; set it to False"),
@@ -219,9 +232,10 @@ def test_tiles_that_are_skipped_need_no_features(tiles, tmp_path, config):
 REAL = "/work/shared/real_samples/l8_biome_256"
 real = pytest.mark.skipif(not os.path.isdir(REAL), reason="needs the real samples")
 SETTINGS = {
-    "data.name": "l8_biome", "loss.class_weights": (1.0,) * 4, "data.crop": (128, 128), "total_steps": 2, "eval_every": 2, "batch_size": 2,
-    "model.student.depths": (0, 0, 0, 1), "teacher.mode": "precomputed", "model.teacher.width": None,
-    "model.teacher.depth": None, "model.teacher.heads": None, "mesh.data": None,
+    "data.name": "l8_biome", "loss.class_weights": (1.0,) * 4, "data.crop": (128, 128), "batch_size": 2,
+    "total_steps": 2, "eval_every": 2, "schedule.warmup": 1, "model.student.depths": (0, 0, 0, 1),
+    "teacher.mode": "precomputed", "model.teacher.width": None, "model.teacher.depth": None,
+    "model.teacher.heads": None, "mesh.data": None,
 }  # fmt: skip
 
 
@@ -255,10 +269,6 @@ def test_a_teacher_in_torch_teaches_on_real_tiles(tmp_path):
         f"{REAL}/img_dir/val/{os.listdir(REAL + '/img_dir/val')[0]}"
     )
     assert found.labels.shape == (256, 256)
-    out, _ = runs.finish(runs.start(*flags, "--mode=eval"))
-    assert "val split, step 2" in out
-    _, err = runs.finish(runs.start(*flags), status=1)
-    assert err.startswith(f"error: no teacher features in {tmp_path / 'features'} (no manifest.json)")
 
 
 @real
@@ -271,6 +281,7 @@ def test_a_killed_training_goes_on_the_same(tmp_path):
         "total_steps": 4,
         "eval_every": 2,
         "keep_checkpoints": 2,
+        "ema": 0.9,
         "teacher.features": tmp_path / "features",
     }
     runs.finish(runs.start(*runs.arguments(REAL, tmp_path / "whole", settings)))
@@ -282,3 +293,13 @@ def test_a_killed_training_goes_on_the_same(tmp_path):
     assert "resuming at step 2" in out
     plain = {k: v for k, v in settings.items() if v is not None}
     runs.assert_same_run(tmp_path / "whole", other, REAL, plain)
+    out, _ = runs.finish(runs.start(f"--workdir={other}", "--tiles=2", verb="report"))
+    assert "cannot" not in out
+    page = (other / "report.html").read_text()
+    assert "precomputed, made by ViT of random weights" in page
+    (tmp_path / "features").rename(tmp_path / "gone")
+    flags = runs.arguments(REAL, other, settings)
+    out, _ = runs.finish(runs.start(*flags, "--mode=eval"))
+    assert "val split, step" in out
+    _, err = runs.finish(runs.start(*flags), status=1)
+    assert err.startswith(f"error: no teacher features in {tmp_path / 'features'} (no manifest.json)")
