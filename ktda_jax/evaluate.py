@@ -15,7 +15,9 @@ from ktda_jax import UserError, cli
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
     flags.DEFINE_string("checkpoint", None, "A workdir, a converted folder, a .pth, or hf://ORG/NAME.")
-    flags.DEFINE_string("images", None, "A GeoTIFF, PNG or JPEG, a quoted glob pattern, or a folder of them.")
+    flags.DEFINE_string(
+        "images", None, "An image, its address (https://, gs://, s3://, /vsi...), a pattern, a folder, or a list.txt."
+    )
     flags.DEFINE_string("labels", None, "The label of one image, or the folder of the labels of all.")
     flags.DEFINE_string("label_map", None, 'What stored values or colours mean: "((0, 0), (255, 1))".')
     flags.DEFINE_string("output", None, "Folder for maps, scores and figures; by default scores are only printed.")
@@ -27,6 +29,7 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
 import pathlib
 from collections.abc import Sequence
 
+from ktda_jax.data.addresses import Image
 from ktda_jax.data.gdal import rasterio_for
 from ktda_jax.data.paths import expand
 from ktda_jax.prediction import files, labelled, scored, setup
@@ -45,6 +48,7 @@ def run(
 
     An image that cannot be read is one: a score over fewer images would not be the score asked for.
     """
+    folder = None if output is None else expand(output)
     inputs, mapping = files.expand(images, "--images"), labelled.label_map(label_map)
     rasterio_for(inputs[0])
     paths, line = labelled.find(inputs, labels)
@@ -57,7 +61,7 @@ def run(
         outputs = files.name_outputs(
             inputs, output, one=False, probabilities=probabilities, confidence=confidence, overlay=overlay
         )
-        _check_free(inputs, paths, outputs, expand(output))
+        _check_free(inputs, paths, outputs, folder)
     labelled.check_fit(inputs, paths)
     counts = labelled.count_values(paths, mapping)
     if output is not None:
@@ -80,13 +84,13 @@ def run(
         f"scale, in windows of {size} that overlap by {overlap}\n{table(result, classes, 'images')}"
     )
     if output is not None:
-        scored.write(result, expand(output), classes)
-        say(f"maps and scores in {expand(output)}")
+        scored.write(result, folder, classes)
+        say(f"maps and scores in {folder}")
     return result
 
 
 def _check_free(
-    images: Sequence[pathlib.Path], labels: Sequence[pathlib.Path], outputs: Sequence[files.Outputs],
+    images: Sequence[Image], labels: Sequence[Image], outputs: Sequence[files.Outputs],
     folder: pathlib.Path,
 ) -> None:  # fmt: skip
     """UserError if a file of ours would be written over a label, or over another of ours."""

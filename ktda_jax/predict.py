@@ -3,6 +3,7 @@
     python -m ktda_jax.predict --checkpoint=runs/grass --input=scene.tif --output=map.tif
     python -m ktda_jax.predict --checkpoint=weights/cloud --input='scenes/*.tif' --output=maps --cog --overlay
 
+Scenes are read in place: files of any size, https://, gs://, s3://, archives (/vsizip/...), or a list.txt of these.
 --checkpoint: a training's workdir, a folder of `python -m ktda_jax.convert`, a published .pth, or hf://ORG/NAME. Maps
 hold class numbers, 255 where the scene has no data, with colours and class names. Bands and value range are read as in
 training, unless flags say otherwise. Of several processes (launch/) each maps its share of the scenes.
@@ -14,8 +15,10 @@ from ktda_jax import cli
 
 if __name__ == "__main__":  # flags are one namespace for all that is imported, and other verbs have the same ones
     flags.DEFINE_string("checkpoint", None, "A workdir, a converted folder, a .pth, or hf://ORG/NAME.")
-    flags.DEFINE_string("input", None, "A GeoTIFF, PNG or JPEG, a quoted glob pattern, or a folder of them.")
-    flags.DEFINE_string("output", None, "The map, .tif or .png, of one input; else the folder for all maps.")
+    flags.DEFINE_string(
+        "input", None, "Scene, address (https://, gs://, s3://, /vsi...), pattern, folder, or list.txt."
+    )
+    flags.DEFINE_string("output", None, "The map, .tif or .png, of one input; else the folder for all maps; gs:// too.")
     flags.DEFINE_bool("cog", False, "Cloud-Optimized GeoTIFF.")
     flags.DEFINE_bool("polygonize", False, "NAME.gpkg: the map as polygons, cut every 4096 pixels.")
     flags.DEFINE_bool("view", False, "NAME.html: scene and map as one page for a browser; it needs no network.")
@@ -26,13 +29,13 @@ if __name__ == "__main__":  # flags are one namespace for all that is imported, 
     hint = "put a pattern such as --input='*.tif' in quotes"
     PARSE = cli.parsed(cli.parser("checkpoint", "input", "output", hint=hint))  # before the imports below: seconds
 
-import pathlib
 import zlib
 from collections.abc import Sequence
 
 from ktda_jax import UserError
+from ktda_jax.data.addresses import Image
 from ktda_jax.data.gdal import rasterio_for
-from ktda_jax.data.paths import expand
+from ktda_jax.data.paths import image
 from ktda_jax.prediction import files, mapping, polygons, records, setup, shares
 from ktda_jax.prediction.setup import say
 
@@ -51,7 +54,7 @@ def run(
     rasterio_for(inputs[0])
     if polygonize:
         polygons.check_installed()
-    one = len(inputs) == 1 and inputs[0] == expand(input)
+    one = len(inputs) == 1 and inputs[0] == image(input)
     outputs = files.name_outputs(
         inputs, output, one=one, probabilities=probabilities, confidence=confidence, overlay=overlay,
         polygonize=polygonize, view=view, cog=cog,
@@ -68,15 +71,15 @@ def run(
     return _map(checkpoint, inputs, outputs, [], **how)
 
 
-def _not_there(inputs, outputs) -> tuple[list[pathlib.Path], list[files.Outputs]]:
-    left = [k for k, made in enumerate(outputs) if not all(path.exists() for path in made.wanted())]
+def _not_there(inputs, outputs) -> tuple[list[Image], list[files.Outputs]]:
+    left = files.missing(outputs)
     if len(left) < len(inputs):
         say(f"{len(inputs) - len(left)} of {len(inputs)} scenes are mapped already")
     return [inputs[k] for k in left], [outputs[k] for k in left]
 
 
 def _map(
-    checkpoint: str, inputs: Sequence[pathlib.Path], outputs: Sequence[files.Outputs], failures: list[UserError], *,
+    checkpoint: str, inputs: Sequence[Image], outputs: Sequence[files.Outputs], failures: list[UserError], *,
     tile: int | None = None, overlap: int | None = None, batch_size: int | None = None,
     bands: Sequence[int] | None = None, scale: Sequence[float] | None = None, nodata: float | None = None, cog=False,
     polygonize=False, tta=False, teacher_heads: int | None = None, fmm_heads: int | None = None, done=None,
@@ -101,7 +104,7 @@ def _map(
 
 
 def _map_share(
-    checkpoint: str, inputs: Sequence[pathlib.Path], outputs: Sequence[files.Outputs], process: tuple[int, int],
+    checkpoint: str, inputs: Sequence[Image], outputs: Sequence[files.Outputs], process: tuple[int, int],
     coordinator: str | None, join_timeout: float, *, skip_existing: bool, how: dict,
 ) -> dict[str, float]:  # fmt: skip
     """The scenes of one of several processes; process 0 then tells of all. What is there does not change who maps what:

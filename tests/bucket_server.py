@@ -42,6 +42,7 @@ def bucket(root: pathlib.Path) -> Iterator[pathlib.Path]:
             for name, value in {
                 "STORAGE_EMULATOR_HOST": f"http://{address}", "TENSORSTORE_GCS_HTTP_URL": f"http://{address}",
                 "TENSORSTORE_GCS_ACCESS_TOKEN": "x", "GOOGLE_CLOUD_PROJECT": "x", "GCE_METADATA_ROOT": "127.0.0.1:1",
+                "CPL_GS_ENDPOINT": f"http://{address}/", "GS_NO_SIGN_REQUEST": "YES",  # GDAL's
             }.items():  # fmt: skip
                 patch.setenv(name, value)
             _wait(port, server)

@@ -159,6 +159,21 @@ def download(path: pathlib.PurePath, local: pathlib.Path) -> None:
         files().get_file(str(path), str(local))
 
 
+def move(local: pathlib.Path, path: pathlib.PurePath) -> None:
+    """A finished file becomes `path`, over what is there: renamed, which stays on one disk, or as a whole object."""
+    if is_remote(path):
+        upload(local, path)
+        local.unlink()
+    else:
+        os.replace(local, path)
+
+
+def discard(path: pathlib.PurePath) -> None:
+    """Removes a file, wherever it is, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        remove(path) if is_remote(path) else path.unlink()
+
+
 def probe(folder: pathlib.PurePath) -> None:
     """OSError if no file can be written into a folder that is there, or into a bucket."""
     if not is_remote(folder):
@@ -205,6 +220,23 @@ def listing(folder: pathlib.PurePath) -> dict[str, Object]:
         for name, entry in found.items()
         if entry["type"] == "file" and not name.endswith("/")  # which web consoles make for an empty folder
     }
+
+
+def inside(folder: pathlib.PurePath) -> list[str]:
+    """BUCKET/NAME of the objects right in a folder of a bucket; of one that is an object its own; none of nothing."""
+    try:
+        with _told(folder):
+            entries = files().ls(str(folder), detail=True)
+    except FileNotFoundError:
+        return []
+    return [entry["name"] for entry in entries if entry["type"] == "file" and not entry["name"].endswith("/")]
+
+
+def matching(pattern: pathlib.PurePath) -> list[str]:
+    """BUCKET/NAME of the objects of a glob pattern."""
+    with _told(pattern):
+        found = files().glob(str(pattern), detail=True)
+    return [name for name, entry in found.items() if entry["type"] == "file"]
 
 
 def size(path: pathlib.PurePath) -> int:

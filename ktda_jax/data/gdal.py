@@ -15,12 +15,15 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from ktda_jax import UserError
+from ktda_jax.data import remote
+from ktda_jax.data.addresses import Address, located
 
 SETTINGS = {
     "GDAL_CACHEMAX": "256",  # MB, instead of a share of the machine's memory
     "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",  # half a JPEG is an error
     "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE",  # what lies beside is looked for by name: no list of 20,000 for each tile
     "GDAL_PAM_ENABLED": "YES",
+    **remote.SETTINGS,
 }
 ORIENTATION = 274  # tag of TIFF and EXIF
 _thread = threading.local()
@@ -43,7 +46,12 @@ class FileError(UserError):
 
 
 def unreadable(path: str | os.PathLike, error: BaseException) -> FileError:
-    text = " ".join(str(error).split()) or type(error).__name__
+    path, text = located(path), " ".join(str(error).split()) or type(error).__name__
+    if isinstance(path, Address):
+        if path.remote:
+            found, remedy = remote.fault(path, text)
+            return FileError("", path, f"({found})", remedy, f"cannot read {path}: {found}; {remedy}")
+        text = path.without_secret(text)
     return FileError("", path, f"({text})", "repair or remove them", f"cannot read {path}: {text}")
 
 
@@ -54,7 +62,7 @@ def rasterio_for(path: str | os.PathLike):
     try:
         import rasterio
     except ImportError as error:
-        raise UserError(f"{path}: reading images takes rasterio ({error}); pip install rasterio") from error
+        raise UserError(f"{located(path)}: reading images takes rasterio ({error}); pip install rasterio") from error
     if not hasattr(_thread, "environment"):
         # rasterio sets one up and takes it down around every call, unless the thread has one.
         _thread.environment = rasterio.Env()
@@ -67,9 +75,13 @@ def rasterio_for(path: str | os.PathLike):
 
 @contextlib.contextmanager
 def one_line(path: str | os.PathLike) -> Iterator[None]:
-    """Turns whatever GDAL raises into a UserError that names `path`."""
+    """Turns whatever GDAL raises into a UserError that names `path`, also where GDAL has another name for it."""
     try:
         yield
+    except FileError as error:
+        if error.kind and error.path != str(located(path)):
+            raise FileError(error.kind, located(path), error.found, error.remedy) from error
+        raise
     except (UserError, MemoryError):
         raise
     except Exception as error:  # GDAL's are many, not all of them rasterio's, and of different bases
@@ -86,15 +98,40 @@ def opened(path: str | os.PathLike, **options) -> Iterator[Any]:
 
 def open_file(path: str | os.PathLike, **options) -> Any:
     """The same, to be kept and closed by the caller, who reads within `one_line`."""
-    rasterio = rasterio_for(path)
     with one_line(path):
-        file = rasterio.open(path, sharing=False, **options)
+        file = dataset(path, **options)
         try:
             _check(file, path)
         except BaseException:
             file.close()
             raise
     return file
+
+
+def dataset(path: str | os.PathLike, **options) -> Any:
+    """The same without a look at what it holds."""
+    rasterio, path = rasterio_for(path), located(path)
+    with one_line(path):
+        if not isinstance(path, Address):
+            return rasterio.open(path, sharing=False, **options)
+        if path.remote:  # threads of GDAL take what did not arrive for zeros, and say nothing
+            options.pop("NUM_THREADS", None)
+        with rasterio.Env(**remote.options(path)):
+            file = rasterio.open(os.fspath(path), sharing=False, **options)
+            if not _wanted_whole(file):
+                return file
+            file.close()
+            return remote.fetched(path, **options)
+
+
+def _wanted_whole(file) -> bool:
+    """Whether what GDAL does not tell of a file must be read from its own bytes.
+
+    Of a PNG that broke off on its way GDAL says nothing at all.
+    """
+    if file.driver == "GTiff":  # see `orientation_of`
+        return file.height * file.width <= remote.SMALL and not is_located(place_of(file))
+    return file.driver == "PNG"
 
 
 def _check(file, path: str | os.PathLike) -> None:

@@ -6,9 +6,10 @@ import pathlib
 from collections.abc import Sequence
 
 from ktda_jax import UserError
-from ktda_jax.data import buckets
+from ktda_jax.data import addresses, buckets
+from ktda_jax.data.addresses import BESIDE, Image
 
-BESIDE = (".aux.xml", ".msk", ".ovr")  # what GDAL keeps beside an image; two of them are TIFFs of their own
+LIST = ".txt"  # of a file that names images, one a line
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:
@@ -19,6 +20,8 @@ def expand(path: str | os.PathLike) -> pathlib.Path:
     """
     if buckets.is_remote(path):  # pathlib would make a local folder of that name
         raise UserError(f"{path} is in a bucket, and this must be a local path; copy it (gcloud storage cp)")
+    if addresses.is_address(path):
+        raise UserError(f"{addresses.parse(os.fspath(path))} is an address, and this must be a local path; download it")
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError as error:  # ~somebody who is not there
@@ -30,17 +33,27 @@ def place(path: str | os.PathLike) -> pathlib.PurePath:
     return buckets.place(path) if buckets.is_remote(path) else expand(path)
 
 
-def absolute(path: pathlib.PurePath) -> pathlib.PurePath:
-    """A place's only name: two that are equal are one."""
+def absolute(path: pathlib.PurePath | addresses.Address) -> pathlib.PurePath | addresses.Address:
+    """A place's only name: two that are equal, also as text, are one."""
     return path if buckets.is_remote(path) else path.resolve()
 
 
-def found(text: str, suffixes: Sequence[str], *, what: str, called: str) -> list[pathlib.Path]:
+def image(text: str) -> Image:
+    """One image as it is named, wherever it is."""
+    return addresses.parse(text) if addresses.is_address(text) else expand(text)
+
+
+def found(text: str, suffixes: Sequence[str], *, what: str, called: str) -> list[Image]:
     """One file, the files of a glob pattern, or those right in a folder that end in `suffixes`; UserError if none.
 
-    `what` they should be, and how `text` is `called`, for messages. Of a folder hidden files are left out.
+    Also what is at an address (see `addresses`), and all that the lines of a file.txt name. `what` they should be, and
+    how `text` is `called`, for messages. Of a folder hidden files are left out.
     """
+    if addresses.is_address(text):
+        return addresses.found(text, suffixes, what=what)
     path = expand(text)
+    if path.suffix.lower() == LIST and path.is_file():
+        return _of_list(path, suffixes, what)
     if path.is_dir():
         try:
             inside = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
@@ -59,3 +72,17 @@ def found(text: str, suffixes: Sequence[str], *, what: str, called: str) -> list
     if not (files := [p for p in files if not p.name.lower().endswith(BESIDE)]):
         raise UserError(f"no file matches {called}")
     return files
+
+
+def _of_list(path: pathlib.Path, suffixes: Sequence[str], what: str) -> list[Image]:
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} as text: {error}") from error
+    named = [line for line in lines if line and not line.startswith("#")]
+    if not named:
+        raise UserError(f"{path} names nothing; give it a {what} or an address a line")
+    if deeper := next((line for line in named if line.lower().endswith(LIST)), None):
+        raise UserError(f"{path} names {deeper}, another list; write its lines there")
+    files = [each for line in named for each in found(line, suffixes, what=what, called=f"{line} of {path}")]
+    return list(dict.fromkeys(files))

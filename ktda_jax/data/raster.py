@@ -1,12 +1,14 @@
 """Scenes as files: what they hold, and their rows as the model's 8-bit bands."""
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from ktda_jax.data.gdal import FileError, is_located, one_line, opened, orientation_of, place_of, rasterio_for, upright
+from ktda_jax.data.addresses import Address, Image, located
+from ktda_jax.data.gdal import FileError, dataset, is_located, one_line, opened, orientation_of, place_of, upright
 from ktda_jax.data.images import Layout, Reading, alphas_of, layout_of, read_window
 
 CHUNK = 1 << 21  # pixels read at once
@@ -18,7 +20,7 @@ LARGEST_TURNED = 1 << 29  # pixels of a file that is not stored upright, which i
 class Scene:
     """What is known of a raster before its pixels are read. Height and width are those of the upright scene."""
 
-    path: pathlib.Path
+    path: Image
     height: int
     width: int
     dtype: str
@@ -28,7 +30,7 @@ class Scene:
     block: tuple[int, int]
     orientation: int  # of the stored pixels, 1: upright
     place: dict[str, Any]  # crs, transform, gcps, rpcs: what rasterio.open takes for a new file
-    files: tuple[pathlib.Path, ...]  # all that are read, such as the sources of a VRT
+    files: tuple[Image, ...]  # all that are read, such as the sources of a VRT
 
     @property
     def located(self) -> bool:
@@ -39,7 +41,7 @@ class Scene:
         return RowReader(self)
 
 
-def open_scene(path: pathlib.Path, reading: Reading, bands: int, *, by: str = "flags") -> Scene:
+def open_scene(path: Image, reading: Reading, bands: int, *, by: str = "flags") -> Scene:
     """Looks at a raster without reading its pixels. UserError unless it can give a model of `bands` bands its input.
 
     by: whether flags or settings are to be named, see `layout_of`.
@@ -51,21 +53,26 @@ def open_scene(path: pathlib.Path, reading: Reading, bands: int, *, by: str = "f
             raise FileError("image", path, f"lies on its side (orientation {orientation})", "save it upright")
         if orientation >= 5:
             height, width = width, height
+        fetched = isinstance(path, Address) and file.name != os.fspath(path)
+        files = (path,) if fetched else tuple(_named(name) for name in file.files)
         return Scene(
             path, height, width, file.dtypes[layout.bands[0] - 1], layout, alphas, reading, file.block_shapes[0],
-            orientation, place_of(file), tuple(map(pathlib.Path, file.files)),
+            orientation, place_of(file), files,
         )  # fmt: skip
+
+
+def _named(text: str) -> Image:
+    found = located(text)
+    return found if isinstance(found, Address) else pathlib.Path(found)
 
 
 class RowReader:
     """The rows of a scene from top to bottom: every block is read and decoded once, and rows are kept while needed."""
 
     def __init__(self, scene: Scene):
-        rasterio = rasterio_for(scene.path)
         self._scene = scene
         options = {"NUM_THREADS": "ALL_CPUS"} if scene.path.suffix.lower() in (".tif", ".tiff") else {}
-        with one_line(scene.path):
-            self._file = rasterio.open(scene.path, sharing=False, **options)
+        self._file = dataset(scene.path, **options)
         self._first = self._end = 0  # rows in the buffer
         self._pixels = self._present = None
 

@@ -7,7 +7,6 @@ random places, each within its share of the image, so that all places come about
 import contextlib
 import dataclasses
 import math
-import pathlib
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ktda_jax import UserError
+from ktda_jax.data.addresses import Image
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.gdal import one_line, open_file, upright
 from ktda_jax.data.images import Layout, Reading, interleaved, read_window
@@ -56,7 +56,7 @@ class Axis:
 class ImageFile:
     """An image and its grid of windows. Height and width are those of the upright image."""
 
-    path: pathlib.Path
+    path: Image
     name: str
     height: int
     width: int
@@ -96,13 +96,13 @@ class _Open(threading.local):
     """The files that a thread used last, open; a copy or a pickle of it has none."""
 
     def __init__(self):
-        self.files: dict[pathlib.Path, Any] = {}
+        self.files: dict[Image, Any] = {}
 
     def __reduce__(self):
         return _Open, ()
 
     @contextlib.contextmanager
-    def file(self, path: pathlib.Path) -> Iterator[Any]:
+    def file(self, path: Image) -> Iterator[Any]:
         """As `gdal.opened`. What has failed once is opened anew."""
         file = self.files.pop(path, None)
         if file is None:
@@ -178,7 +178,7 @@ class UnlabelledSource:
     def image_paths(self) -> tuple[str, ...]:
         return tuple(str(file.path) for file in self._files)
 
-    def unused(self) -> list[pathlib.Path]:
+    def unused(self) -> list[Image]:
         """The files without windows."""
         used = set(self._windows[:, 0].tolist())
         return [file.path for k, file in enumerate(self._files) if k not in used]

@@ -5,16 +5,16 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ktda_jax import UserError
+from ktda_jax.data.addresses import Image, is_address
 from ktda_jax.data.check import complaint
 from ktda_jax.data.gdal import SETTINGS, FileError
 from ktda_jax.data.images import Reading
-from ktda_jax.data.paths import expand, found
+from ktda_jax.data.paths import absolute, expand, found
 from ktda_jax.data.raster import open_scene
 from ktda_jax.data.scene_windows import HELD_OUT, Axis, ImageFile, UnlabelledSource, enough
 from ktda_jax.data.sources import IMAGE_EXTENSIONS, cpu_threads, some
@@ -52,7 +52,7 @@ def open_unlabelled(
     setting: str = SETTING,
     leave_out: Sequence[str] = (),
 ) -> tuple[UnlabelledSource, UnlabelledSummary]:
-    """The windows of images that `paths` name: files, glob patterns, and folders with images right in them.
+    """The windows of images that `paths` name, as `paths.found` does: files, patterns, folders, addresses, lists.
 
     Every fixed window is read once, and one UserError has all that is wrong. Windows of which less than half holds data
     are left out. With on_corrupt='skip' so are those that cannot be read, with a warning. `bands`, `scale`, `nodata`:
@@ -66,8 +66,8 @@ def open_unlabelled(
     count, skip = len(bands) if bands else 3, on_corrupt == "skip"
     chosen = _listed(paths, setting)
     if leave_out:
-        others = {os.path.realpath(path) for path in _listed(leave_out, f"{SETTING}_val")}
-        chosen = [path for path in chosen if os.path.realpath(path) not in others]
+        others = {absolute(path) for path in _listed(leave_out, f"{SETTING}_val")}
+        chosen = [path for path in chosen if absolute(path) not in others]
         if not chosen:
             raise UserError(f"{setting}: all of its images are held out by {SETTING}_val; name others there")
     named = _named(chosen)
@@ -151,34 +151,42 @@ def _places(which: np.ndarray) -> str:
     return f"band {some((np.flatnonzero(which) + 1).tolist())}"
 
 
-def _listed(paths: Sequence[str], setting: str) -> list[pathlib.Path]:
+def _listed(paths: Sequence[str], setting: str) -> list[Image]:
     """The files that are named, each once."""
     files = {}
     for text in [paths] if isinstance(paths, str) else paths:
-        if (inside := expand(text) / "img_dir").is_dir():
+        if not is_address(text) and (inside := expand(text) / "img_dir").is_dir():
             splits = sorted(path.name for path in inside.iterdir() if path.is_dir())
             split = splits[0] if splits and "train" not in splits else "train"
             raise UserError(f"{text} of {setting} is a folder of tiles and labels; name its images: {inside / split}")
         for path in found(text, IMAGE_EXTENSIONS, what="image", called=f"{text} of {setting}"):
-            files.setdefault(os.path.realpath(path), path)
+            files.setdefault(absolute(path), path)
     if not files:
         raise UserError(f"{setting} names nothing; give images, patterns or folders")
     return list(files.values())
 
 
-def _named(paths: list[pathlib.Path]) -> dict[str, pathlib.Path]:
+def _named(paths: list[Image]) -> dict[str, Image]:
     """The files by name, in order; those of the same name also by the folders that tell them apart."""
     same = collections.defaultdict(list)
     for path in paths:
         same[path.name].append(path.absolute())
     named = {}
     for name, group in same.items():
-        above = os.path.commonpath([path.parent for path in group])
-        named |= {os.path.relpath(path, above): path for path in group} if len(group) > 1 else {name: group[0]}
+        if len(group) == 1:
+            named[name] = group[0]
+            continue
+        parts = [str(path).split("/") for path in group]
+        above = next((k for k, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), None)
+        if above is None:  # URLs with other questions
+            raise UserError(f"{group[0]} is given {len(group)} times; images need names of their own: download them")
+        named |= {"/".join(each[above:]): path for each, path in zip(parts, group, strict=True)}
     return dict(sorted(named.items()))
 
 
-def _look(name: str, path: pathlib.Path, reading: Reading, bands: int, crop: tuple[int, int]) -> ImageFile | FileError:
+def _look(
+    name: str, path: Image, reading: Reading, bands: int, crop: tuple[int, int]
+) -> ImageFile | FileError:  # fmt: skip
     """What the header of a file says, or what is wrong with it."""
     try:
         scene = open_scene(path, reading, bands, by="config")

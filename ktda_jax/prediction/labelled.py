@@ -2,19 +2,20 @@
 
 import ast
 import concurrent.futures
-import pathlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ktda_jax import UserError
+from ktda_jax.data.addresses import Address, Image
 from ktda_jax.data.check import SHOWN, complaint
 from ktda_jax.data.classes import advice, doubts, shares
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.gdal import FileError, is_located, opened, orientation_of, place_of, unreadable
 from ktda_jax.data.labels import read_label
-from ktda_jax.data.paths import expand
+from ktda_jax.data.paths import image
 from ktda_jax.data.reading import as_mapping, check_label_map
 from ktda_jax.data.sources import LABEL_EXTENSIONS, check_pairs, cpu_threads, files_by_stem, same_name, some
 
@@ -22,20 +23,20 @@ FLAG = "--label_map"
 CLOSE = 0.1  # pixels by which a label may lie beside its image: numbers are rounded in files
 
 
-def find(images: Sequence[pathlib.Path], labels: str) -> tuple[list[pathlib.Path], str | None]:
+def find(images: Sequence[Image], labels: str) -> tuple[list[Image], str | None]:
     """The label of each image, by `FolderSource`'s rules, and a line about labels without an image, if there are any.
 
-    labels: a folder that holds NAME.png, .tif or .tiff of an image NAME; a file for one image. UserError for images
-    without a label.
+    labels: a folder that holds NAME.png, .tif or .tiff of an image NAME; a file, or its address, for one image.
+    UserError for images without a label.
     """
-    place = expand(labels)
-    if place.is_file():
+    place = image(labels)
+    if isinstance(place, Address) or place.is_file():
         if len(images) > 1:
-            raise UserError(f"--labels={labels} is one file for {len(images)} images; give the folder of their labels")
+            raise UserError(f"--labels={place} is one file for {len(images)} images; give the folder of their labels")
         return [place], None
     if not place.is_dir():
         raise UserError(f"there is no file or folder --labels={labels}")
-    named: dict[str, pathlib.Path] = {}
+    named: dict[str, Image] = {}
     for path in images:
         other = named.setdefault(same_name(path.stem), path)
         if other is not path:
@@ -70,7 +71,7 @@ def label_map(text: str | None) -> dict | None:
     return as_mapping(pairs)
 
 
-def check_fit(images: Sequence[pathlib.Path], labels: Sequence[pathlib.Path]) -> None:
+def check_fit(images: Sequence[Image], labels: Sequence[Image]) -> None:
     """UserError unless each label has the size of its image and, where both say it, its place on Earth."""
     found = _of_all(_misfit, images, labels)
     lines = []
@@ -86,7 +87,7 @@ def check_fit(images: Sequence[pathlib.Path], labels: Sequence[pathlib.Path]) ->
         raise UserError(" | ".join(lines))
 
 
-def _misfit(image: pathlib.Path, label: pathlib.Path) -> tuple[str, str] | None:
+def _misfit(image: Image, label: Image) -> tuple[str, str] | None:
     """In what the two differ, and how; None if they fit, as far as can be told without their pixels."""
     (size, place), (other, elsewhere) = _header(image), _header(label)
     if size != other:
@@ -96,7 +97,7 @@ def _misfit(image: pathlib.Path, label: pathlib.Path) -> tuple[str, str] | None:
     return None
 
 
-def _header(path: pathlib.Path) -> tuple[tuple[int, int], dict[str, Any]]:
+def _header(path: Image) -> tuple[tuple[int, int], dict[str, Any]]:
     """(H, W), upright, and the place."""
     with opened(path) as file:
         size = (file.width, file.height) if orientation_of(file) >= 5 else (file.height, file.width)
@@ -124,7 +125,7 @@ def _apart(image: dict[str, Any], label: dict[str, Any], size: tuple[int, int]) 
     return f"{moved:.1f} pixels beside the image" if moved > CLOSE else None
 
 
-def count_values(labels: Sequence[pathlib.Path], mapping: Mapping | None) -> np.ndarray:
+def count_values(labels: Sequence[Image], mapping: Mapping | None) -> np.ndarray:
     """Pixels by value, int64 (labels, 256). UserError for labels that cannot be read, or hold nothing but 255."""
     counts = np.stack(_of_all(lambda path: np.bincount(read(path, mapping).ravel(), minlength=256), labels))
     if not counts[:, :IGNORE].any():
@@ -135,13 +136,13 @@ def count_values(labels: Sequence[pathlib.Path], mapping: Mapping | None) -> np.
     return counts
 
 
-def read(path: pathlib.Path, mapping: Mapping | None) -> np.ndarray:
+def read(path: Image, mapping: Mapping | None) -> np.ndarray:
     """uint8 (H, W), see `read_label`."""
-    return read_label(str(path), mapping, called=FLAG)
+    return read_label(os.fspath(path), mapping, called=FLAG)
 
 
 def check_values(
-    labels: Sequence[pathlib.Path], counts: np.ndarray, classes: Sequence[str], mapping: Mapping | None
+    labels: Sequence[Image], counts: np.ndarray, classes: Sequence[str], mapping: Mapping | None
 ) -> list[str]:
     """UserError for values that are no class of the model; lines on what would score as silent garbage.
 
@@ -164,7 +165,7 @@ def check_values(
     )  # fmt: skip
 
 
-def _of_all(function: Callable, *columns: Sequence[pathlib.Path]) -> list:
+def _of_all(function: Callable, *columns: Sequence[Image]) -> list:
     """`function` of each row of files, in several threads. One UserError about all those that cannot be read."""
 
     def kept(*paths):

@@ -1,13 +1,14 @@
 """Maps of scenes: what is to be read is checked, the pipeline runs, the files are written."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 
 from ktda_jax import UserError
+from ktda_jax.data.addresses import Image
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.gdal import opened
 from ktda_jax.data.images import Reading
@@ -19,6 +20,7 @@ from ktda_jax.prediction.outputs import SIDES, Legend, SceneWriter
 from ktda_jax.tiling import blend, pipeline
 from ktda_jax.tiling.device import Step
 
+READERS = 16  # scenes that are looked at at once: over a network each takes its time
 FAILURES_SHOWN = 50  # at the end of a run; each is said when it is found
 
 
@@ -79,7 +81,7 @@ def _shown(value) -> str:
     return "as in 8-bit RGB files" if value is None else str(value)
 
 
-def check_any(inputs: Sequence[pathlib.Path], failures: list[UserError]) -> None:
+def check_any(inputs: Sequence[Image], failures: list[UserError]) -> None:
     """UserError if none of the files can be opened at all: what can be known before the model is loaded.
 
     failures: takes the errors then.
@@ -96,7 +98,7 @@ def check_any(inputs: Sequence[pathlib.Path], failures: list[UserError]) -> None
 
 
 def check_scenes(
-    inputs: Sequence[pathlib.Path], reading: Reading, bands: int, say, *, polygonize=False, written=True,
+    inputs: Sequence[Image], reading: Reading, bands: int, say, *, polygonize=False, written=True,
     failures: list[UserError] | None = None,
 ) -> list[Scene]:  # fmt: skip
     """Opens them all, so that what is wrong is known before anything is computed. UserError names the file.
@@ -104,17 +106,21 @@ def check_scenes(
     written: whether there will be files of their maps. failures: takes the errors of single files, so that the others
     can be mapped; it is still one if none can.
     """
-    scenes, wrong = [], []
-    for path in inputs:
+
+    def look(path: Image) -> Scene | UserError:
         try:
             scene = open_scene(path, reading, bands)
             if polygonize:
                 polygons.check_place(scene)
-            scenes.append(scene)
+            return scene
         except UserError as error:
-            if failures is None:
-                raise
-            wrong.append(error)
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(look, inputs))
+    scenes, wrong = ([each for each in found if isinstance(each, kind)] for kind in (Scene, UserError))
+    if wrong and failures is None:
+        raise wrong[0]
     if failures is not None:
         failures += wrong
     if not scenes:

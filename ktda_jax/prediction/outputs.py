@@ -1,17 +1,21 @@
-"""The files of one scene's map, written under temporary names and renamed when all are whole, the map last."""
+"""The files of one scene's map, written under temporary names and renamed when all are whole, the map last.
+
+Those that go to a bucket are written to a scratch folder of this machine (TMPDIR), and uploaded when all are whole.
+"""
 
 import colorsys
 import contextlib
 import dataclasses
-import os
 import pathlib
+import shutil
+import tempfile
 import uuid
 
 import numpy as np
 from PIL import Image
 
 from ktda_jax import UserError
-from ktda_jax.data import pixel_area
+from ktda_jax.data import buckets, pixel_area
 from ktda_jax.data.raster import Scene
 from ktda_jax.prediction import attributes, polygons, view
 from ktda_jax.prediction.files import Outputs
@@ -53,7 +57,7 @@ class SceneWriter:
 
     def __init__(self, scene: Scene, outputs: Outputs, legend: Legend, *, cog: bool, rgb: tuple, tags: dict[str, str]):
         self._scene, self._outputs, self._legend, self._cog, self._rgb = scene, outputs, legend, cog, rgb
-        self._temporaries: dict[pathlib.Path, pathlib.Path] = {}  # in the order in which they are renamed
+        self._temporaries: dict[pathlib.PurePath, pathlib.Path] = {}  # in the order in which they are renamed
         self._drawn: dict[str, list[tuple]] = {name: [] for name in SIDES if getattr(outputs, name)}
         self._tags, self._tally = tags, Tally(pixel_area.of_place(scene.place, scene.height, scene.width))
         names = {f"CLASS_{k}": name for k, name in enumerate(legend.classes)}
@@ -74,8 +78,12 @@ class SceneWriter:
             self.__exit__()
             raise
 
-    def _temporary(self, path: pathlib.Path, suffix: str | None = None) -> pathlib.Path:
-        made = path.with_name(f".{TOKEN}.{uuid.uuid4().hex[:8]}.tmp{suffix or path.suffix}")
+    def _temporary(self, path: pathlib.PurePath, suffix: str | None = None) -> pathlib.Path:
+        folder = path.parent
+        if buckets.is_remote(path):
+            folder = _scratch(TOKEN)
+            folder.mkdir(exist_ok=True)
+        made = folder / f".{TOKEN}.{uuid.uuid4().hex[:8]}.tmp{suffix or path.suffix}"
         self._temporaries[path] = made
         return made
 
@@ -122,12 +130,12 @@ class SceneWriter:
             self._describe(drawn[outputs.map])
             for path in sorted(drawn, key=lambda path: path == outputs.map):
                 for ending in BESIDE:
-                    made, target = pathlib.Path(f"{drawn[path]}{ending}"), pathlib.Path(f"{path}{ending}")
+                    made, target = (file.with_name(file.name + ending) for file in (drawn[path], path))
                     if made.exists():
-                        os.replace(made, target)
+                        buckets.move(made, target)
                     else:  # that of an older map would be taken for ours
-                        target.unlink(missing_ok=True)
-                os.replace(drawn[path], path)
+                        buckets.discard(target)
+                buckets.move(drawn[path], path)
         except OSError as error:
             raise UserError(f"cannot write in {outputs.map.parent}: {error.strerror or error}") from error
 
@@ -157,6 +165,12 @@ class SceneWriter:
             writer.abandon()
         for temporary in self._temporaries.values():
             _remove(temporary)
+        if buckets.is_remote(self._outputs.map):
+            shutil.rmtree(_scratch(TOKEN), ignore_errors=True)
+
+
+def _scratch(token: str) -> pathlib.Path:
+    return pathlib.Path(tempfile.gettempdir(), f"ktda_jax_{token}")
 
 
 def _remove(temporary: pathlib.Path) -> None:
@@ -166,8 +180,11 @@ def _remove(temporary: pathlib.Path) -> None:
             pathlib.Path(f"{temporary}{ending}").unlink(missing_ok=True)
 
 
-def remove_temporaries(folder: pathlib.Path, token: str) -> None:
-    """What the process of that `TOKEN` left when it was killed."""
+def remove_temporaries(folder: pathlib.PurePath, token: str) -> None:
+    """What the process of that `TOKEN` left when it was killed; for a bucket, if that was on this machine."""
+    if buckets.is_remote(folder):
+        shutil.rmtree(_scratch(token), ignore_errors=True)
+        return
     for path in folder.glob(f".{token}.*"):
         with contextlib.suppress(OSError):
             path.unlink()

@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ktda_jax import UserError
+from ktda_jax.data import buckets
 from ktda_jax.prediction.outputs import TOKEN, remove_temporaries
 from ktda_jax.training import lock
 
-OFTEN = 1.0  # seconds between two records of a process that maps many small scenes
-LOOK = 0.5  # seconds between two looks at the others
+OFTEN = 1.0, 5.0  # seconds between two records of a process that maps many small scenes; in a bucket
+LOOK = 0.5, 5.0  # seconds between two looks at the others; in a bucket
 LAUNCH = "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"
 
 
@@ -27,7 +28,7 @@ class Record:
     """This process's own, as a context while it maps `scenes`; `failures` is the list that others append to."""
 
     def __init__(
-        self, folder: pathlib.Path, index: int, count: int, *, scenes: int, skipped: int, failures: list[UserError],
+        self, folder: pathlib.PurePath, index: int, count: int, *, scenes: int, skipped: int, failures: list[UserError],
         dealt: int, coordinator: str | None,
     ):  # fmt: skip
         """dealt: a checksum of the list of scenes, which must be the same in all processes."""
@@ -42,7 +43,7 @@ class Record:
         self._ended, self._writing = threading.Event(), threading.Lock()
         self._beating = threading.Thread(target=self._beat, name="record", daemon=True)
 
-    def path(self, process: int) -> pathlib.Path:
+    def path(self, process: int) -> pathlib.PurePath:
         return self.folder / f".predict-{process:05}-of-{self.count:05}.json"
 
     @property
@@ -53,7 +54,7 @@ class Record:
         """One more scene is."""
         self.values["mapped"] += 1
         self.values["pixels"] += pixels
-        if time.monotonic() - self._said > OFTEN:
+        if time.monotonic() - self._said > OFTEN[buckets.is_remote(self.folder)]:
             self._said = time.monotonic()
             self.write()
 
@@ -62,6 +63,9 @@ class Record:
             if not self.values["ended"]:
                 self.values["seconds"] = time.monotonic() - self.began
             found = self.values | {"failures": list(map(str, self._failures)), "beat": time.time()}
+            if buckets.is_remote(self.folder):
+                buckets.write_text(self.path(self.index), json.dumps(found))
+                return
             temporary = self.folder / f".{TOKEN}.record.tmp"
             temporary.write_text(json.dumps(found))
             os.replace(temporary, self.path(self.index))
@@ -78,8 +82,10 @@ class Record:
     def __exit__(self, kind, error, stack) -> None:
         self._ended.set()
         self._beating.join()
-        self.write()
-        self.values |= {"error": str(error) if isinstance(error, UserError) else None, "ended": True}
+        self.values |= {
+            "seconds": time.monotonic() - self.began, "error": str(error) if isinstance(error, UserError) else None,
+            "ended": True,
+        }  # fmt: skip
         self.write()
         if self._before and not self._before.get("ended") and lock.has_ended(self._before):
             remove_temporaries(self.folder, self._before.get("token"))
@@ -89,9 +95,9 @@ def _left(found: dict) -> int:
     return found["scenes"] - found["skipped"] - found["mapped"] - len(found["failures"])
 
 
-def _read(path: pathlib.Path) -> dict[str, Any] | None:
+def _read(path: pathlib.PurePath) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        return json.loads(buckets.read_text(path))
     except (OSError, ValueError):
         return None
 
@@ -133,10 +139,10 @@ def gather(mine: Record, timeout: float, say: Callable[[str], None]) -> list[dic
         if not told:
             say(f"waiting for process{'es' * (len(waiting) > 1)} {', '.join(map(str, sorted(waiting)))}")
             told = True
-        time.sleep(LOOK)
+        time.sleep(LOOK[buckets.is_remote(mine.folder)])
     for process in range(mine.count):
         with contextlib.suppress(OSError):
-            mine.path(process).unlink(missing_ok=True)
+            buckets.discard(mine.path(process))
     return [{**mine.values, "failures": list(map(str, mine._failures))}, *found.values()]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from ktda_jax import UserError
 from ktda_jax.config import workdir as records
+from ktda_jax.data.addresses import Image
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.figures import plots
 from ktda_jax.figures import trust as figures
@@ -28,7 +29,7 @@ class Scores:
     Pixels that a label ignores or where the scene has no data are not counted.
     """
 
-    def __init__(self, labels: Mapping[pathlib.Path, pathlib.Path], mapping: Mapping | None, classes: int):
+    def __init__(self, labels: Mapping[Image, Image], mapping: Mapping | None, classes: int):
         """labels: {scene: label}; mapping: as `read_label` takes it."""
         self._labels, self._mapping, self._classes = labels, mapping, classes
         self._index = {scene: index for index, scene in enumerate(labels)}
@@ -58,7 +59,7 @@ class Scores:
             self._sums.add_counts(index, self._confusion, edges)
             self._total += self._confusion
 
-    def _begin(self, scene: pathlib.Path, size: tuple[int, int]) -> None:
+    def _begin(self, scene: Image, size: tuple[int, int]) -> None:
         self._label = labelled.read(self._labels[scene], self._mapping)
         if self._label.shape != size:
             raise UserError(f"the label {self._labels[scene]} of {scene} has changed while we were at work")

@@ -1,12 +1,12 @@
 """What `predict` and `evaluate` do alike: a model, scenes as it reads them, the compiled step, and the run itself."""
 
-import pathlib
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from ktda_jax import UserError
+from ktda_jax.data.addresses import Image
 from ktda_jax.data.datasets import IGNORE
 from ktda_jax.data.raster import Scene
 from ktda_jax.prediction import mapping, segmenter
@@ -36,7 +36,7 @@ def _on_cpu() -> bool:
 
 
 def open_scenes(
-    model: segmenter.Segmenter, inputs: Sequence[pathlib.Path], *, bands: Sequence[int] | None,
+    model: segmenter.Segmenter, inputs: Sequence[Image], *, bands: Sequence[int] | None,
     scale: Sequence[float] | None, nodata: float | None, polygonize=False, written=True,
     failures: list[UserError] | None = None,
 ) -> list[Scene]:  # fmt: skip

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 
 from ktda_jax import UserError
-from ktda_jax.data.gdal import one_line, rasterio_for
+from ktda_jax.data.gdal import dataset
 
 READERS = 16  # files whose headers are read at once: of a shared folder each takes its time
 # What keeps libtpu from waiting for the other hosts of a slice, whose hosts have four chips each if they are several.
@@ -53,7 +53,7 @@ def sizes(paths: Sequence[os.PathLike]) -> list[int]:
 
     def pixels(path) -> int:
         try:
-            with one_line(path), rasterio_for(path).open(path, sharing=False) as file:
+            with dataset(path) as file:
                 return file.height * file.width
         except UserError:
             return 0
