@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -70,20 +71,33 @@ def launch(processes: int, *flags: str, logs: pathlib.Path) -> subprocess.Popen:
 
 
 # The scenes that the last of so many processes has, of which it begins with the first.
-@pytest.mark.parametrize("processes, last", [(2, "bcef"), pytest.param(4, "def", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "processes, last, remote",
+    [
+        (2, "bcef", False),
+        pytest.param(4, "def", False, marks=pytest.mark.slow),
+        pytest.param(2, "bcef", True, marks=pytest.mark.slow),
+    ],
+)
 def test_one_is_killed_and_the_same_command_makes_the_files_of_one_process(
-    flags, scenes, expected, tmp_path, processes, last
+    flags, scenes, expected, tmp_path, request, processes, last, remote
 ):
-    folder, maps = tmp_path / "scenes", tmp_path / "maps"
+    """remote: scenes and maps are in a bucket, whose objects lie in a folder here."""
+    root = request.getfixturevalue("bucket") if remote else tmp_path
+    folder, maps = root / "scenes", root / "maps"
+    named, output = ("gs://bucket/scenes", "gs://bucket/maps") if remote else (folder, maps)
     shutil.copytree(scenes, folder)
-    flags = (*flags, f"--input={folder}", f"--output={maps}", "--skip_existing")
+    flags = (*flags, f"--input={named}", f"--output={output}", "--skip_existing")
     launcher = launch(processes, *flags, logs=tmp_path / "logs")
 
     def is_writing() -> bool:
         """Whether the last process has begun to write its first map."""
         nonlocal record
         record = json.loads(runs.read(maps / f".predict-{processes - 1:05}-of-{processes:05}.json", "{}"))
-        return bool(record) and any(maps.glob(f".{record['token']}.*.tif"))
+        if not record:
+            return False
+        drafts = pathlib.Path(tempfile.gettempdir(), f"ktda_jax_{record['token']}") if remote else maps
+        return any(drafts.glob(f".{record['token']}.*.tif"))
 
     record = None
     runs.wait_for(is_writing, launcher)
@@ -94,6 +108,7 @@ def test_one_is_killed_and_the_same_command_makes_the_files_of_one_process(
     assert f"\n{processes} processes mapped {6 - len(last)} of 6 scenes, 0 failed, {len(last)} left; " in out
     assert "error: stopped before all was mapped:\n" in err and f": died; {len(last)} of its scenes left\n" in err
     assert "the same command with --skip_existing maps what is left" in err
+    assert not list(pathlib.Path(tempfile.gettempdir()).glob(f"ktda_jax_{record['token']}*"))
     there = contents(maps)
     assert there == {name: data for name, data in expected.items() if name[0] not in last}  # and nothing else
     times = {path: path.stat().st_mtime_ns for path in maps.iterdir()}
@@ -104,7 +119,7 @@ def test_one_is_killed_and_the_same_command_makes_the_files_of_one_process(
     assert f"\n{processes} processes mapped {len(last)} of 8 scenes, {6 - len(last)} were there, 2 failed; " in out
     assert f"\n  {socket.gethostname()}, process 0, 1" in out
     assert err.count("error: 2 of 8 scenes could not be mapped:\n") == 1
-    assert all(f"\n  cannot read {folder}/x{number}.tif" in err for number in range(2))
+    assert all(f"\n  cannot read {named}/x{number}.tif" in err for number in range(2))
     assert contents(maps) == expected and all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import types
 import zipfile
 
@@ -224,6 +225,18 @@ def test_what_can_be_mapped_is_and_no_signature_is_told(model, server, files, va
     with pytest.raises(UserError, match="^2 of 2 scenes could not"):
         predict.run("x", str(tmp_path / "list.txt"), str(maps), overlay=True, skip_existing=True)
     assert not any("a.tif" in line or "p.png" in line for line in server.requests)
+
+
+def test_of_several_processes_each_reads_its_own_scenes(model, server, files, tmp_path):
+    """And of the others' their headers, to know who maps what."""
+    size, paths = (files / "a.tif").stat().st_size, [files / "c.tif", files / "d.tif"]
+    for path in paths:
+        shutil.copy(files / "a.tif", path)
+    (tmp_path / "list.txt").write_text("".join(f"{server.address}/{path.name}\n" for path in paths))
+    server.taken()
+    predict.run("x", str(tmp_path / "list.txt"), str(tmp_path / "maps"), process=(1, 2), coordinator="x:1")
+    assert size <= server.taken() <= size + 4 * CHUNK
+    assert {path.name for path in (tmp_path / "maps").glob("*.tif")} == {"d.tif"}
 
 
 def test_images_and_a_label_behind_urls_are_scored(model, server, files, values, tmp_path, capsys):
