@@ -279,5 +279,6 @@ def test_the_job_that_maps_is_consistent_and_its_flags_are_known():
     parsed = subprocess.run([sys.executable, "-c", code, *args], cwd=runs.REPOSITORY, capture_output=True, text=True)
     hosts = job["spec"]["completions"]
     assert parsed.stdout == f"3 {hosts} True\n" and job["spec"]["parallelism"] == hosts, parsed.stderr
-    assert all(a.partition("=")[2].startswith("gs://BUCKET/") for a in args if a.startswith(("--in", "--out", "--check")))
+    places = [a.partition("=")[2] for a in args if a.startswith(("--in", "--out", "--check"))]
+    assert len(places) == 3 and all(place.startswith("gs://BUCKET/") for place in places)
     assert container["image"] in (LAUNCH / "jobset.yaml").read_text()
