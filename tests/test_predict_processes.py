@@ -17,6 +17,8 @@ import runs
 import scene_files as sf
 
 from ktda_jax import UserError
+from ktda_jax.data import buckets
+from ktda_jax.data.paths import place
 from ktda_jax.prediction import records, shares
 
 SIZES = {"a": (240, 500), "b": (260, 400), "c": (600, 150), "d": (420, 200), "e": (64, 90), "f": (50, 70)}
@@ -52,6 +54,10 @@ def expected(flags, scenes, tmp_path_factory):
     return found
 
 
+def put(path: pathlib.Path, target: pathlib.PurePath) -> None:
+    buckets.upload(path, target) if buckets.is_remote(target) else shutil.copy(path, target)
+
+
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -83,10 +89,12 @@ def test_one_is_killed_and_the_same_command_makes_the_files_of_one_process(
     flags, scenes, expected, tmp_path, request, processes, last, remote
 ):
     """remote: scenes and maps are in a bucket, whose objects lie in a folder here."""
-    root = request.getfixturevalue("bucket") if remote else tmp_path
-    folder, maps = root / "scenes", root / "maps"
-    named, output = ("gs://bucket/scenes", "gs://bucket/maps") if remote else (folder, maps)
-    shutil.copytree(scenes, folder)
+    maps = (request.getfixturevalue("bucket") if remote else tmp_path) / "maps"
+    named, output = map(place, ("gs://bucket/scenes", "gs://bucket/maps") if remote else (tmp_path / "scenes", maps))
+    if not remote:
+        named.mkdir()
+    for path in scenes.iterdir():
+        put(path, named / path.name)
     flags = (*flags, f"--input={named}", f"--output={output}", "--skip_existing")
     launcher = launch(processes, *flags, logs=tmp_path / "logs")
 
@@ -114,7 +122,8 @@ def test_one_is_killed_and_the_same_command_makes_the_files_of_one_process(
     times = {path: path.stat().st_mtime_ns for path in maps.iterdir()}
 
     for number in range(2):  # what cannot be read is named by process 0, whose share it may be in
-        (folder / f"x{number}.tif").write_bytes(b"II*\0")
+        (tmp_path / "cut.tif").write_bytes(b"II*\0")
+        put(tmp_path / "cut.tif", named / f"x{number}.tif")
     out, err = runs.finish(launch(processes, *flags, logs=tmp_path / "logs"), status=1)
     assert f"\n{processes} processes mapped {len(last)} of 8 scenes, {6 - len(last)} were there, 2 failed; " in out
     assert f"\n  {socket.gethostname()}, process 0, 1" in out
