@@ -282,7 +282,7 @@ def test_a_killed_training_goes_on_the_same(tmp_path):
         "eval_every": 2,
         "keep_checkpoints": 2,
         "ema": 0.9,
-        "teacher.features": tmp_path / "features",
+        "teacher.features": str(tmp_path / "features"),
     }
     runs.finish(runs.start(*runs.arguments(REAL, tmp_path / "whole", settings)))
     other = shutil.copytree(tmp_path / "whole", tmp_path / "other")
