@@ -18,7 +18,7 @@ from ktda_jax.data.paths import place
 from ktda_jax.prediction import files, outputs, records, setup
 from ktda_jax.tiling import device
 
-WANTED = dict(probabilities=True, confidence=True, overlay=True)
+WANTED = dict(probabilities=True, confidence=True, overlay=True, view=True)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def expected(scenes, tmp_path):
     """The files in a folder of this machine."""
     predict.run("x", str(scenes), str(tmp_path / "maps"), **WANTED)
     found = contents(tmp_path / "maps")
-    assert len(found) == 3 * 5
+    assert len(found) == 3 * 6
     return found
 
 
