@@ -4,9 +4,8 @@
     python -m ktda_jax.main --config=... --config.data.root=DIR \
         --config.teacher.mode=precomputed --config.teacher.features=features/mine
 
-Put your model in `teacher`; this one has random weights, which teach nothing. It takes all bands of the files, and they
-need not be the student's: files of the same names in another folder do, with more bands. The format, and what --views
-means, is in ktda_jax/data/foreign_writer.py, which can be copied to wherever the teacher runs: it needs numpy alone.
+Put your model in `teacher`; this one has random weights, which teach nothing. Its files may have other bands than the
+student's, in another folder under the same names. Format and --views: ktda_jax/data/foreign_writer.py.
 """
 
 import argparse
@@ -18,14 +17,14 @@ import torch
 import transformers
 
 from ktda_jax.data.foreign_writer import ForeignWriter, view
+from ktda_jax.data.gdal import orientation_of, upright
 
 PATCH, TAPS = 16, (2, 4)  # px; layers, as many as you like
 
 
 def teacher(bands: int) -> torch.nn.Module:
-    config = transformers.ViTConfig(
-        num_channels=bands, patch_size=PATCH, hidden_size=96, num_hidden_layers=4, num_attention_heads=4
-    )
+    size = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=4)
+    config = transformers.ViTConfig(num_channels=bands, patch_size=PATCH, **size)
     return transformers.ViTModel(config, add_pooling_layer=False).eval()
 
 
@@ -50,7 +49,8 @@ def main() -> None:
     with ForeignWriter(given.features, name="ViT of random weights", taps=named, patch=PATCH, views=given.views) as out:
         for path in paths:
             with rasterio.open(path) as file:
-                image = np.moveaxis(file.read(), 0, -1) / 127.5 - 1  # normalise as your teacher was trained
+                pixels = upright(file.read(), orientation_of(file))
+            image = np.moveaxis(pixels, 0, -1) / 127.5 - 1  # normalise as your teacher was trained
             model = model or teacher(image.shape[-1])
             out.write(path.stem, *(features(model, view(image, number)) for number in range(given.views)))
 

@@ -115,6 +115,8 @@ def test_whole_tiles_need_no_patch(tmp_path):
         return [image[::13, ::13], image[::13, ::13] / 2]
 
     tiles = Tiles((64, 64))
+    lying = ForeignFeatures(write(tmp_path / "lying", Tiles((64, 90)).images, 8, means, patch=None), NAMES, LEVELS)
+    assert lying.check([(64, 90)] * 3) and lying.manifest.grid == (5, 7)  # of turned views 7 x 5
     features = ForeignFeatures(write(tmp_path / "f", tiles.images, 8, means, patch=None), NAMES, LEVELS)
     features.check([(64, 64)] * 3)
     augmentation = Augmentation((64, 64), photometric=False, rotate=True)

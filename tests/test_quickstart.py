@@ -1,6 +1,9 @@
 """The notebook, executed from its first cell to its last; skipped where Jupyter's client is not installed (.[docs])."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import runs
@@ -15,6 +18,32 @@ NOTEBOOK = runs.REPOSITORY / "examples" / "quickstart.ipynb"
 def test_the_notebook_holds_no_output():
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
+
+
+def test_it_installs_where_the_folder_alone_is_there(tmp_path, monkeypatch):
+    """As in Colab: JAX may be installed, and `ktda_jax` can be imported from the clone, but nothing that it needs."""
+    clone = tmp_path / "clone"
+    (clone / "configs").mkdir(parents=True)
+    (clone / "configs" / "demo.py").touch()
+    (clone / "ktda_jax").mkdir()
+    (clone / "ktda_jax" / "__init__.py").touch()
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    (fake / "pip.py").write_text(f"import sys; open({str(tmp_path / 'asked')!r}, 'w').write(' '.join(sys.argv[1:]))")
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    code = "".join(next(cell for cell in cells if cell["cell_type"] == "code")["source"])
+    hidden = (
+        "import importlib.metadata as m\ndef version(name): raise m.PackageNotFoundError(name)\nm.version = version\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", hidden + code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(fake)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert pathlib.Path(tmp_path / "asked").read_text() == "install -q -e ."
 
 
 def test_it_runs(tmp_path, monkeypatch):

@@ -86,4 +86,6 @@ def test_rows_are_trained_and_left_alone(tiles, tmp_path):
     assert sorted(found) == ["nothing_distilled_0", "nothing_ktda_0", "nothing_student_0", "teacher_frozen_0"]
     assert all(np.isfinite(row["mIoU"]) and len(row["IoU"]) == 5 for row in found.values())
     again = call(tiles, tmp_path / "out", *flags)
+    other = call(tiles, tmp_path / "out", *flags, batch_size=2)
+    assert other.returncode == 1 and "was made with other settings" in other.stderr and "Traceback" not in other.stderr
     assert again.returncode == 0 and "seed 0" not in again.stdout and "| nothing | distilled | 1 |" in again.stdout

@@ -91,6 +91,16 @@ def test_rgb_weights_are_made_to_see_more(tmp_path, monkeypatch, rgb):
         loading._compare("config.weights.teacher", "w", TEACHER, four)
 
 
+def test_rgb_weights_see_colours_in_their_order(tmp_path):
+    """Else a teacher would be shown blue for red, of which no shape tells."""
+    folder.save(tmp_path / "w", Weights("teacher", TEACHER, arrays_of(TEACHER), {}))
+    shapes = flat.abstract(lambda: ViT(TEACHER, rngs=nnx.Rngs(0)))[1]
+    with pytest.raises(UserError, match="takes red, green and blue in this order, and config.teacher.bands names them"):
+        loading.load(str(tmp_path / "w"), shapes, "teacher", TEACHER, rgb=(2, 1, 0))
+    for rgb in ((0, 1, 2), (0, 0, 0)):  # the latter: of other bands than these
+        assert loading.load(str(tmp_path / "w"), shapes, "teacher", TEACHER, rgb=rgb).keys() == shapes.keys()
+
+
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory):
     """Five bands of noise in files of eleven, whose bands' means differ."""

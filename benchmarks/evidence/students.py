@@ -46,6 +46,8 @@ def main() -> None:
         for start, row in jobs:
             target = args.output / f"{start}_{row}_{seed}.json"
             if target.exists():
+                if json.loads(target.read_text())["settings"] != _settings(args):
+                    sys.exit(f"error: {target} was made with other settings; give another --output, or remove it")
                 continue
             begun = time.monotonic()
             try:
@@ -55,6 +57,7 @@ def main() -> None:
                 print(f"not run: {start}, {row}: {error}", flush=True)
                 continue
             found = {"start": start, "row": row, "seed": seed, "seconds": round(time.monotonic() - begun), **scores}
+            found["settings"] = _settings(args)
             temporary = target.with_suffix(".tmp")
             temporary.write_text(json.dumps({**found, "command": " ".join(sys.argv)}, indent=1) + "\n")
             temporary.replace(target)
@@ -84,6 +87,16 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     return args
+
+
+def _settings(args: argparse.Namespace) -> dict:
+    """What all rows of a table must have in common."""
+    names = ("data", "classes", "teacher", "imagenet", "dinov3", "unlabelled", "satellite", "steps", "distill_steps")
+    return {name: getattr(args, name) for name in names} | {"changed": dict(sorted(map(_as_text, args.changed)))}
+
+
+def _as_text(change: tuple) -> tuple[str, str]:
+    return change[0], repr(change[1])
 
 
 def _words(known: tuple[str, ...]):

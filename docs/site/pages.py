@@ -11,6 +11,7 @@ import re
 import typing
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 from ktda_jax.config import base, settings
@@ -32,6 +33,8 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 def on_files(files, config):
     for source, page in PAGES.items():
+        if not (ROOT / source).exists():
+            raise PluginError(f"{source}, a page of the site, is gone; see PAGES in docs/site/pages.py")
         files.append(File.generated(config, page, content=turned((ROOT / source).read_text(), source, page)))
     return files
 

@@ -164,7 +164,7 @@ class ForeignFeatures:
                     sums.append(archive.getinfo(f"view{number}.npy").CRC)
                     if dtype != told.dtype:
                         return f"{path.name}: view{number} is {dtype}, not {told.dtype}", []
-                    if problem := self._shape(shape, size[::-1] if turned(number) else size):
+                    if problem := self._shape(shape, size, turned(number)):
                         return f"{path.name}: view{number} {problem}", []
         except FileNotFoundError:
             return f"{path.name} is not there", []
@@ -172,7 +172,8 @@ class ForeignFeatures:
             return f"{path.name} cannot be read ({' '.join(str(error).split())})", []
         return None, sums
 
-    def _shape(self, shape: tuple[int, ...], size: tuple[int, int]) -> str | None:
+    def _shape(self, shape: tuple[int, ...], size: tuple[int, int], turned: bool) -> str | None:
+        """size: of the tile; a turned view of it lies on its side."""
         told = self.manifest
         if len(shape) != 4:
             return f"has the shape {shape}, not (taps, h, w, C)"
@@ -181,6 +182,8 @@ class ForeignFeatures:
         if shape[3] != told.width:
             return f"has {shape[3]} channels, not {told.width}"
         grid = told.grid_of(*size)
+        if turned:
+            grid, size = grid[::-1], size[::-1]
         if shape[1:3] != grid:
             of_patch = "" if told.patch is None else f", in patches of {told.patch} px,"
             return (

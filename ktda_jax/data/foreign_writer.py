@@ -8,8 +8,8 @@ Training reads them with config.teacher.mode=precomputed and config.teacher.feat
 
 **NAME.npz** (numpy.savez or savez_compressed) holds `view0`, and as many views as the manifest says: each an array
 (taps, h, w, C), float16 or float32, without NaN. A tap is what a layer of the teacher, or anything else, says of the
-*whole* tile as it lies in the file: row 0 at the top, column 0 at the left, no class token. All have one C, and of one
-tile one grid.
+*whole* tile: row 0 at the top, column 0 at the left, no class token. All have one C, and of one tile one grid. A
+picture with an orientation tag is turned upright first, as training does: PIL's ImageOps.exif_transpose.
 
 **Grid.** With a `patch` of P pixels, token (i, j) is of the pixels from row P * i and column P * j on, and a tile of
 H x W has ceil(H / P) x ceil(W / P) tokens: pad at the bottom and at the right what is no whole patch. Tiles may differ

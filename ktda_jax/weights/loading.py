@@ -180,6 +180,11 @@ def _other_bands(arrays: Arrays, found, wanted, theirs: tuple[int, int, int], rg
 def _other_teacher_bands(path: str, arrays: Arrays, found: ViTConfig, wanted: ViTConfig, rgb: tuple[int, int, int]):
     """A teacher of RGB images, made to see another number of bands; one of as many bands sees them in its own order."""
     bands = wanted.bands
+    if (found.bands, bands) == (3, 3) and len(set(rgb)) == 3 and rgb != (0, 1, 2):
+        raise UserError(
+            f"config.weights.teacher: {path} takes red, green and blue in this order, and config.teacher.bands names "
+            "them in another; leave it out"
+        )
     if found.bands != 3 or bands == 3:
         return arrays, found
     statistics = {}
