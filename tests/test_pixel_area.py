@@ -51,6 +51,17 @@ def test_web_mercator_is_mended():
     assert f"EPSG:3857 itself shows areas {factor:.3g} times as large in its middle" in found.how
 
 
+@pytest.mark.parametrize("column", [-5000, -10_000, -2500, 0])  # the line: in the middle, at an end, within
+@pytest.mark.parametrize("side", [1, -1])
+def test_web_mercator_at_the_date_line_is_as_elsewhere(side, column):
+    half, width = np.pi * pa.AXIS, 10_000
+    start = half + 10 * column if side > 0 else -half - 10 * (column + width)
+    found = of("EPSG:3857", Affine(10, 0, start, 0, -10, 6_446_275), 100, width)
+    elsewhere = of("EPSG:3857", Affine(10, 0, 1e6, 0, -10, 6_446_275), 100, width)
+    assert elsewhere.rows.mean() == pytest.approx(100 * np.cos(np.radians(50)) ** 2, rel=5e-3)
+    assert found.rows == pytest.approx(elsewhere.rows, rel=1e-7) and not found.constant
+
+
 def test_where_nobody_knows_it_is_said():
     points = [GroundControlPoint(row=0, col=0, x=1, y=2)]
     for place, words in (

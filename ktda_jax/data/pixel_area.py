@@ -89,13 +89,18 @@ def _degrees(crs, transform, columns, rows) -> tuple[np.ndarray, np.ndarray]:
     return np.array(found[0]), np.array(found[1])
 
 
+def _around_zero(degrees: np.ndarray) -> np.ndarray:
+    """Differences of longitudes, from -180 up to 180."""
+    return (degrees + 180) % 360 - 180
+
+
 def _true_area(crs, transform, height: int, width: int) -> float:
     """Of the pixel in the middle, on the ellipsoid."""
     row, column = height // 2, width // 2
     longitudes, latitudes = _degrees(
         crs, transform, column + np.array([0, 1, 1, 0]), row + np.array([0, 0, 1, 1])
     )  # fmt: skip
-    x = AXIS * np.radians((longitudes - longitudes[0] + 180) % 360 - 180)
+    x = AXIS * np.radians(_around_zero(longitudes - longitudes[0]))
     y = height_on_cylinder(latitudes)
     y = y - y[0]
     return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
@@ -103,9 +108,12 @@ def _true_area(crs, transform, height: int, width: int) -> float:
 
 def _by_parallels(crs, transform, height: int, width: int) -> np.ndarray | None:
     """Of the pixels of each row, float64 (H,), where rows are parallels and columns meridians; None elsewhere."""
-    edges = np.arange(height + 1)
-    (west, left), (east, right) = (_degrees(crs, transform, np.full(height + 1, c), edges) for c in (0, width))
-    across = np.abs(east - west)
-    if not (np.allclose(left, right, rtol=0, atol=1e-9) and np.allclose(across, across[0], rtol=1e-9, atol=0)):
+    edges, middle = np.arange(height + 1), width // 2
+    (west, left), (east, right), (start, _), (end, _) = (
+        _degrees(crs, transform, np.full(height + 1, column), edges) for column in (0, width, middle, middle + 1)
+    )
+    turned = _around_zero(east - west - (east - west)[0])  # of columns away from meridians; none at 180 degrees either
+    if not (np.allclose(left, right, rtol=0, atol=1e-9) and np.allclose(turned, 0, rtol=0, atol=1e-9)):
         return None
-    return np.abs(np.diff(height_on_cylinder(left))) * AXIS * np.radians(across[0]) / width
+    across = abs(_around_zero(end[0] - start[0]))
+    return np.abs(np.diff(height_on_cylinder(left))) * AXIS * np.radians(across)
