@@ -7,7 +7,7 @@
 A row per class of each map, of all maps together, and of each polygon. With --confusion also the areas corrected by the
 errors that a sample shows, with standard errors and 95 % intervals (Olofsson et al. 2014), and user's and producer's
 accuracies. They hold for a probability sample of the mapped area: validation tiles tell what the model does on such
-tiles, which is another thing. README, "Areas", says more.
+tiles, which is another thing. docs/howto/areas.md says more.
 """
 
 from absl import flags, logging
