@@ -66,6 +66,8 @@ def test_where_nobody_knows_it_is_said():
     points = [GroundControlPoint(row=0, col=0, x=1, y=2)]
     for place, words in (
         ({"crs": None, "transform": Affine.identity()}, "no CRS"),
+        ({"crs": CRS.from_epsg(32632), "transform": Affine.identity()}, "it has no geotransform"),
+        ({"crs": CRS.from_epsg(4326), "transform": Affine.identity()}, "it has no geotransform"),
         ({"crs": CRS.from_epsg(4326), "gcps": points}, "ground control points"),
         ({"crs": CRS.from_epsg(4326), "transform": Affine.rotation(5)}, "its grid is turned in EPSG:4326"),
         (
@@ -75,3 +77,9 @@ def test_where_nobody_knows_it_is_said():
     ):
         found = pa.of_place(place, 5, 5)
         assert found.rows is None and words in found.how
+
+
+def test_a_grid_off_the_earth_is_not_called_checked():
+    found = of("EPSG:32632", Affine(30, 0, 5e7, 0, -30, 5e7))
+    assert found.rows.tolist() == [900] * 4
+    assert found.how == "900 m² a pixel by EPSG:32632, not checked: its middle has no place on Earth"

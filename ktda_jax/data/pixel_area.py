@@ -43,6 +43,8 @@ def of_place(place: dict[str, Any], height: int, width: int) -> PixelArea:
         return PixelArea(None, "its place is told by ground control points")
     if crs is None:
         return PixelArea(None, "it has no CRS")
+    if transform.is_identity:  # what GDAL gives where there is none
+        return PixelArea(None, "it has no geotransform")
     name = name_of(crs)
     straight = not transform.b and not transform.d
     if crs.is_geographic:
@@ -57,8 +59,11 @@ def of_place(place: dict[str, Any], height: int, width: int) -> PixelArea:
     side = crs.linear_units_factor[1]  # metres
     nominal = abs(transform.determinant) * side**2
     rows = np.full(height, nominal)
-    ratio = nominal / _true_area(crs, transform, height, width)
-    if not np.isfinite(ratio) or abs(ratio - 1) <= DISTORTION:
+    true = _true_area(crs, transform, height, width)
+    if not np.isfinite(true) or not true:
+        return PixelArea(rows, f"{nominal:,.6g} m² a pixel by {name}, not checked: its middle has no place on Earth")
+    ratio = nominal / true
+    if abs(ratio - 1) <= DISTORTION:
         return PixelArea(rows, f"{nominal:,.6g} m² a pixel by {name}")
     false = f"{name} itself shows areas {ratio:.3g} times as large in its middle"
     if straight and (along := _by_parallels(crs, transform, height, width)) is not None:
