@@ -240,10 +240,18 @@ def test_what_is_wrong_with_polygons_is_one_line(run, tmp_path, folder, labels):
     assert {row["polygon"] for row in rows} == {"", "a", "b"}
     assert int([row for row in rows if row["polygon"] == "b"][-1]["pixels"]) == pytest.approx(800, abs=40)
 
+    spike = ground((10, 10), (30, 10), (30, 20), (90, 20), (30, 20), (30, 30), (10, 30))
+    sliver = ground((10, 10), (30, 10), (10, 10))
+    write_polygons(tmp_path / "spikes.gpkg", [spike, sliver], names=["spike", "sliver"])
+    rows, said = run(polygons=tmp_path / "spikes.gpkg", id_field="name")
+    assert "1 of 2 (sliver) without a polygon, left out" in said and "1 of 1 (spike) not valid, repaired" in said
+    assert {row["polygon"] for row in rows} == {"", "spike"} and int(rows[-1]["pixels"]) == 400
+
     far = shapely.transform(square, lambda xy: xy + 1e6)
     write_polygons(tmp_path / "far.gpkg", [far])
     write_polygons(tmp_path / "points.gpkg", [shapely.Point(1, 2)], kind="Point")
     write_polygons(tmp_path / "empty.gpkg", [])
+    write_polygons(tmp_path / "sliver.gpkg", [sliver])
     write_polygons(tmp_path / "bare.gpkg", [square], crs=None)
     write_polygons(tmp_path / "two.gpkg", [square], layer="one")
     write_polygons(tmp_path / "two.gpkg", [square], layer="other", append=True)
@@ -252,6 +260,7 @@ def test_what_is_wrong_with_polygons_is_one_line(run, tmp_path, folder, labels):
     for given, message in (
         (dict(polygons="far.gpkg"), "none of the 1 polygons of .*far.gpkg holds a pixel's centre of map.tif"),
         (dict(polygons="points.gpkg"), "points.gpkg holds no polygons, but Point"),
+        (dict(polygons="sliver.gpkg"), "sliver.gpkg holds no polygons with an area"),
         (dict(polygons="empty.gpkg"), "empty.gpkg has no features"),
         (dict(polygons="bare.gpkg"), "bare.gpkg has no CRS, so where the polygons lie on the map is not known"),
         (dict(polygons="mixed.gpkg", map=plain), "plain.tif has no CRS, so where"),

@@ -69,18 +69,30 @@ def read(text: str, *, layer: str | None = None, field: str | None = None, say: 
     names = [str(value) for value in (numbers if field is None else values[0])]
     shapes = shapely.force_2d(shapes)
     kinds = shapely.get_type_id(shapes)
-    polygonal = np.isin(kinds, (3, 6)) & ~shapely.is_empty(shapes)  # polygons and multipolygons
-    if not polygonal.any():
+    given = np.isin(kinds, (3, 6)) & ~shapely.is_empty(shapes)  # polygons and multipolygons
+    if not given.any():
         raise UserError(f"--polygons={text} holds no polygons, but {about.get('geometry_type') or 'no geometry'}")
+    valid, repaired = shapely.is_valid(shapes), shapes.copy()
+    for k in np.flatnonzero(given & ~valid):
+        repaired[k] = _polygonal(shapely.make_valid(shapes[k]))
+    polygonal = given & ~shapely.is_empty(repaired)
+    if not polygonal.any():
+        raise UserError(f"--polygons={text} holds no polygons with an area")
     if not polygonal.all():
         say(f"warning: --polygons={text}: {_some(names, ~polygonal)} without a polygon, left out")
     names, shapes = [name for name, kept in zip(names, polygonal, strict=True) if kept], shapes[polygonal]
-    valid = shapely.is_valid(shapes)
-    if not valid.all():
-        reason = shapely.is_valid_reason(shapes[~valid][0])
-        say(f"warning: --polygons={text}: {_some(names, ~valid)} not valid, repaired ({reason})")
-        shapes = np.where(valid, shapes, shapely.make_valid(shapes))
-    return Zones(text, names, shapes, CRS.from_user_input(about["crs"]) if about["crs"] else None)
+    if not valid[polygonal].all():
+        reason = shapely.is_valid_reason(shapes[~valid[polygonal]][0])
+        say(f"warning: --polygons={text}: {_some(names, ~valid[polygonal])} not valid, repaired ({reason})")
+    return Zones(text, names, repaired[polygonal], CRS.from_user_input(about["crs"]) if about["crs"] else None)
+
+
+def _polygonal(shape):
+    """Without the lines and points that a repair or a cut leaves beside polygons: `rasterize` would burn them, too."""
+    import shapely
+
+    parts = shapely.get_parts(shapely.get_parts(shape))  # of multipolygons in collections, too
+    return shapely.MultiPolygon(list(parts[shapely.get_type_id(parts) == 3]))
 
 
 def _some(names: Sequence[str], chosen: np.ndarray) -> str:
