@@ -127,6 +127,48 @@ def test_polygons_of_another_crs_are_reprojected(run, tmp_path, labels):
     assert [found[name] for name in NAMES] == pytest.approx(expected[:3].tolist(), abs=15)
 
 
+@pytest.mark.parametrize(
+    "crs, west, north, side",
+    [
+        ("EPSG:32633", 4e5, 5.5e6, 1e3),
+        ("EPSG:32601", 2e5, 7e6, 6e3),  # across the date line
+        ("EPSG:3413", -1e6, 1e6, 2e4),  # around the pole
+        ("EPSG:3857", -20037508, 20037508, 400750.16),  # all of it
+    ],
+)
+@pytest.mark.parametrize("world", [(-180, -90, 180, 90), (0, -90, 360, 90)])
+def test_a_polygon_of_the_whole_world_holds_the_whole_map(tmp_path, crs, west, north, side, world):
+    place = rasterio.Affine(side, 0, west, 0, -side, north)
+    path = write_map(tmp_path / "m.tif", np.ones((100, 100), np.uint8), crs=crs, transform=place)
+    box = write_polygons(tmp_path / "p.geojson", [shapely.box(*world), shapely.box(*world[:3], -80)], crs="EPSG:4326")
+    all_of_it, south = zones.within(path, zones.read(str(box), say=print))
+    assert all_of_it.pixels[1] == 10_000
+    assert crs == "EPSG:3857" or south is None
+
+
+def test_polygons_in_web_mercator_go_around_the_world(tmp_path):
+    """All of it; and one beyond its eastern end, over a map at the western one."""
+    place = rasterio.Affine(1000, 0, 5e5, 0, -1000, 7e6)
+    path = write_map(tmp_path / "m.tif", np.ones((50, 50), np.uint8), crs="EPSG:32601", transform=place)
+    shapes = [shapely.box(-2e7, -2e7, 2e7, 2e7), shapely.box(2e7, 8e6, 2.1e7, 1e7), shapely.box(0, 8e6, 1e6, 1e7)]
+    box = write_polygons(tmp_path / "p.gpkg", shapes, crs="EPSG:3857")
+    world, beyond, elsewhere = zones.within(path, zones.read(str(box), say=print))
+    assert world.pixels[1] == beyond.pixels[1] == 2500 and elsewhere is None
+
+
+def test_polygons_without_a_place_on_the_map_are_named(tmp_path):
+    """A map of the Earth as a satellite sees it: no place for what lies behind."""
+    place = rasterio.Affine(110_000, 0, -5.5e6, 0, -110_000, 5.5e6)
+    seen = dict(crs="+proj=geos +h=35785831 +datum=WGS84", transform=place)
+    path = write_map(tmp_path / "m.tif", np.ones((100, 100), np.uint8), **seen)
+    shapes = [shapely.box(*corners) for corners in ((-9, -9, 9, 9), (150, -9, 170, 9), (-180, -90, 180, 90))]
+    near = write_polygons(tmp_path / "near.geojson", shapes[:1], crs="EPSG:4326")
+    assert zones.within(path, zones.read(str(near), say=print))[0].pixels[1] > 200
+    world = write_polygons(tmp_path / "world.geojson", shapes, crs="EPSG:4326", names=["here", "behind", "world"])
+    with pytest.raises(UserError, match=r"2 of 3 \(behind, world\) cannot be brought to .*; cut them to the map"):
+        zones.within(path, zones.read(str(world), field="name", say=print))
+
+
 def test_degrees_are_areas_row_by_row(run, tmp_path):
     """A map of 2 x 2 degrees up to the pole's side, whose lower half is a class."""
     labels = np.repeat(np.uint8([0, 1]), 100)[:, None].repeat(200, 1)

@@ -17,6 +17,7 @@ from ktda_jax.tiling.blend import NODATA
 
 BLOCK = 1 << 24  # pixels of a map in memory at once
 EDGE = 1 / 200  # of a polygon's longer side: parts of its edges, before another CRS bends them
+MARGIN = 0.01  # of a map's sides, around it: its bent edges are known by some of their points
 SHOWN = 5  # names in one line
 
 
@@ -26,7 +27,6 @@ class Zones:
     names: list[str]
     shapes: np.ndarray  # of shapely polygons and multipolygons
     crs: Any  # rasterio's, or None
-    _moved: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # by CRS: maps of one share it
 
 
 def check_installed() -> None:
@@ -125,7 +125,7 @@ def within(path: pathlib.Path, zones: Zones) -> list[Tally | None]:
             lacking = path if place["crs"] is None else f"--polygons={zones.path}"
             raise UserError(f"{lacking} has no CRS, so where the polygons lie on the map is not known; give it one")
         area = pixel_area.of_place(place, file.height, file.width)
-        shapes, inverse = _reprojected(zones, place["crs"]), ~file.transform
+        shapes, inverse = _reprojected(zones, file), ~file.transform
         found = []
         for shape, (west, south, east, north) in zip(shapes, shapely.bounds(shapes), strict=True):
             corners = np.array([west, east, east, west]), np.array([south, south, north, north])
@@ -173,22 +173,72 @@ def _blocks(file, rows: range, columns: range) -> Iterator[tuple[np.ndarray, int
         yield labels, top, transform(window, file.transform)
 
 
-def _reprojected(zones: Zones, crs) -> np.ndarray:
+def _reprojected(zones: Zones, file) -> np.ndarray:
+    """The polygons in the map's CRS, where they are near the map; far from it they may have none, or a wrong one."""
+    if zones.crs is None or zones.crs == file.crs:
+        return zones.shapes
+    near = _near(zones, file)
+    if (found := _moved(near, zones.crs, file.crs)) is None:
+        lost = np.array([_moved(near[k : k + 1], zones.crs, file.crs) is None for k in range(len(near))])
+        raise UserError(
+            f"--polygons={zones.path}: {_some(zones.names, lost)} cannot be brought to "
+            f"{pixel_area.name_of(file.crs)}, where some of their corners have no place; cut them to the map"
+        )
+    return found
+
+
+def _near(zones: Zones, file) -> np.ndarray:
+    """The polygons cut to the map's bounds and a margin; as they are if the bounds have no place in their CRS."""
     import rasterio.warp
     import shapely
 
-    if zones.crs is None or zones.crs == crs:
+    x, y = pixel_area.applied(
+        file.transform, np.array([0, file.width, file.width, 0]), np.array([0, 0, file.height, file.height])
+    )
+    try:
+        bounds = rasterio.warp.transform_bounds(file.crs, zones.crs, x.min(), y.min(), x.max(), y.max(), densify_pts=50)
+    except Exception:  # GDAL's are of no base of rasterio's
         return zones.shapes
-    if (key := crs.to_wkt()) in zones._moved:
-        return zones._moved[key]
-    west, south, east, north = shapely.bounds(zones.shapes).T
-    shapes = shapely.segmentize(zones.shapes, np.maximum(east - west, north - south) * EDGE)
+    if not np.isfinite(bounds).all():
+        return zones.shapes
+    west, south, east, north = bounds
+    turn = _turn(zones.crs)  # polygons may go beyond 180 degrees
+    east += turn if east < west else 0  # across the date line
+    across, up = MARGIN * (east - west), MARGIN * (north - south)
+    if turn:
+        across = min(across, (turn - (east - west)) / 2)  # once around at most
+    box, pieces = shapely.box(west - across, south - up, east + across, north + up), []
+    for k in (-1, 0, 1) if turn else (0,):
+        step = np.array([k * turn, 0])
+        cut = shapely.intersection(zones.shapes, shapely.transform(box, lambda xy, step=step: xy + step))
+        pieces.append(shapely.transform(cut, lambda xy, step=step: xy - step))
+    near = shapely.union_all(np.stack(pieces), axis=0)
+    for k in np.flatnonzero(~np.isin(shapely.get_type_id(near), (3, 6)) & ~shapely.is_empty(near)):
+        near[k] = _polygonal(near[k])
+    return near
+
+
+def _turn(crs) -> float:
+    """After how much of x a place comes again; 0: it does not, or nobody draws that far."""
+    if crs.is_geographic:
+        return 2 * np.pi / crs.units_factor[1]
+    return 2 * np.pi * pixel_area.AXIS if crs.to_epsg() == 3857 else 0.0
+
+
+def _moved(shapes: np.ndarray, source, target) -> np.ndarray | None:
+    """In another CRS; None if a point has no place there."""
+    import rasterio.warp
+    import shapely
+
+    found, there = shapes.copy(), ~shapely.is_empty(shapes)
+    west, south, east, north = shapely.bounds(shapes[there]).T
+    fine = shapely.segmentize(shapes[there], np.maximum(east - west, north - south) * EDGE)
 
     def moved(points: np.ndarray) -> np.ndarray:
-        return np.column_stack(rasterio.warp.transform(zones.crs, crs, points[:, 0], points[:, 1]))
+        return np.column_stack(rasterio.warp.transform(source, target, points[:, 0], points[:, 1]))
 
     try:
-        zones._moved[key] = shapely.transform(shapes, moved)
-    except Exception as error:  # GDAL's are of no base of rasterio's
-        raise UserError(f"--polygons={zones.path} cannot be brought to {pixel_area.name_of(crs)}: {error}") from error
-    return zones._moved[key]
+        found[there] = shapely.transform(fine, moved) if there.any() else fine
+    except Exception:  # GDAL's are of no base of rasterio's
+        return None
+    return found if np.isfinite(shapely.get_coordinates(found)).all() else None
