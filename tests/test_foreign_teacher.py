@@ -287,7 +287,7 @@ def test_a_killed_training_goes_on_the_same(tmp_path):
     runs.finish(runs.start(*runs.arguments(REAL, tmp_path / "whole", settings)))
     other = shutil.copytree(tmp_path / "whole", tmp_path / "other")
     shutil.rmtree(other / "checkpoints" / "4")
-    rows = [line for line in (other / "metrics.jsonl").read_text().splitlines(True) if json.loads(line)["step"] <= 2]
+    rows = (other / "metrics.jsonl").read_text().splitlines(True)[:3]  # two steps and their score
     (other / "metrics.jsonl").write_text("".join(rows))
     out, _ = runs.finish(runs.start(*runs.arguments(REAL, other, settings)))
     assert "resuming at step 2" in out
@@ -297,6 +297,7 @@ def test_a_killed_training_goes_on_the_same(tmp_path):
     assert "cannot" not in out
     page = (other / "report.html").read_text()
     assert "precomputed, made by ViT of random weights" in page
+    assert "cannot read" not in page
     (tmp_path / "features").rename(tmp_path / "gone")
     flags = runs.arguments(REAL, other, settings)
     out, _ = runs.finish(runs.start(*flags, "--mode=eval"))

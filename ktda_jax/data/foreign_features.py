@@ -113,7 +113,7 @@ class ForeignFeatures:
 
     def read(self, index: int, view: int) -> np.ndarray:
         """The taps (n, h, w, C) of a view of tile `index`."""
-        stored = 0 if self.manifest.views == 1 else view
+        stored = 0 if self.manifest.views == 1 else int(view)  # a report says False for 0
         try:
             with np.load(self._paths[index]) as file:
                 taps = file[f"view{stored}"]
