@@ -49,9 +49,9 @@ def load(
             assumed = architecture.assumed(arrays, config, teacher_heads, fmm_heads)
         elif kind == "teacher":
             arrays, unknown = vit.from_source(tensors, layout)
-            dinov3, bands = "dinov3" in layout, np.shape(arrays.get("patch_embed/kernel"))[2:3]
+            dinov3, kernel = "dinov3" in layout, arrays.get("patch_embed/kernel")
             images, said = _images(beside, (path, str(found.absolute())) if dinov3 else ())
-            if images and {len(values) for values in images.values()} != set(bands):
+            if images and kernel is not None and {len(x) for x in images.values()} != {*kernel.shape[2:3]}:
                 images, said = None, ASSUMED  # of other bands
             config = architecture.vit(
                 arrays,
