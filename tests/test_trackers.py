@@ -64,7 +64,8 @@ def places(tmp_path_factory):
 class Arrived:
     """Of a workdir's run: id, settings, {(step, name): values}, the summary, and files' names."""
 
-    def __init__(self, workdir: pathlib.Path, kind: str):
+    def __init__(self, workdir: pathlib.Path, kind: str, ended: bool = True):
+        self._ended = ended
         self.id = json.loads((workdir / "tracker.json").read_text())[kind]
         self.settings, self.rows, self.summary, self.files, self.status = {}, {}, {}, set(), None
         {"mlflow": self._mlflow, "wandb": self._wandb}[kind](workdir)
@@ -85,7 +86,10 @@ class Arrived:
 
     def _wandb(self, workdir):
         files = sorted(workdir.glob(f"wandb/offline-run-*-{self.id}/run-{self.id}.wandb"))
-        self.status = len(files)
+        self.status, end = len(files), time.monotonic() + 30
+        while self._ended and not all(any(r.HasField("exit") for r in wandb_records(file)) for file in files):
+            assert time.monotonic() < end  # a process of W&B's writes it, which `finish` does not wait for
+            time.sleep(0.05)
         for record in (record for file in files for record in wandb_records(file)):
             if record.WhichOneof("record_type") == "history":
                 found = {
@@ -196,7 +200,7 @@ def interrupt():
 def interrupt_once_arrived(step: int, workdir, kind):
     """As soon as it has arrived where it stays whatever becomes of this process."""
     end = time.monotonic() + 30
-    while step not in {step for step, _ in Arrived(workdir, kind).rows}:
+    while step not in {step for step, _ in Arrived(workdir, kind, ended=False).rows}:
         assert time.monotonic() < end
         time.sleep(0.1)
     interrupt()
