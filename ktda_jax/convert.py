@@ -59,12 +59,11 @@ def main(_: list[str]) -> None:
 
 
 def _read(path: str, source: str):
-    from ktda_jax.config.workdir import is_workdir
-    from ktda_jax.data.paths import place
+    from ktda_jax.config.workdir import workdir_at
     from ktda_jax.weights import folder, loading, sources
 
     heads = {name: flags.FLAGS[name].value for name in ("teacher_heads", "fmm_heads")}
-    if is_workdir(workdir := place(path)):
+    if (workdir := workdir_at(path)) is not None:
         from ktda_jax.training import trained
 
         logging.set_verbosity(logging.ERROR)  # Orbax tells what it restores

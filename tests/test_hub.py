@@ -1,6 +1,7 @@
 """`export --format=hub`: a folder and its card, which the hub's own client downloads and we read back to the bit."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -173,3 +174,23 @@ def test_the_hub_gives_it_back_to_the_bit(published, workdir, tiles, tmp_path, m
     assert found.source == {"workdir": "meadow", "step": 6, "hub": "hf://somebody/meadow", "revision": REVISION}
     settings = Settings.of(runs.config(tiles, SETTINGS | {"weights.model": "hf://somebody/meadow"}))
     assert settings.weights.model and loading.read(settings.weights.model).arrays.keys() >= found.params.keys()
+
+
+def test_the_card_names_the_teacher_that_was_there(published, tiles):
+    found = folder.read(published)
+
+    def rendered(overrides, **teacher):
+        settings = runs.settings(tiles, SETTINGS | overrides)
+        model = dataclasses.replace(settings.model, teacher=dataclasses.replace(settings.model.teacher, **teacher))
+        settings = dataclasses.replace(settings, model=model)
+        config = dataclasses.replace(found.config, teacher=dataclasses.replace(found.config.teacher, **teacher))
+        trained = card.Training(settings, {}, [], {})
+        return card.render(dataclasses.replace(found, config=config), "m", trained, None)
+
+    assert "teacher from random weights" in rendered({"weights.teacher": None})
+    stored = {"weights.teacher": None, "teacher.mode": "precomputed"}
+    assert "teacher by precomputed features" in rendered(stored)
+    theirs = rendered(stored, foreign="prithvi")
+    assert "teacher prithvi, by its features" in theirs and "oquab2024dinov2" not in theirs
+    none = rendered({"distill": False})
+    assert "teacher" not in none.partition("## Training")[2].partition("## Licence")[0] and "oquab" not in none

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from ktda_jax import UserError
 from ktda_jax.config import extension
 from ktda_jax.config.fields import flat
 from ktda_jax.config.settings import VERSION, Settings
-from ktda_jax.data import buckets
+from ktda_jax.data import addresses, buckets
 from ktda_jax.data.paths import place
 
 CONFIG, RUN = "config.json", "run.json"
@@ -66,15 +67,18 @@ def as_begun(workdir: pathlib.Path, settings: Settings) -> tuple[Settings, list[
     return dataclasses.replace(settings, data=dataclasses.replace(settings.data, **values)), newer
 
 
-def is_workdir(path: pathlib.Path) -> bool:
-    """Whether a training has saved something there."""
-    return (path / "checkpoints").is_dir()
+def workdir_at(path: str | os.PathLike) -> pathlib.PurePath | None:
+    """The workdir that a path is, in a bucket too; None where no training has saved anything, or for hf://ORG/NAME."""
+    if addresses.is_address(path) and not buckets.is_remote(path):
+        return None
+    folder = place(path)
+    return folder if (folder / "checkpoints").is_dir() else None
 
 
 def teacher_of(path: str) -> str:
     """config.weights.teacher, or, where that is a workdir, the teacher that was frozen in its training."""
     seen = []
-    while is_workdir(folder := place(path)):
+    while (folder := workdir_at(path)) is not None:
         saved = read(folder)
         chosen = saved.weights.teacher
         if chosen is None and saved.model.teacher.foreign is not None:

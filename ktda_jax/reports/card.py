@@ -264,11 +264,11 @@ def _training(found: Weights, trained: Training | None) -> str:
         f"{part} from `{told(path)}`" if path else f"{part} from random weights"
         for part, path, used in (
             ("student", weights.student, not settings.encodes and weights.model is None),
-            ("teacher", weights.teacher, settings.encodes or settings.distill),
             ("whole model", weights.model, weights.model is not None),
         )
         if used
     ]
+    given += [_teacher(settings)] if settings.encodes or settings.distill else []
     lines = [
         f"Step {found.source.get('step')} of {settings.total_steps:,}, the best by `{settings.data.validation}`; "
         f"batches of {settings.batch_size}, AdamW, learning rate {settings.optimizer.lr:g}, seed {settings.seed}",
@@ -277,6 +277,15 @@ def _training(found: Weights, trained: Training | None) -> str:
     if versions:
         lines.append("Versions: " + ", ".join(f"{package} {version}" for package, version in sorted(versions.items())))
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _teacher(settings: Settings) -> str:
+    if settings.model.teacher.foreign is not None:
+        return f"teacher {settings.model.teacher.foreign}, by its features (cite its authors, too)"
+    if settings.weights.teacher is not None:
+        return f"teacher from `{told(settings.weights.teacher)}`"
+    stored = settings.teacher.mode == "precomputed"
+    return "teacher by precomputed features, whose record names it" if stored else "teacher from random weights"
 
 
 def told(path: str) -> str:

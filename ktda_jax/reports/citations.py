@@ -54,7 +54,7 @@ def of_model(config: KTDAConfig, *, taught: bool = True) -> list[str]:
     cited = [KTDA]
     if config.encoder != "teacher":
         cited.append(CONVNEXT_V2 if config.student.v2 else CONVNEXT)
-    if taught:
+    if taught and config.teacher.foreign is None:
         cited.append(DINOV3 if config.teacher.rope else DINOV2)
         if config.teacher.registers and not config.teacher.rope:
             cited.append(REGISTERS)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from ktda_jax import UserError
-from ktda_jax.config.workdir import is_workdir
+from ktda_jax.config.workdir import workdir_at
 from ktda_jax.data.paths import absolute, expand, place
 from ktda_jax.prediction import segmenter
 from ktda_jax.reports import card
@@ -30,11 +30,10 @@ def publish(
     found = whole_model(checkpoint, teacher_heads=teacher_heads, fmm_heads=fmm_heads)
     kept = {k: v for k, v in found.arrays.items() if found.config.encoder == "teacher" or not k.startswith("teacher/")}
     found = dataclasses.replace(found, arrays=kept, source=_without_paths(found.source))
-    name, trained = str(checkpoint).removeprefix(files.HUB), None
-    if not str(checkpoint).startswith(files.HUB):
-        workdir = place(checkpoint)
-        name = absolute(workdir).name.removesuffix(".pth")
-        trained = card.training(workdir, found.source["step"]) if is_workdir(workdir) else None
+    workdir, name = workdir_at(checkpoint), str(checkpoint).removeprefix(files.HUB)
+    if name == str(checkpoint):
+        name = absolute(place(checkpoint)).name.removesuffix(".pth")
+    trained = None if workdir is None else card.training(workdir, found.source["step"])
     folder.save(output, found, {"README.md": card.render(found, name, trained, licence)})
     return found
 

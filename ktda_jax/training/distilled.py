@@ -8,7 +8,6 @@ from ktda_jax import UserError
 from ktda_jax.config import workdir as records
 from ktda_jax.config.model import teacher_identity
 from ktda_jax.config.settings import Settings
-from ktda_jax.data.paths import place
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDAConfig
 from ktda_jax.weights.folder import Weights
@@ -64,14 +63,14 @@ def _same_teacher(found: Weights, settings: Settings, model: KTDAConfig) -> list
             if name.endswith("taps") and isinstance(was, list | tuple):  # layers, which settings count from 1
                 was, now = (tuple(None if k is None else k + 1 for k in layers) for layers in (was, now))
             raise UserError(f"{named} with {name}={was}, now it is {now}; set it as it was, or config.distill=False")
-    workdir = records.is_workdir(place(path))
-    before = records.read(place(path)).weights.teacher if workdir else None
+    workdir = records.workdir_at(path)
+    before = None if workdir is None else records.read(workdir).weights.teacher
     now, stored = settings.weights.teacher, settings.teacher.mode == "precomputed"
     if now is None and not stored:
         raise UserError(
             f"{named} from a teacher ({before or 'which it does not name'}); give it as config.weights.teacher"
         )
-    if not workdir or now is None:
+    if workdir is None or now is None:
         return [f"warning: nothing tells whether {path} was distilled from this teacher; taken to be so"]
     if before == now:
         return []

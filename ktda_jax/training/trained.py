@@ -8,7 +8,6 @@ from ktda_jax import UserError
 from ktda_jax.config import checks
 from ktda_jax.config import workdir as records
 from ktda_jax.config.model import model_of, teacher_arrays
-from ktda_jax.data.paths import place
 from ktda_jax.models import flat
 from ktda_jax.models.ktda import KTDA, KTDAConfig
 from ktda_jax.models.vit import ViT
@@ -23,7 +22,7 @@ def read(path: str | pathlib.Path, *, teacher_heads: int | None = None, fmm_head
 
     The numbers of heads are for files that do not tell them.
     """
-    if records.is_workdir(workdir := place(path)):
+    if (workdir := records.workdir_at(path)) is not None:
         return from_workdir(workdir)
     return loading.read(path, teacher_heads=teacher_heads, fmm_heads=fmm_heads)
 
