@@ -40,7 +40,7 @@ class Address(os.PathLike):
     @property
     def remote(self) -> bool:
         """Whether it is read over a network; an archive may be on this machine."""
-        return NETWORK.match(self.opened) is not None or NETWORK.search(self.opened, 1) is not None
+        return NETWORK.search(self.opened) is not None
 
     @property
     def name(self) -> str:
