@@ -21,6 +21,7 @@ SIGNED = "https://h.net/a/My%20scene.tif?sv=1&sig=se%2Fcret"
         (SIGNED, f"/vsicurl/{SIGNED}", "https://h.net/a/My%20scene.tif", "My scene.tif"),
         ("HTTP://h/a.tif", "/vsicurl/http://h/a.tif", "HTTP://h/a.tif", "a.tif"),
         ("https://me:word@h/a.tif", "/vsicurl/https://me:word@h/a.tif", "https://h/a.tif", "a.tif"),
+        ("https://me:w@rd@h/a.tif?sig=1 2", "/vsicurl/https://me:w@rd@h/a.tif?sig=1 2", "https://h/a.tif", "a.tif"),
         ("https://h/b/o/folder%2Fa.tif?alt=media", None, "https://h/b/o/folder%2Fa.tif", "a.tif"),
         ("gs://bucket/what?.tif", "/vsigs/bucket/what?.tif", "gs://bucket/what?.tif", "what?.tif"),
         ("/vsigs/bucket/50%25.tif", "/vsigs/bucket/50%25.tif", "gs://bucket/50%25.tif", "50%25.tif"),
@@ -43,6 +44,22 @@ def test_one_address(text, opened, shown, name):
 
 
 @pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("https://u:p@ss@h/a.tif?sig=x y}z,/vsicurl/http://h/b.tif?s=1", "https://***@h/a.tif?***,/vsicurl/http://h/b.tif?***"),
+        ("/vsicurl?url=https%3A%2F%2Fh%2Fa.tif%3Fsig%3DS&header.Authorization=Bearer%20S", "/vsicurl?***"),
+        ("/vsizip/{/vsicurl/https://h/x.zip?sig=1}/a.tif", "/vsizip/{/vsicurl/https://h/x.zip?***"),
+        ("a?.tif, https://h/a.tif?sig=1,2", "a?.tif, https://h/a.tif?***"),
+        ("--config.data.unlabelled=s3://b/a?.tif,az://b/a.tif?sig=1", "--config.data.unlabelled=s3://b/a?.tif,az://b/a.tif?***"),
+        ("what?", "what?"),
+    ],
+)  # fmt: skip
+def test_settings_are_shown_without_secrets(text, shown):
+    assert addresses.masked(text) == shown
+    assert addresses.masked(f"{text.split()[0]}: no", prose=True).count("sig=") == 0
+
+
+@pytest.mark.parametrize(
     "text, line",
     [
         ("nfs://h/a.tif?key=1", "^nfs://h/a.tif is no address that can be read: https://, .* and /vsi... can be$"),
@@ -61,6 +78,8 @@ def test_where_a_local_path_is_needed():
         expand("https://h/w?sig=1")
     with pytest.raises(UserError, match="^--output=s3://b/maps is no path, nor gs://BUCKET/FOLDER; mount it"):
         files.name_outputs([pathlib.Path("a.tif")], "s3://b/maps", one=True)
+    line = error_of(files.name_outputs, [pathlib.Path("a.tif")], "https://me:word@h/maps?sig=1", one=True)
+    assert line.startswith("--output=https://***@h/maps?*** is no path")
 
 
 def test_a_list_names_images_a_line_each(tmp_path):

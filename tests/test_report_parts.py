@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import runs
 
-from ktda_jax.reports import charts, features, panels
+from ktda_jax.reports import charts, features, page, panels
 from ktda_jax.reports.tiles import Tile
 from ktda_jax.reports.workdir import Run
 
@@ -68,3 +68,17 @@ def test_teacher_and_student_have_the_same_colours():
         assert abs(np.corrcoef(level.teacher[..., channel].ravel(), weights[..., channel].ravel())[0, 1]) > 0.99
     ((level,),) = features._levels([[(teacher, 0 * teacher)]])
     assert len(np.unique(level.student.reshape(-1, 3), axis=0)) == 1 and len(np.unique(level.teacher)) > 20
+
+
+def test_settings_are_shown_without_what_signs_an_address():
+    values = {
+        "data.unlabelled": "https://h/a.tif?sig=SECRET",
+        "data.unlabelled_val": "https://me:SECRET@h/b.tif",
+        "x": "what?",
+    }
+    one = Run(pathlib.Path("x"), "x", runs.settings(pathlib.Path("unused")), values=values)
+    for found in ([one], [one, dataclasses.replace(one, values={})]):
+        text = page._config(found)
+        assert (
+            "https://h/a.tif?***" in text and "https://***@h/b.tif" in text and "what?" in text and "SECRET" not in text
+        )

@@ -21,6 +21,9 @@ SCHEMES = {
     "s3": "/vsis3/", "az": "/vsiaz/",
 }  # fmt: skip
 NETWORK = re.compile(r"/vsi(curl|gs|s3|az|adls|oss|swift|hdfs|webhdfs)(_streaming)?[/?]")
+LOGIN = re.compile(r"(?<=://)[^/]*@")  # up to the last @, which passwords may hold
+PATTERNS = re.compile(r"\b(gs|s3|az)://|/vsi(gs|s3|az)(_streaming)?/")  # whose ? may be any character of a name
+SIGNATURE = re.compile(r"\?[\w.%-]+=")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Address(os.PathLike):
     def without_secret(self, text: str) -> str:
         """Someone else's words about it, in which its name may stand whole or in part."""
         text = text.replace(self.opened, self.shown)
-        return text.replace(self.secret, "") if self.secret else text
+        return masked(text.replace(self.secret, "") if self.secret else text, prose=True)
 
 
 Image = pathlib.Path | Address  # where one is
@@ -91,12 +94,33 @@ def parse(text: str) -> Address:
         scheme, _, rest = text.partition("://")
         if scheme.lower() not in SCHEMES:
             known = ", ".join(f"{name}://" for name in SCHEMES)
-            raise UserError(f"{text.partition('?')[0]} is no address that can be read: {known} and /vsi... can be")
+            named = LOGIN.sub("", text).partition("?")[0]
+            raise UserError(f"{named} is no address that can be read: {known} and /vsi... can be")
         opened, shown = SCHEMES[scheme.lower()] + rest, text
     if "/vsicurl" not in opened:
         return Address(opened, shown, "")
-    secret = re.search(r"\?[^}]*|$", shown)[0]
-    return Address(opened, re.sub(r"//[^/@]*@", "//", shown.replace(secret, "") if secret else shown), secret)
+    shown = LOGIN.sub("", shown)
+    secret = re.search(r"\?[^}]*|$" if "{" in shown.partition("?")[0] else r"(?s)\?.*|$", shown)[0]
+    return Address(opened, shown.replace(secret, "") if secret else shown, secret)
+
+
+def masked(text: str, *, prose: bool = False) -> str:
+    """A setting, or an argument, with *** for all that is secret in the addresses in it; the rest as it is.
+
+    In `prose` an address ends at a space. Else it ends where a comma and another address follow: rather too much is
+    hidden.
+    """
+    end = r"(\s+|,(?=\w+://|/vsi))" if prose else r"(,\s*(?=\w+://|/vsi))"
+    return "".join(map(_masked, re.split(end, text)))
+
+
+def _masked(text: str) -> str:
+    if "://" not in text and "/vsi" not in text:
+        return text
+    text = LOGIN.sub("***@", text)
+    if PATTERNS.search(text) and not SIGNATURE.search(text):
+        return text
+    return re.sub(r"\?.+", "?***", text, flags=re.DOTALL)
 
 
 def located(path: str | os.PathLike) -> str | os.PathLike:

@@ -19,7 +19,8 @@ def expand(path: str | os.PathLike) -> pathlib.Path:
     bucket: `place` is for what may be there.
     """
     if buckets.is_remote(path):  # pathlib would make a local folder of that name
-        raise UserError(f"{path} is in a bucket, and this must be a local path; copy it (gcloud storage cp)")
+        named = addresses.masked(os.fspath(path))
+        raise UserError(f"{named} is in a bucket, and this must be a local path; copy it (gcloud storage cp)")
     if addresses.is_address(path):
         raise UserError(f"{addresses.parse(os.fspath(path))} is an address, and this must be a local path; download it")
     try:
@@ -83,6 +84,6 @@ def _of_list(path: pathlib.Path, suffixes: Sequence[str], what: str) -> list[Ima
     if not named:
         raise UserError(f"{path} names nothing; give it a {what} or an address a line")
     if deeper := next((line for line in named if line.lower().endswith(LIST)), None):
-        raise UserError(f"{path} names {deeper}, another list; write its lines there")
+        raise UserError(f"{path} names {addresses.masked(deeper)}, another list; write its lines there")
     files = [each for line in named for each in found(line, suffixes, what=what, called=f"{line} of {path}")]
     return list(dict.fromkeys(files))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ktda_jax import UserError
 from ktda_jax.data import buckets
-from ktda_jax.data.addresses import Image, is_address
+from ktda_jax.data.addresses import Image, is_address, masked
 from ktda_jax.data.paths import absolute, found, place
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".vrt", ".jp2")  # of scenes in a folder
@@ -45,7 +45,7 @@ def name_outputs(
     UserError if two would be the same file, or one of them an input.
     """
     if is_address(output) and not buckets.is_remote(output):  # pathlib would make a local folder of that name
-        raise UserError(f"--output={output} is no path, nor gs://BUCKET/FOLDER; mount it and give the folder")
+        raise UserError(f"--output={masked(output)} is no path, nor gs://BUCKET/FOLDER; mount it and give the folder")
     target = place(output)
     folder = not one or target.is_dir() or output.endswith("/") or not target.suffix
     if folder and target.suffix.lower() in MAPS and not target.is_dir():

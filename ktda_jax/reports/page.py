@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from ktda_jax.config.workdir import flatten
+from ktda_jax.data.addresses import masked
 from ktda_jax.figures.html import document
 from ktda_jax.figures.plots import LOSS_TERMS
 from ktda_jax.metrics.confusion import summarize
@@ -168,4 +169,5 @@ def _matrix(runs: Sequence[Run], section: str, values: list[dict], only_differen
 
 
 def _value(value) -> str:
-    return "<i>None</i>" if value is None else f"<code>{escape(str(value))}</code>"
+    """The page is passed on: without what signs an address."""
+    return "<i>None</i>" if value is None else f"<code>{escape(masked(str(value)))}</code>"

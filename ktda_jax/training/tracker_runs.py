@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import pathlib
-import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,12 +20,11 @@ from ktda_jax import UserError
 from ktda_jax.config.fields import flat
 from ktda_jax.config.settings import Settings
 from ktda_jax.data import buckets
+from ktda_jax.data.addresses import masked
 from ktda_jax.data.paths import absolute
 
 START = 30  # seconds that a tracker may take to answer before training starts
 HELD = "ktda_jax.step"  # MLflow's tag
-# Names and passwords in addresses, and what signs them: a tracker is seen by others.
-_SECRET = re.compile(r"(?<=://)[^/@\s,]+(?=@)|(?<=\?)[^\s,]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +135,7 @@ class MLflowRun:
             self._write_settings(public(settings), run.data.params)
         except Exception as error:
             raise _refused("mlflow", error, known, "set MLFLOW_TRACKING_URI") from error
-        self.where = f"run {self.id} at {_masked(mlflow.get_tracking_uri())}"
+        self.where = f"run {self.id} at {masked(mlflow.get_tracking_uri())}"
 
     def _known(self, run: str):
         """None where it has been deleted, or is of another server."""
@@ -193,11 +191,7 @@ class MLflowRun:
 
 def public(settings: Settings) -> dict[str, object]:
     """The settings by name, without what signs an address in them."""
-    return {key: _masked(value) if isinstance(value, str) else value for key, value in flat(settings).items()}
-
-
-def _masked(text: str) -> str:
-    return _SECRET.sub("***", text) if "://" in text else text
+    return {key: masked(value) if isinstance(value, str) else value for key, value in flat(settings).items()}
 
 
 def _imported(package: str, needed: str):
@@ -216,7 +210,7 @@ def _imported(package: str, needed: str):
 def _refused(kind: str, error: Exception, known: str | None, hint: str) -> UserError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     again = f", or remove tracker.json for another run than {known}" if known else ""
-    return UserError(f"config.tracker={kind}: no run can be begun ({_masked(reason)}); {hint}{again}")
+    return UserError(f"config.tracker={kind}: no run can be begun ({masked(reason, prose=True)}); {hint}{again}")
 
 
 def _table(path: pathlib.Path) -> tuple[list[str], list[list[str | float | None]]]:
