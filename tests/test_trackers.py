@@ -378,6 +378,23 @@ def test_settings_are_sent_without_what_signs_an_address(tiles):
     assert sent["weights.teacher"] == "what?" and sent["data.crop"] == [64, 64]
 
 
+@needs("wandb")
+def test_the_command_line_is_sent_without_what_signs_an_address(tiles, places, tmp_path, monkeypatch):
+    import wandb
+
+    setting = "--config.data.unlabelled=https://me:SECRET@host.org/a.tif?X-Amz-Signature=SECRET"
+    monkeypatch.setattr(sys, "argv", ["main.py", "--config=few_labels.py", setting])
+    wandb.teardown()  # it reads arguments at its set-up
+    settings = runs.settings(tiles, {"tracker": "wandb", "data.unlabelled": setting.partition("=")[2]})
+    with Tracker(settings, tmp_path) as tracker:
+        tracker.begin(0)
+        tracker.write(1, {"train/loss": 1.0})
+    assert sys.argv[-1] == setting
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(b"few_labels.py" in content and b"//***@host.org/a.tif?***" in content for content in files)
+    assert not any(b"SECRET" in content for content in files)
+
+
 def test_other_processes_track_nothing(tiles, tmp_path, flaky):
     with Tracker(runs.settings(tiles, {"tracker": "mlflow"}), tmp_path, enabled=False) as tracker:
         assert tracker.begin(0) is None

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import pathlib
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,6 +75,8 @@ class WandbRun:
         ours = self._wandb.Settings(
             console="off", silent=True, init_timeout=START, finish_timeout=2 * START, finish_timeout_raises=True
         )
+        arguments = sys.argv
+        sys.argv = list(map(masked, arguments))  # W&B keeps them
         try:
             online = self._wandb.setup().settings.mode == "online"
             if online and not self._wandb.login(prompt=False, verify=False):
@@ -87,6 +90,8 @@ class WandbRun:
             raise
         except Exception as error:
             raise _refused("wandb", error, known, "WANDB_MODE=offline keeps it here") from error
+        finally:
+            sys.argv = arguments
         self.id = self._run.id
         self.held = self._run.step - 1 if self._run.resumed else start if known and not online else 0
         folder = pathlib.Path(self._run.settings.sync_dir)
