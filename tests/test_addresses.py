@@ -65,6 +65,10 @@ def test_settings_are_shown_without_secrets(text, shown):
         ("nfs://h/a.tif?key=1", "^nfs://h/a.tif is no address that can be read: https://, .* and /vsi... can be$"),
         ("https://h/scenes/?key=1", "^https://h/scenes/ names no file; give the address of an image, or a file.txt"),
         ("s3://bucket/*.tif", "^s3://bucket/.*: only of gs:// are folders and patterns listed; list it yourself"),
+        ("az://c/b.tif?sv=1&sig=SECRET", r"^az://c/b.tif\?\*\*\*: a signed address is an https:// one; give that"),
+        ("s3://c/b.tif?X-Amz-Signature=S", r"^s3://c/b.tif\?\*\*\*: a signed address is an https:// one"),
+        ("gs://c/*.tif?X-Goog-Signature=S", r"^gs://c/\*.tif\?\*\*\*: a signed address is an https:// one"),
+        ("/vsiaz/c/b.tif?sig=S", r"^az://c/b.tif\?\*\*\*: a signed address is an https:// one"),
         ("https://h/item.json", "is no image; of a STAC item give the address .href. of one of its assets"),
     ],
 )  # fmt: skip

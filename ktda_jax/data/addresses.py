@@ -98,6 +98,8 @@ def parse(text: str) -> Address:
             raise UserError(f"{named} is no address that can be read: {known} and /vsi... can be")
         opened, shown = SCHEMES[scheme.lower()] + rest, text
     if "/vsicurl" not in opened:
+        if NETWORK.search(opened) and SIGNATURE.search(opened):
+            raise UserError(f"{masked(shown)}: a signed address is an https:// one; give that, or leave out the ?...")
         return Address(opened, shown, "")
     shown = LOGIN.sub("", shown)
     secret = re.search(r"\?[^}]*|$" if "{" in shown.partition("?")[0] else r"(?s)\?.*|$", shown)[0]
