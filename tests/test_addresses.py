@@ -8,8 +8,10 @@ import pytest
 from test_images import error_of
 
 from ktda_jax import UserError
+from ktda_jax.config.data import listed
 from ktda_jax.data import addresses, buckets
 from ktda_jax.data.paths import absolute, expand, found, place
+from ktda_jax.data.unlabelled import open_unlabelled
 from ktda_jax.prediction import files
 
 SIGNED = "https://h.net/a/My%20scene.tif?sv=1&sig=se%2Fcret"
@@ -19,6 +21,7 @@ SIGNED = "https://h.net/a/My%20scene.tif?sv=1&sig=se%2Fcret"
     "text, opened, shown, name",
     [
         (SIGNED, f"/vsicurl/{SIGNED}", "https://h.net/a/My%20scene.tif", "My scene.tif"),
+        ("https://h/a.tif?sig=1/", "/vsicurl/https://h/a.tif?sig=1/", "https://h/a.tif", "a.tif"),
         ("HTTP://h/a.tif", "/vsicurl/http://h/a.tif", "HTTP://h/a.tif", "a.tif"),
         ("https://me:word@h/a.tif", "/vsicurl/https://me:word@h/a.tif", "https://h/a.tif", "a.tif"),
         ("https://me:w@rd@h/a.tif?sig=1 2", "/vsicurl/https://me:w@rd@h/a.tif?sig=1 2", "https://h/a.tif", "a.tif"),
@@ -37,6 +40,7 @@ def test_one_address(text, opened, shown, name):
     assert os.fspath(address) == (opened or os.fspath(address)) and str(address) == shown
     assert (address.name, address.stem, address.suffix) == (name, name.rpartition(".")[0], ".tif")
     assert address.remote == ("/vsizip/x.zip" not in text)
+    assert "what?" in text or files.expand(text) == [address]  # it is a pattern
     assert "sig" not in f"{address!r} {address} {address.parent}" and pickle.loads(pickle.dumps(address)) == address
     assert addresses.located(text) == address == absolute(address) and addresses.located("a.tif") == "a.tif"
     words = f"'{os.fspath(address)}' and {name.replace(' ', '%20')}{address.secret}, band 1: bad"
@@ -75,6 +79,14 @@ def test_settings_are_shown_without_secrets(text, shown):
 def test_what_cannot_be_an_image_is_one_line(text, line):
     with pytest.raises(UserError, match=line):
         files.expand(text)
+
+
+@pytest.mark.parametrize("rest", ["b.tif", "b.tif?sig=SECRET", "SECRET"])
+def test_an_address_with_a_comma_goes_into_a_list(rest):
+    paths = listed(f"x.tif,https://h/a.tif?sig=1,{rest}")
+    line = error_of(open_unlabelled, paths, crop=64)
+    assert line.startswith("config.data.unlabelled: what follows the comma after https://h/a.tif is no file; an addr")
+    assert "SECRET" not in line and "sig" not in line
 
 
 def test_where_a_local_path_is_needed():

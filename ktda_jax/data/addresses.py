@@ -142,7 +142,7 @@ def found(text: str, suffixes: Sequence[str], *, what: str) -> list[Address]:
             f"{address}: only of gs:// are folders and patterns listed; list it yourself, write the addresses into a "
             "text file, one a line, and give that file.txt"
         )
-    if not address.name or text.endswith("/"):
+    if not address.name or address.shown.endswith("/"):
         raise UserError(f"{address} names no file; give the address of an image, or a file.txt with one a line")
     if address.suffix.lower() in (".json", ".geojson"):
         raise UserError(f"{address} is no image; of a STAC item give the address (href) of one of its assets")

@@ -3,14 +3,16 @@
 import collections
 import concurrent.futures
 import dataclasses
+import glob
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ktda_jax import UserError
-from ktda_jax.data.addresses import Image, is_address
+from ktda_jax.data.addresses import Image, is_address, parse
 from ktda_jax.data.check import complaint
 from ktda_jax.data.gdal import SETTINGS, FileError
 from ktda_jax.data.images import Reading
@@ -153,8 +155,16 @@ def _places(which: np.ndarray) -> str:
 
 def _listed(paths: Sequence[str], setting: str) -> list[Image]:
     """The files that are named, each once."""
-    files = {}
-    for text in [paths] if isinstance(paths, str) else paths:
+    files, texts = {}, [paths] if isinstance(paths, str) else list(paths)
+    for before, text in itertools.pairwise(texts):
+        if is_address(before) and not (
+            is_address(text) or expand(text).exists() or glob.glob(str(expand(text)), recursive=True)
+        ):
+            raise UserError(  # it may be of a signature
+                f"{setting}: what follows the comma after {parse(before)} is no file; an address that holds a comma "
+                "goes into a list.txt, one a line"
+            )
+    for text in texts:
         if not is_address(text) and (inside := expand(text) / "img_dir").is_dir():
             splits = sorted(path.name for path in inside.iterdir() if path.is_dir())
             split = splits[0] if splits and "train" not in splits else "train"
