@@ -109,6 +109,9 @@ def test_a_list_names_images_a_line_each(tmp_path):
     assert images == [addresses.parse(SIGNED), *local]
     made = files.name_outputs(images, str(tmp_path / "maps"), one=False)
     assert [each.map.name for each in made] == ["My scene.tif", "1.tif", "2.tif", "3.tif"]
+    lines.write_bytes(f"\ufeff{tmp_path}/ö.tif\r\n{SIGNED}\r\n".encode())  # as Windows writes one
+    (tmp_path / "ö.tif").touch()
+    assert files.expand(str(lines)) == [tmp_path / "ö.tif", addresses.parse(SIGNED)]
     lines.write_text(f"{tmp_path}/none.tif\n")
     assert error_of(files.expand, str(lines)) == f"there is no file {tmp_path}/none.tif of {lines}"
     lines.write_text("# nothing\n")

@@ -77,7 +77,7 @@ def found(text: str, suffixes: Sequence[str], *, what: str, called: str) -> list
 
 def _of_list(path: pathlib.Path, suffixes: Sequence[str], what: str) -> list[Image]:
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} as text: {error}") from error
     named = [line for line in lines if line and not line.startswith("#")]
