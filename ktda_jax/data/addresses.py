@@ -21,6 +21,7 @@ SCHEMES = {
     "s3": "/vsis3/", "az": "/vsiaz/",
 }  # fmt: skip
 NETWORK = re.compile(r"/vsi(curl|gs|s3|az|adls|oss|swift|hdfs|webhdfs)(_streaming)?[/?]")
+CHAINED = re.compile(r"/vsi(zip|tar|7z|rar)//vsicurl")  # where it cannot be told how far a signature goes
 LOGIN = re.compile(r"(?<=://)[^/]*@")  # up to the last @, which passwords may hold
 PATTERNS = re.compile(r"\b(gs|s3|az)://|/vsi(gs|s3|az)(_streaming)?/")  # whose ? may be any character of a name
 SIGNATURE = re.compile(r"\?[\w.%-]+=")
@@ -101,6 +102,9 @@ def parse(text: str) -> Address:
         if NETWORK.search(opened) and SIGNATURE.search(opened):
             raise UserError(f"{masked(shown)}: a signed address is an https:// one; give that, or leave out the ?...")
         return Address(opened, shown, "")
+    if CHAINED.match(opened) and "?" in opened and "{" not in opened.partition("?")[0]:
+        kind, rest = re.split(r"/(?=/vsicurl)", LOGIN.sub("", opened.partition("?")[0]), maxsplit=1)
+        raise UserError(f"{kind}/{rest}?***: put braces around the archive's address: {kind}/{{{rest}?...}}/NAME.tif")
     shown = LOGIN.sub("", shown)
     secret = re.search(r"\?[^}]*|$" if "{" in shown.partition("?")[0] else r"(?s)\?.*|$", shown)[0]
     return Address(opened, shown.replace(secret, "") if secret else shown, secret)
