@@ -1,5 +1,6 @@
 """What users write for an image that is no file of its own, what GDAL is given for it, and what is shown of it."""
 
+import logging
 import os
 import pathlib
 import pickle
@@ -149,6 +150,7 @@ def test_folders_and_patterns_of_a_bucket(bucket):
         ("gs://other/l", "there is no bucket gs://other; make it, or correct the name"),
     ):
         assert error_of(found, text, files.SUFFIXES, what="scene", called="").startswith(line)
+    assert not logging.getLogger("gcsfs").isEnabledFor(logging.ERROR)  # tracebacks beside our line
     source = addresses.parse("/vsigs/bucket/l/a.tif")
     line = error_of(files.name_outputs, [source], "gs://bucket/l", one=False)
     assert line.startswith("gs://bucket/l/a.tif would be written over the input gs://bucket/l/a.tif; choose")

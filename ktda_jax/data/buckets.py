@@ -84,6 +84,7 @@ def files():
     # that does not answer. Rapid (zonal) buckets need it.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     logging.getLogger("google.auth").setLevel(logging.ERROR)  # three lines on a metadata server that is not there
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of what it raises as well; GCSFS_DEBUG has them
     import fsspec
     from fsspec.config import conf
 
