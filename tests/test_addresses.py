@@ -11,7 +11,7 @@ from test_images import error_of
 from ktda_jax import UserError
 from ktda_jax.config.data import listed
 from ktda_jax.data import addresses, buckets
-from ktda_jax.data.paths import absolute, expand, found, place
+from ktda_jax.data.paths import absolute, expand, found, image, place
 from ktda_jax.data.unlabelled import open_unlabelled
 from ktda_jax.prediction import files
 
@@ -128,6 +128,23 @@ def test_maps_of_the_same_name_are_refused_without_their_signatures(tmp_path):
     inputs = [addresses.parse(f"https://h/get.tif?sig={k}") for k in "12"]
     line = error_of(files.name_outputs, inputs, str(tmp_path), one=False)
     assert line.startswith("https://h/get.tif and https://h/get.tif would both be mapped to") and "sig" not in line
+
+
+def test_maps_of_the_same_name_are_named_by_what_tells_their_inputs_apart(tmp_path):
+    def named(*inputs):
+        made = files.name_outputs([image(text) for text in inputs], str(tmp_path), one=False, overlay=True)
+        assert all(path.parent == tmp_path for each in made for path in each.wanted())
+        return [each.map.name for each in made]
+
+    stac = [f"https://h/S2{k}/R10m/TCI.tif?sig=1" for k in "BA"]
+    assert named(*stac, "/d/b.tif") == ["S2B_R10m_TCI.tif", "S2A_R10m_TCI.tif", "b.tif"]
+    assert named("https://h/TCI.tif", "/d/../e/TCI.tif", "gs://b/TCI.png") == [
+        "https_h_TCI.tif",
+        "d_e_TCI.tif",
+        "TCI.png",
+    ]
+    with pytest.raises(UserError, match="/d/a_b.tif would both be mapped to|would both be mapped to .*a_b.tif"):
+        named("/a/b.tif", "/c/b.tif", "/d/a_b.tif")
 
 
 def test_folders_and_patterns_of_a_bucket(bucket):

@@ -1,5 +1,6 @@
 """Paths as users write them."""
 
+import collections
 import glob
 import os
 import pathlib
@@ -42,6 +43,21 @@ def absolute(path: pathlib.PurePath | addresses.Address) -> pathlib.PurePath | a
 def image(text: str) -> Image:
     """One image as it is named, wherever it is."""
     return addresses.parse(text) if addresses.is_address(text) else expand(text)
+
+
+def names(images: Sequence[Image]) -> list[str]:
+    """Of each its name; of those of the same name from the folder on that tells them apart, if one does."""
+    same = collections.defaultdict(list)
+    for one in images:
+        same[one.name].append(str(one.absolute()).split("/"))
+    above = {
+        name: next((k for k, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), -1)
+        for name, parts in same.items()
+    }
+    return [
+        one.name if above[one.name] < 0 else "/".join(str(one.absolute()).split("/")[above[one.name] :])
+        for one in images
+    ]
 
 
 def found(text: str, suffixes: Sequence[str], *, what: str, called: str) -> list[Image]:

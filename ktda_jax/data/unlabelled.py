@@ -16,7 +16,7 @@ from ktda_jax.data.addresses import Image, is_address, parse
 from ktda_jax.data.check import complaint
 from ktda_jax.data.gdal import SETTINGS, FileError
 from ktda_jax.data.images import Reading
-from ktda_jax.data.paths import absolute, expand, found
+from ktda_jax.data.paths import absolute, expand, found, names
 from ktda_jax.data.raster import open_scene
 from ktda_jax.data.scene_windows import HELD_OUT, Axis, ImageFile, UnlabelledSource, enough
 from ktda_jax.data.sources import IMAGE_EXTENSIONS, cpu_threads, some
@@ -178,20 +178,13 @@ def _listed(paths: Sequence[str], setting: str) -> list[Image]:
 
 def _named(paths: list[Image]) -> dict[str, Image]:
     """The files by name, in order; those of the same name also by the folders that tell them apart."""
-    same = collections.defaultdict(list)
-    for path in paths:
-        same[path.name].append(path.absolute())
-    named = {}
-    for name, group in same.items():
-        if len(group) == 1:
-            named[name] = group[0]
-            continue
-        parts = [str(path).split("/") for path in group]
-        above = next((k for k, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), None)
-        if above is None:  # URLs with other questions
+    named = collections.defaultdict(list)
+    for name, path in zip(names(paths), paths, strict=True):
+        named[name].append(path.absolute())
+    for group in named.values():
+        if len(group) > 1:  # URLs with other questions
             raise UserError(f"{group[0]} is given {len(group)} times; images need names of their own: download them")
-        named |= {"/".join(each[above:]): path for each, path in zip(parts, group, strict=True)}
-    return dict(sorted(named.items()))
+    return {name: path for name, (path,) in sorted(named.items())}
 
 
 def _look(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from ktda_jax import UserError
 from ktda_jax.data import buckets
 from ktda_jax.data.addresses import Image, is_address, masked
-from ktda_jax.data.paths import absolute, found, place
+from ktda_jax.data.paths import absolute, found, names, place
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".vrt", ".jp2")  # of scenes in a folder
 MAPS = (".tif", ".tiff", ".png")
@@ -42,7 +42,8 @@ def name_outputs(
 ) -> list[Outputs]:  # fmt: skip
     """The outputs of each input: --output itself for `one` file, else in that folder by the names of the inputs.
 
-    UserError if two would be the same file, or one of them an input.
+    Those of the same name are named by the folders that tell them apart, too: a/TCI.tif becomes a_TCI.tif. UserError if
+    two would be the same file, or one of them an input.
     """
     if is_address(output) and not buckets.is_remote(output):  # pathlib would make a local folder of that name
         raise UserError(f"--output={masked(output)} is no path, nor gs://BUCKET/FOLDER; mount it and give the folder")
@@ -53,8 +54,8 @@ def name_outputs(
     if not folder and target.suffix.lower() not in MAPS:
         raise UserError(f"--output={output} must end in {', '.join(MAPS)}, or be a folder")
     named = []
-    for path in inputs:
-        made = target / (path.stem + (".png" if path.suffix.lower() in PLAIN else ".tif")) if folder else target
+    for path, name in zip(inputs, names(inputs), strict=True):
+        made = target / (_stem(name) + (".png" if path.suffix.lower() in PLAIN else ".tif")) if folder else target
         if cog and made.suffix.lower() == ".png":
             raise UserError(f"--cog makes GeoTIFF, and the map of {path} is {made}; give an --output that ends in .tif")
 
@@ -73,6 +74,12 @@ def name_outputs(
         )
     _check(inputs, named)
     return named
+
+
+def _stem(name: str) -> str:
+    """All maps are in one folder."""
+    *folders, last = name.split("/")
+    return "_".join([*filter(None, (folder.strip(".:") for folder in folders)), pathlib.PurePosixPath(last).stem])
 
 
 def make_folders(outputs: Sequence[Outputs]) -> None:
