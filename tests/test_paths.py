@@ -94,7 +94,7 @@ def test_what_is_not_there_is_looked_for_at_home(name, home, tmp_path):
 
 
 def test_what_is_written_is_written_there(home, tmp_path, monkeypatch):
-    assert inputs.features_folder(StoredTaps("precomputed", "~/f", "bfloat16"), None) == home / "f"
+    assert inputs.features_folder(StoredTaps("precomputed", "~/f", "bfloat16", None), None) == home / "f"
     assert checks.check_output("~/a/b.json", "output") == home / "a" / "b.json" and (home / "a").is_dir()
     assert checks.check_output("~/trace", "trace", folder=True) == home / "trace" and (home / "trace").is_dir()
     for name in ("run", "other"):

@@ -331,6 +331,7 @@ def test_the_workdir_holds_what_it_promises(toy, tiles, tmp_path):
         "val_confusion.png",
         "val_samples.png",
         "val.csv",
+        "val_tiles.csv",
         "val_precision_recall.png",
         "val_reliability.png",
         "val.json",
