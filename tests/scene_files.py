@@ -1,14 +1,18 @@
 """Rasters for the tests of scenes, and models that stand in for KTDA."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import rasterio
 
 from ktda_jax.data.images import Reading
+from ktda_jax.prediction import setup
 from ktda_jax.prediction.files import name_outputs
 from ktda_jax.prediction.mapping import check_scenes, map_scenes
 from ktda_jax.prediction.outputs import Legend
+from ktda_jax.tiling import device
 from ktda_jax.tiling.device import Model, Step
 
 UTM = rasterio.Affine(30.0, 0.0, 399_985.123456789, 0.0, -30.0, 4_200_015.987654321)
@@ -50,6 +54,19 @@ def local(arrays, images):
 
 def model(apply=brightest, bands=3, classes=3) -> Model:
     return Model(apply, (), bands, classes)
+
+
+def install(monkeypatch) -> None:
+    """`model()` in the place of a trained one, for verbs: each pixel's brightest band."""
+    stub = types.SimpleNamespace(
+        config=types.SimpleNamespace(
+            num_classes=3, rgb=(0, 1, 2), student=types.SimpleNamespace(bands=3),
+            teacher=types.SimpleNamespace(image_size=(64, 64)),
+        ),
+        data=None, classes=("r", "g", "b"), palette=None, temperature=1.0,
+    )  # fmt: skip
+    monkeypatch.setattr(setup, "load", lambda *_, **__: stub)
+    monkeypatch.setattr(device, "of_segmenter", lambda *_, **__: model())
 
 
 READING = Reading()

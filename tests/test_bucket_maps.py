@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import types
 
 import pytest
 import scene_files as sf
@@ -15,8 +14,7 @@ from test_images import error_of
 from ktda_jax import UserError, predict
 from ktda_jax.data import buckets
 from ktda_jax.data.paths import place
-from ktda_jax.prediction import files, outputs, records, setup
-from ktda_jax.tiling import device
+from ktda_jax.prediction import files, outputs, records
 
 WANTED = dict(probabilities=True, confidence=True, overlay=True, view=True)
 
@@ -32,15 +30,7 @@ def scenes(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def model(monkeypatch, tmp_path):
     """In place of a trained one: each pixel's brightest band. Scratch folders lie where they can be counted."""
-    stub = types.SimpleNamespace(
-        config=types.SimpleNamespace(
-            num_classes=3, rgb=(0, 1, 2), student=types.SimpleNamespace(bands=3),
-            teacher=types.SimpleNamespace(image_size=(64, 64)),
-        ),
-        data=None, classes=("r", "g", "b"), palette=None, temperature=1.0,
-    )  # fmt: skip
-    monkeypatch.setattr(setup, "load", lambda *_, **__: stub)
-    monkeypatch.setattr(device, "of_segmenter", lambda *_, **__: sf.model())
+    sf.install(monkeypatch)
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
 

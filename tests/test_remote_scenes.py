@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import shutil
-import types
 import zipfile
 
 import numpy as np
@@ -23,8 +22,6 @@ from ktda_jax.data.gdal import rasterio_for
 from ktda_jax.data.images import Reading, read_image
 from ktda_jax.data.paths import image, place
 from ktda_jax.data.raster import open_scene
-from ktda_jax.prediction import setup
-from ktda_jax.tiling import device
 
 READING = Reading()
 SIDE, BLOCK = 20_000, 512
@@ -191,15 +188,7 @@ def test_gdals_settings_are_for_what_is_remote_and_the_users_come_first(monkeypa
 @pytest.fixture
 def model(monkeypatch):
     """In place of a trained one: each pixel's brightest band."""
-    stub = types.SimpleNamespace(
-        config=types.SimpleNamespace(
-            num_classes=3, rgb=(0, 1, 2), student=types.SimpleNamespace(bands=3),
-            teacher=types.SimpleNamespace(image_size=(64, 64)),
-        ),
-        data=None, classes=("r", "g", "b"), palette=None, temperature=1.0,
-    )  # fmt: skip
-    monkeypatch.setattr(setup, "load", lambda *_, **__: stub)
-    monkeypatch.setattr(device, "of_segmenter", lambda *_, **__: sf.model())
+    sf.install(monkeypatch)
 
 
 def test_what_can_be_mapped_is_and_no_signature_is_told(model, server, files, values, tmp_path, capsys):
