@@ -211,6 +211,19 @@ def test_what_may_not_be_looked_into_is_one_line(bucket, forbidding):
     assert "\n" not in str(raised.value)
 
 
+def test_one_is_told_of_a_bucket_that_does_not_answer(monkeypatch, capsys):
+    class Mute:
+        def info(self, name):
+            time.sleep(0.3)
+            raise OSError("no route to host")
+
+    monkeypatch.setattr(buckets, "SLOW", 0.05)
+    monkeypatch.setattr(buckets, "files", Mute)
+    with pytest.raises(UserError, match="cannot look into gs://mute: no route to host; log in"):
+        place("gs://mute/run")
+    assert capsys.readouterr().err == "gs://mute has not answered for 0.05 s; it is tried for up to two minutes\n"
+
+
 def test_without_gcsfs_a_line_says_how_to_have_it():
     code = "import sys; sys.modules['gcsfs'] = None\nfrom ktda_jax.data.paths import place\nplace('gs://bucket/x')"
     found = subprocess.run([sys.executable, "-c", code], cwd=runs.REPOSITORY, capture_output=True, text=True)

@@ -113,6 +113,12 @@ def test_a_picture_has_pixels_and_no_areas(folder):
     assert "confidence" not in page.text and json.loads(page.data)["transform"] is None
 
 
+def test_classes_of_one_colour_are_known_apart():
+    red, almost = (255, 0, 0), (255, 0, 1)
+    assert view._apart((red, red, almost, (9, 9, 9))) == (red, almost, (255, 0, 2), (9, 9, 9))
+    assert view._apart(PALETTE) == PALETTE
+
+
 def test_a_page_of_a_large_scene_is_bounded_and_says_what_it_shows(folder):
     """Noise, which nothing makes small."""
     scene, rng = open_scene(folder / "scene.tif", sf.READING, 3), np.random.default_rng(0)

@@ -13,7 +13,9 @@ import functools
 import logging
 import os
 import pathlib
+import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator
 
@@ -24,6 +26,7 @@ os.environ["EPATH_USE_TF"] = "false"
 
 SCHEME = "gs://"
 COMMITTED = "commit_success.txt"  # Orbax's last object of a checkpoint; where there are folders it renames them
+SLOW = 5  # seconds, after which a bucket is said to keep one waiting: gcsfs tries again by itself, for over a minute
 ROLES = (
     "log in with `gcloud auth application-default login`, or give this machine's service account the roles Storage "
     "Object User and Storage Legacy Bucket Reader there"
@@ -69,12 +72,20 @@ def _check(path: str) -> None:
 @functools.cache
 def _check_bucket(bucket: str) -> None:
     fs = files()
+    waiting = threading.Timer(SLOW, _tell_waiting, [bucket])
+    waiting.start()
     try:
         fs.info(bucket)
     except FileNotFoundError as error:
         raise UserError(f"there is no bucket gs://{bucket}; make it, or correct the name") from error
     except Exception as error:  # gcsfs raises of all kinds
         raise UserError(f"cannot look into gs://{bucket}: {_reason(error)}; {ROLES}") from error
+    finally:
+        waiting.cancel()
+
+
+def _tell_waiting(bucket: str) -> None:
+    print(f"gs://{bucket} has not answered for {SLOW} s; it is tried for up to two minutes", file=sys.stderr, flush=True)
 
 
 @functools.cache
