@@ -85,7 +85,7 @@ def _check_bucket(bucket: str) -> None:
 
 
 def _tell_waiting(bucket: str) -> None:
-    print(f"gs://{bucket} has not answered for {SLOW} s; tried for up to two minutes", file=sys.stderr, flush=True)
+    print(f"gs://{bucket} has not answered for {SLOW} s; it is still tried", file=sys.stderr, flush=True)
 
 
 @functools.cache
