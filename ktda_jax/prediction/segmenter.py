@@ -54,7 +54,8 @@ class Segmenter:
     def predict(self, image: np.ndarray | str | pathlib.Path) -> Prediction:
         """image: 8-bit RGB, an array (H, W, 3) or (B, H, W, 3) or an image file -> labels and probabilities.
 
-        UserError names what does not fit. Sizes up to 2048 px a side; larger scenes are cut into windows.
+        UserError names what does not fit. Up to 2048 px a side, seen as one, which is slow where the FMM is a
+        transformer (time grows with the square of the pixels); `python -m ktda_jax.predict` maps scenes in windows.
         """
         if isinstance(image, str | pathlib.Path):
             if self.config.student.bands != 3:
