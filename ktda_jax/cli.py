@@ -220,15 +220,19 @@ class _Signals:
     of signals, too, and ends the process at once where nothing is to be cleaned up. Where something is
     (`stop_cleanly`), the handler raises KeyboardInterrupt, and the thread ends the process if that is not heard in
     time, or if somebody insists. StopSignal has its own handlers; of those the thread only counts ctrl-c.
+
+    A signal that comes just before the main thread begins to wait, or to another thread, interrupts no waiting: so
+    the thread sends it again. It counts its own turns, not seconds, in which the whole process may have stood still.
     """
 
     WORDS: ClassVar = {signal.SIGINT: "stopped from the keyboard", signal.SIGTERM: "stopped by a signal"}
-    GRACE = 3.0  # seconds for the main thread to hear
+    GRACE = 0.2, 15  # seconds to the next reminder, and how many the main thread is given to hear
     APART = 0.5  # seconds; two signals that are closer, from a terminal and a wrapper, say, are one
 
     def __init__(self):
         self.cleanly, self.raised = False, None
-        self._wakeup, self._repeated = None, False
+        self._wakeup = None
+        self._ours = 0  # signals that this process sent itself, and whose byte is still to come
 
     def hear(self) -> None:
         """From now on, and again after something else took the signals."""
@@ -248,15 +252,19 @@ class _Signals:
 
     def _watch(self, reading: int) -> None:
         first, last, interrupts = None, 0.0, 0
+        seconds, reminders = self.GRACE
         while True:
             waiting = first is not None and not self.raised
-            if not select.select([reading], [], [], self.GRACE if waiting else None)[0]:
+            if not select.select([reading], [], [], seconds if waiting else None)[0]:
                 if not self.raised:
-                    _end(first)
+                    if not reminders:
+                        _end(first)
+                    reminders -= 1
+                    self._send(first)
                 continue
             number, now = os.read(reading, 1)[0], time.monotonic()
-            if self._repeated:
-                self._repeated = False
+            if self._ours:
+                self._ours -= 1
                 continue
             if number not in self.WORDS or now - last < self.APART:
                 continue
@@ -273,8 +281,13 @@ class _Signals:
         error = unraisable.exc_value
         if not isinstance(error, KeyboardInterrupt):
             return before(unraisable)
-        number, self.raised, self._repeated = next(iter(error.args), signal.SIGINT), None, True
-        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+        number, self.raised = next(iter(error.args), signal.SIGINT), None
+        threading.Timer(0.01, self._send, (number,)).start()
+
+    def _send(self, number: int) -> None:
+        """To the main thread, which stops waiting for it."""
+        self._ours += 1
+        signal.pthread_kill(threading.main_thread().ident, number)
 
 
 _signals, _ending = _Signals(), threading.Lock()

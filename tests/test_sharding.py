@@ -209,8 +209,7 @@ def test_a_signal_before_the_first_step_stops_both_alike(tiles, tmp_path):
     """One that ended by itself would leave the other one waiting for it."""
     settings = {"total_steps": 60, "eval_every": 60, "model.student.depths": (0, 0, 0, 0)}
     processes = start_two(tiles, tmp_path / "run", settings)
-    while "parameters to train" not in processes[0].stdout.readline():
-        pass
+    runs.wait_for(lambda: "parameters to train" in processes[0].stdout.readline(), processes[0])
     processes[1].send_signal(signal.SIGINT)
     (out, _), _ = [runs.finish(process, 130) for process in processes]
     assert "stopped by a signal before the first step" in out

@@ -95,6 +95,19 @@ def test_a_verb_ends_in_one_line(body, cleaned, number):
 
 
 @pytest.mark.parametrize("number", LINES)
+def test_one_that_wakes_nobody(number):
+    """Heard by another thread, as by a main one that is just about to wait."""
+    process = verb(f"""
+cli.stop_cleanly()
+threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), {number:d})).start()
+try:
+    ready(); time.sleep(60)
+finally:
+    print("cleaned up", flush=True)""")
+    assert ended(process, number) == "cleaned up\n"
+
+
+@pytest.mark.parametrize("number", LINES)
 def test_a_second_signal_means_now(number):
     """One that comes right behind the first is the same: a terminal sends it to a wrapper, too, which passes it on."""
     process = verb("""
@@ -152,8 +165,7 @@ def test_while_libraries_are_imported(tiles, tmp_path, verb):
 def test_while_a_training_compiles(tiles, tmp_path, number):
     """There is nothing to save yet, so it is not waited for; nor is there anything to go on from."""
     process = runs.start(*runs.arguments(tiles, tmp_path / "run"), **runs.AS_USERS_COMPILE)
-    while "compiling the training step" not in process.stdout.readline():
-        pass
+    runs.wait_for(lambda: "compiling the training step" in process.stdout.readline(), process)
     process.send_signal(number)
     ended(process, number)
     assert not list((tmp_path / "run").glob("*lock*")) and not list((tmp_path / "run" / "checkpoints").iterdir())

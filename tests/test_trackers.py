@@ -303,6 +303,7 @@ def test_the_command_line_is_sent_without_what_signs_an_address(tiles, places, t
         tracker.begin(0)
         tracker.write(1, {"train/loss": 1.0})
     assert sys.argv[-1] == setting
+    Arrived(tmp_path, "wandb")  # all of it is in the files
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert any(b"few_labels.py" in content and b"//***@host.org/a.tif?***" in content for content in files)
     assert not any(b"SECRET" in content for content in files)
