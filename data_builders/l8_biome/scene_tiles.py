@@ -42,8 +42,6 @@ METADATA = {
     "northing": tfds.features.Tensor(**_FLOAT64, doc="of the upper left corner, in units of the crs"),
 }
 
-_CACHE_MB = 256  # of GDAL, which by default takes a share of the machine's memory
-
 
 def scene_shards(scenes: list[Scene], variant: Variant) -> dict[str, list[Callable[[], Iterator]]]:
     """{split: generators of (key, example), one per scene and file to write}.
@@ -137,7 +135,6 @@ class _Files(typing.NamedTuple):
 def _open(scene):
     rasterio = rasterio_for("Landsat scenes")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(rasterio.Env(GDAL_CACHEMAX=_CACHE_MB))
         opened = {}
         for path in dict.fromkeys([*(path for path, _ in scene.bands), scene.mask]):
             with _one_line(path):

@@ -8,11 +8,14 @@ import tarfile
 import numpy as np
 import pytest
 import rasterio
+from rasterio.env import get_gdal_config
 
 from data_builders.l8_biome.scene_cases import ORIGIN, random_scene, scene_id, write_scene
 from data_builders.l8_biome.scene_folders import Scene, biome_of, scene_folders, split_scenes
+from data_builders.l8_biome.scene_tiles import percentile_limits
 from ktda_jax import UserError
 from ktda_jax.data import tfds_source
+from ktda_jax.data.gdal import rasterio_for
 from ktda_jax.data.stretch import stretch
 from ktda_jax.data.tfds_source import TfdsSource, prepare
 
@@ -121,6 +124,15 @@ def test_no_data_where_the_mask_speaks(tmp_path):
     assert (tile["label"][:30] == 3).all() and (tile["label"][30:] == 0).all()
     assert (tile["image"][:30, :, 1] == 0).all() and (tile["image"][32:] == 255).all()
     assert record["biome"] == b"unknown"
+
+
+def test_gdal_keeps_its_cache(scenes, tmp_path):
+    """It is the process's own: without it all that is read later is decoded anew for every window."""
+    rasterio_for("Landsat scenes")
+    before = get_gdal_config("GDAL_CACHEMAX")
+    with scene_folders(scenes[0], tmp_path) as found:
+        percentile_limits(found[0], SIZE)
+    assert get_gdal_config("GDAL_CACHEMAX") == before > 1 << 20
 
 
 def test_dealt_by_scene():
