@@ -28,7 +28,7 @@ class Signals:
     GRACE = 0.2, 15  # seconds to the next reminder, and how many the main thread is given to hear
     APART = 0.5  # seconds; two signals that are closer, from a terminal and a wrapper, say, are one
 
-    def __init__(self, status: Callable[[], int | None] = lambda: None):
+    def __init__(self, status: Callable[[], int | None]):
         """status: what the process is to end with instead of 128 + the signal's number, if it knows."""
         self.cleanly, self.raised = False, None
         self._status, self._ending = status, threading.Lock()
@@ -61,7 +61,8 @@ class Signals:
                     if not reminders:
                         self.end(first)
                     reminders -= 1
-                    self._send(first)
+                    if not self._ours:  # several that wait for a stopped process would come as one
+                        self._send(first)
                 continue
             number, now = os.read(reading, 1)[0], time.monotonic()
             if self._ours:
