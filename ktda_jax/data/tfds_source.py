@@ -128,6 +128,14 @@ class TfdsSource:
             return self._records
 
 
+def imported() -> None:
+    """TFDS: before other threads begin, since while it is imported `import` gives all of them lazy modules."""
+    with _quiet():
+        import tensorflow_datasets as tfds
+
+        _ = tfds.builder_from_directory, tfds.core.DatasetInfo  # which brings in what those need
+
+
 def _open_split(directory: str, split: str, num_classes: int):
     """TFDS's data source whose records hold the images still encoded."""
     with _quiet():

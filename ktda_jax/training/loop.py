@@ -13,7 +13,7 @@ from ktda_jax.config import checks, extension, foreign
 from ktda_jax.config import workdir as records
 from ktda_jax.config.model import compute_dtype
 from ktda_jax.config.settings import Settings
-from ktda_jax.data import buckets
+from ktda_jax.data import buckets, tfds_source
 from ktda_jax.data.paths import place
 from ktda_jax.data.remembered import Checks
 from ktda_jax.models import flat
@@ -78,6 +78,8 @@ def _to_the_end(
     program = build(settings)
     patience = Patience.of(settings, workdir)
     ahead = _latest(workdir) < settings.total_steps and not patience.exhausted()
+    if settings.data.source != "folder":
+        tfds_source.imported()  # not while another thread traces the step
     compilation = Compilation(program) if ahead else None
     try:
         data = open_inputs(settings, program.mixture, extension.first_row(extended), known)
